@@ -1,0 +1,6 @@
+"""Callbacks for any LightningModule that has an MLP head."""
+
+from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
+from glai_lightning.callbacks.structure_monitor import StructureMonitor
+
+__all__ = ["StructureFreezeCallback", "StructureMonitor"]

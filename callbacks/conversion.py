@@ -1,0 +1,142 @@
+"""Finding a head in a LightningModule, and converting it while a Trainer is fitting."""
+
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from glai_lightning.heads import GLAIHead, Paths
+from glai_lightning.layers import read_head
+from glai_lightning.optimizers import follow_conversion, trains_any
+
+# Compared by name: a project may import the `pytorch_lightning` twin of `lightning.pytorch`, whose classes are others.
+_WORKING_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+_COPYING_CALLBACKS = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+def find_head(pl_module: nn.Module, head_name: str) -> nn.Module:
+    """Return the module at a qualified name, which must be there under that name only.
+
+    Args:
+        pl_module: the LightningModule.
+        head_name: qualified name of the head.
+
+    Raises:
+        MisconfigurationException: if there is no such module (the message lists those that look like heads), if it is
+            wrapped by ``torch.compile``, or if the module or a layer of it is registered under a second name.
+    """
+    named = dict(pl_module.named_modules(remove_duplicate=False))
+    head = named.get(head_name)
+    if head is None or not head_name:
+        raise MisconfigurationException(
+            f"Expected `head` to name a module of `{type(pl_module).__name__}`, but got {head_name!r}. "
+            f"Modules that look like heads: {list_heads(pl_module) or 'none'}."
+        )
+    if hasattr(head, "_orig_mod"):
+        raise MisconfigurationException(
+            f"Expected the head at {head_name!r} to be a plain module, but got one wrapped by `torch.compile(head)`. "
+            f"Call `head.compile()` instead, which compiles in place."
+        )
+    inside = {id(child): f"{head_name}.{name}" if name else head_name for name, child in head.named_modules()}
+    for name, child in named.items():
+        if id(child) in inside and name != head_name and not name.startswith(f"{head_name}."):
+            raise MisconfigurationException(
+                f"Expected the head to be registered under one name, but got {inside[id(child)]!r} "
+                f"under {name!r} as well: one of the two would keep the unconverted layers."
+            )
+    return head
+
+
+def list_heads(pl_module: nn.Module) -> list[str]:
+    """List the qualified names of the modules in which an MLP head can be read, outermost only."""
+    heads: list[str] = []
+    for name, module in pl_module.named_modules():
+        if not name or any(name.startswith(f"{head}.") for head in heads):
+            continue
+        try:
+            read_head(module)
+        except ValueError:
+            continue
+        heads.append(name)
+    return heads
+
+
+def check_trainer(trainer: Any, pl_module: Any) -> None:
+    """Refuse what a conversion in the middle of a fit cannot work with.
+
+    Raises:
+        MisconfigurationException: for manual optimization, for a strategy that shards parameters or restores them after
+            wrapping, and for callbacks that keep a copy of the weights.
+    """
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            "Expected a module with automatic optimization, but got `automatic_optimization=False`: "
+            "freezing the structure under manual optimization is not supported."
+        )
+    strategy = _class_names(trainer.strategy)
+    if not any(name in strategy for name in _WORKING_STRATEGIES) or any("FSDP" in name for name in strategy):
+        raise MisconfigurationException(
+            "Expected the strategy to be a single device or one of 'ddp', 'ddp_spawn', 'ddp_fork' and 'ddp_notebook', "
+            f"but got `{strategy[0]}`, under which a head cannot be replaced in the middle of a fit."
+        )
+    for callback in trainer.callbacks:
+        copying = [name for name in _class_names(callback) if name in _COPYING_CALLBACKS]
+        if copying:
+            raise MisconfigurationException(
+                f"Expected no callback that averages weights beside the structure freeze, but got "
+                f"`{type(callback).__name__}`: its copy of the head would keep the old structure."
+            )
+
+
+def check_optimizers(trainer: Any, head: nn.Module, head_name: str) -> None:
+    """Check that there is one optimizer, and that it trains the head.
+
+    Raises:
+        MisconfigurationException: otherwise.
+    """
+    if len(trainer.optimizers) != 1:
+        raise MisconfigurationException(
+            f"Expected the module to have one optimizer, but got {len(trainer.optimizers)}: "
+            "freezing the structure under several optimizers is not supported."
+        )
+    if not trains_any(trainer.optimizers[0], head):
+        raise MisconfigurationException(
+            f"Expected the optimizer to hold the parameters of the head at {head_name!r}, but it holds none of them."
+        )
+
+
+def freeze_head_in_fit(
+    trainer: Any, pl_module: nn.Module, head_name: str, *, paths: Paths, freeze_epoch: int | None
+) -> GLAIHead:
+    """Convert the head at a name into one with frozen structure, and let optimizer and strategy follow.
+
+    Returns:
+        The frozen head, in its place in the module.
+    """
+    head = GLAIHead.adopt(pl_module.get_submodule(head_name), paths=paths, freeze_epoch=freeze_epoch)
+    pl_module.set_submodule(head_name, head)
+    follow_in_fit(trainer, head)
+    return head
+
+
+def follow_in_fit(trainer: Any, head: GLAIHead) -> None:
+    """Let the optimizers and the strategy of a fit follow a head that was just converted."""
+    for optimizer in trainer.optimizers:
+        follow_conversion(optimizer, head)
+    rewrap(trainer)
+
+
+def rewrap(trainer: Any) -> None:
+    """Build the DistributedDataParallel wrapper again, if there is one.
+
+    DDP reduces the gradients of the parameters that it found when it was built, and waits for all of them
+    (pytorch#12603): without this, new parameters diverge between ranks in silence.
+    """
+    strategy = trainer.strategy
+    if hasattr(strategy, "configure_ddp"):
+        strategy.model = strategy.lightning_module
+        strategy.configure_ddp()
+
+
+def _class_names(value: object) -> list[str]:
+    return [kind.__name__ for kind in type(value).__mro__]

@@ -1,0 +1,112 @@
+"""The callback that watches the structure of heads, and changes nothing."""
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from glai_lightning.callbacks.conversion import list_heads
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from glai_lightning.churn import ChurnProbe
+from glai_lightning.heads import GLAIHead
+from glai_lightning.layers import read_head
+
+
+class StructureMonitor(Callback):
+    """Logs the churn of any number of MLP blocks, once an epoch, and leaves them as they are.
+
+    It logs ``structure/churn/<name>`` for every module watched (``structure/churn`` alone for a single one that was
+    named without a wildcard).
+
+    Args:
+        modules: qualified name of a module, or a pattern such as ``encoder.layers.*.ffn``, or several of either.
+        probe_size: number of inputs on which churn is measured, for each module.
+
+    Raises:
+        MisconfigurationException: if ``probe_size`` is below 1; at the start of a fit, if a pattern matches no module,
+            or matches one in which no MLP head can be read.
+
+    Example:
+        >>> from glai_lightning.callbacks import StructureMonitor
+        >>> monitor = StructureMonitor("encoder.layers.*.ffn")
+    """
+
+    def __init__(self, modules: str | Sequence[str] = "head", probe_size: int = 1024) -> None:
+        super().__init__()
+        if probe_size < 1:
+            raise MisconfigurationException(
+                f"Expected `probe_size` to be an integer of at least 1, but got {probe_size}."
+            )
+        self.modules = [modules] if isinstance(modules, str) else list(modules)
+        self.probe_size = probe_size
+        self.churn_history: dict[str, list[float]] = {}
+        self._probes: dict[str, ChurnProbe] = {}
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find the modules to watch."""
+        for pattern in self.modules:
+            for name in self._matches(pl_module, pattern):
+                self._check_module(pl_module, name)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start to watch."""
+        self._close()
+        for pattern in self.modules:
+            for name in self._matches(pl_module, pattern):
+                self._probes[name] = ChurnProbe(pl_module.get_submodule(name), self.probe_size)
+                self.churn_history.setdefault(name, [])
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measure churn after the last batch of an epoch."""
+        if not trainer.is_last_batch:
+            return
+        for name, probe in self._probes.items():
+            if pl_module.get_submodule(name) is not probe.head:
+                # Another callback converted it: what is frozen no longer moves.
+                self.churn_history[name].append(0.0)
+                continue
+            flipped, bits = probe.measure() if probe.has_inputs else (torch.zeros((), device=pl_module.device), 0)
+            counts = torch.stack([flipped.double(), flipped.new_tensor(bits, dtype=torch.float64)])
+            flipped_everywhere, bits_everywhere = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+            self.churn_history[name].append(flipped_everywhere / bits_everywhere if bits_everywhere else 0.0)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log the churn of every module watched."""
+        alone = len(self._probes) == 1 and list(self._probes) == self.modules
+        for name in self._probes:
+            key = "structure/churn" if alone else f"structure/churn/{name}"
+            if self.churn_history[name]:
+                pl_module.log(key, self.churn_history[name][-1])
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Stop watching."""
+        self._close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Stop watching."""
+        self._close()
+
+    def _matches(self, pl_module: Any, pattern: str) -> list[str]:
+        names = [name for name, _ in pl_module.named_modules() if name and fnmatch.fnmatchcase(name, pattern)]
+        if not names:
+            raise MisconfigurationException(
+                f"Expected `modules` to match a module of `{type(pl_module).__name__}`, but got {pattern!r}. "
+                f"Modules that look like heads: {list_heads(pl_module) or 'none'}."
+            )
+        return names
+
+    def _check_module(self, pl_module: Any, name: str) -> None:
+        module = pl_module.get_submodule(name)
+        if isinstance(module, GLAIHead):
+            return
+        try:
+            read_head(module)
+        except ValueError as error:
+            raise MisconfigurationException(f"The structure of {name!r} cannot be watched. {error}") from error
+
+    def _close(self) -> None:
+        for probe in self._probes.values():
+            probe.close()
+        self._probes = {}

@@ -1,0 +1,196 @@
+"""Churn: how much of a head's structure still moves, and when it has settled."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from glai_lightning.patterns import apply_leading, evaluating, hidden_units, layout_of, patterns_of
+
+
+def pattern_churn(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """Return the fraction of pattern bits that differ, over all hidden layers together.
+
+    Args:
+        before: one bool tensor of shape (batch, width) for each hidden layer, as ``activation_patterns`` gives them.
+        after: the patterns of the same inputs, later.
+
+    Returns:
+        A 0-d float tensor in [0, 1].
+
+    Raises:
+        TypeError: if a pattern is not a bool tensor.
+        ValueError: if there is no bit to compare, or numbers or shapes of the patterns differ.
+
+    Example:
+        >>> import torch
+        >>> pattern_churn([torch.tensor([[True, False]])], [torch.tensor([[True, True]])])
+        tensor(0.5000)
+    """
+    for pattern in (*before, *after):
+        if not isinstance(pattern, Tensor) or pattern.dtype is not torch.bool:
+            raise TypeError(f"Expected patterns to be bool tensors, but got {_describe(pattern)}.")
+    shapes = [tuple(pattern.shape) for pattern in before], [tuple(pattern.shape) for pattern in after]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"Expected `before` and `after` to have the same shapes, but got {shapes[0]} and {shapes[1]}.")
+    flipped, bits = count_flipped(before, after)
+    if bits == 0:
+        raise ValueError("Expected `before` and `after` to hold at least one bit, but got none.")
+    return (flipped.double() / bits).float()
+
+
+def _describe(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"`{type(value).__name__}`"
+
+
+def count_flipped(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """Return the number of bits that differ (0-d int64 tensor) and the number of bits."""
+    device = before[0].device if before else None
+    flipped = torch.zeros((), dtype=torch.int64, device=device)
+    for old, new in zip(before, after, strict=True):
+        flipped += torch.count_nonzero(old ^ new)
+    return flipped, sum(pattern.numel() for pattern in before)
+
+
+def structure_settled(
+    churn_history: Sequence[float],
+    *,
+    churn_tolerance: float = 0.10,
+    relative_tolerance: float = 0.25,
+    patience: int = 1,
+) -> bool:
+    """Tell whether the structure has settled: churn is small, and small against the largest churn so far.
+
+    An absolute threshold alone is wrong: with a tiny learning rate churn is small from the first epoch, long before
+    anything was learnt. A check passes if its churn is at most ``relative_tolerance`` times the largest churn up to and
+    including that check, and at most ``churn_tolerance``.
+
+    Args:
+        churn_history: the churn at each check, oldest first, in [0, 1].
+        churn_tolerance: largest churn that counts as settled, in [0, 1].
+        relative_tolerance: largest churn that counts as settled, as a fraction of the largest so far, in (0, 1].
+        patience: number of checks in a row, the last one included, that must pass.
+
+    Returns:
+        Whether the last ``patience`` checks passed.
+
+    Example:
+        >>> structure_settled([0.24, 0.058])
+        True
+        >>> structure_settled([0.005])
+        False
+    """
+    if len(churn_history) < patience:
+        return False
+    return all(
+        churn_history[check] <= churn_tolerance
+        and churn_history[check] <= relative_tolerance * max(churn_history[: check + 1])
+        for check in range(len(churn_history) - patience, len(churn_history))
+    )
+
+
+class ChurnProbe:
+    """Measures the churn of a head on the inputs that it was last trained on.
+
+    It keeps a snapshot of the hidden layers and references to the last inputs seen in training mode with gradients
+    enabled (nothing is copied), and compares snapshot and head on those same inputs. That makes churn independent of
+    shuffling, of augmentation, of a moving backbone, and of whether there is validation at all.
+
+    Args:
+        head: an MLP head or a ``GLAIHead``.
+        probe_size: number of inputs to compare on, at least 1.
+
+    Raises:
+        ValueError: if ``head`` is not an MLP of piecewise-linear layers.
+
+    Example:
+        >>> import torch
+        >>> from glai_lightning import mlp_head
+        >>> head = mlp_head(4, 8, 2)
+        >>> probe = ChurnProbe(head, probe_size=16)
+        >>> _ = head(torch.randn(32, 4))
+        >>> flipped, bits = probe.measure()
+        >>> int(flipped), bits
+        (0, 128)
+        >>> probe.close()
+    """
+
+    def __init__(self, head: nn.Module, probe_size: int = 1024) -> None:
+        self.head = head
+        self.probe_size = probe_size
+        self.layout = layout_of(head)
+        self.snapshot = [units.snapshot() for units in hidden_units(self.layout)]
+        self.inputs: deque[Tensor] = deque()
+        self._kept = 0
+        self._handle: RemovableHandle | None = head.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (head.training and torch.is_grad_enabled()):
+            return
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        rows = x.detach() if self.layout.leading else x.detach().reshape(-1, x.shape[-1])
+        self.inputs.append(rows)
+        self._kept += len(rows)
+        while self._kept - len(self.inputs[0]) >= self.probe_size:
+            self._kept -= len(self.inputs.popleft())
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the head has been given an input in training since the last measurement."""
+        return self._kept > 0
+
+    def restart(self) -> None:
+        """Take a new snapshot, and let go of the inputs kept so far."""
+        self.snapshot = [units.snapshot() for units in hidden_units(self.layout)]
+        self.inputs.clear()
+        self._kept = 0
+
+    def resume(self, snapshot: Sequence[dict[str, Tensor]], inputs: Sequence[Tensor]) -> None:
+        """Go on from where another probe of the same head stood.
+
+        Args:
+            snapshot: for each hidden layer, its tensors at the last measurement.
+            inputs: the inputs kept since then, each (batch, D), oldest first.
+        """
+        current = hidden_units(self.layout)
+        self.snapshot = [units.with_tensors(tensors) for units, tensors in zip(current, snapshot, strict=True)]
+        self.inputs = deque(inputs)
+        self._kept = sum(len(rows) for rows in inputs)
+
+    def measure(self) -> tuple[Tensor, int]:
+        """Compare the head with the snapshot on the inputs kept, and start again from here.
+
+        Returns:
+            The number of pattern bits that differ (0-d int64 tensor on the inputs' device), and the number of bits
+            compared. Counts, and not their ratio, so that several processes can add theirs up.
+
+        Raises:
+            ValueError: if the head was given no input in training since the last measurement.
+        """
+        if not self.has_inputs:
+            raise ValueError(
+                "Expected the head to be called in training before churn is measured, but it saw no input."
+            )
+        surplus = max(0, self._kept - self.probe_size)
+        flipped, bits = torch.zeros((), dtype=torch.int64, device=self.inputs[0].device), 0
+        current = hidden_units(self.layout)
+        with torch.no_grad(), evaluating(self.layout.leading):
+            for kept in self.inputs:
+                x = apply_leading(self.layout, kept[surplus:])
+                surplus = 0
+                more_flipped, more_bits = count_flipped(patterns_of(self.snapshot, x), patterns_of(current, x))
+                flipped += more_flipped
+                bits += more_bits
+        self.restart()
+        return flipped, bits
+
+    def close(self) -> None:
+        """Stop watching: the hook is removed and inputs are let go."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+        self.inputs.clear()
+        self._kept = 0

@@ -1,0 +1,237 @@
+"""Reading a head: which Linear, normalisation and activation follow one another, whatever class wraps them."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+SUPPORTED = (
+    "Supported are Linear, BatchNorm, ReLU, LeakyReLU, PReLU with a fixed slope and Dropout, in the order "
+    "Linear, BatchNorm, activation, Dropout, with any modules after the last Linear."
+)
+
+_RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
+_RELU_METHODS = {"relu", "relu_"}
+
+
+@dataclass(frozen=True)
+class HiddenLayer:
+    """One hidden layer: the modules between a layer's input and its activations."""
+
+    linear: nn.Linear
+    norm: _BatchNorm | None
+    activation: nn.ReLU | nn.LeakyReLU | nn.PReLU
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that decide which of the layer's units fire."""
+        yield from self.linear.parameters()
+        if self.norm is not None:
+            yield from self.norm.parameters()
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """The modules of a head, in the order in which its forward calls them.
+
+    Dropout between the modules is left out: it has no part in the function that the head computes in eval mode.
+    """
+
+    leading: tuple[nn.Module, ...]
+    hidden: tuple[HiddenLayer, ...]
+    output: nn.Linear
+    output_name: str
+    trailing: tuple[nn.Module, ...]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Inputs, units of every hidden layer, outputs: (D, H1, ..., C)."""
+        hidden = tuple(layer.linear.out_features for layer in self.hidden)
+        return (self.hidden[0].linear.in_features, *hidden, self.output.out_features)
+
+    def structure_parameters(self) -> list[nn.Parameter]:
+        """List the parameters on which the activation patterns depend, leading modules included."""
+        leading = [parameter for module in self.leading for parameter in module.parameters()]
+        return leading + [parameter for layer in self.hidden for parameter in layer.parameters()]
+
+
+def read_head(head: nn.Module) -> HeadLayout:
+    """Read the layers of an MLP head from what its forward does, not from its class.
+
+    ``nn.Sequential`` is read as it stands, nested too. Any other class is traced symbolically, and accepted if its
+    forward is one chain of modules and functional ReLUs: ``torchvision.ops.MLP``, lightly's projection heads, timm's
+    ``Mlp``, and classes of one's own.
+
+    Args:
+        head: the head to read. It is neither run nor changed.
+
+    Returns:
+        The modules of the head (the very objects) by the part that they play.
+
+    Raises:
+        ValueError: if the head is not an MLP of piecewise-linear layers; the message names the module at fault.
+
+    Example:
+        >>> from torch import nn
+        >>> layout = read_head(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
+        >>> layout.widths
+        (4, 8, 3)
+    """
+    steps = [(name, module) for name, module in _chain(head, "") if not isinstance(module, nn.Identity)]
+    linears = [position for position, (_, module) in enumerate(steps) if isinstance(module, nn.Linear)]
+    if len(linears) < 2:
+        raise ValueError(
+            "Expected the head to be an MLP with at least one hidden layer between two Linear layers, "
+            f"but got `{type(head).__name__}` with {len(linears)} Linear. {SUPPORTED}"
+        )
+    if len({id(steps[position][1]) for position in linears}) < len(linears):
+        raise ValueError("Expected every Linear of the head to be called once, but got one that is called twice.")
+    hidden = tuple(_read_hidden_layer(steps[start:end]) for start, end in itertools.pairwise(linears))
+    output_name, output = steps[linears[-1]]
+    _check_linear(output_name, output)
+    assert isinstance(output, nn.Linear)
+    return HeadLayout(
+        leading=tuple(module for _, module in steps[: linears[0]] if not isinstance(module, _DropoutNd)),
+        hidden=hidden,
+        output=output,
+        output_name=output_name,
+        trailing=tuple(module for _, module in steps[linears[-1] + 1 :]),
+    )
+
+
+def _read_hidden_layer(steps: Sequence[tuple[str, nn.Module]]) -> HiddenLayer:
+    linear_name, linear = steps[0]
+    _check_linear(linear_name, linear)
+    norm: _BatchNorm | None = None
+    activation: nn.Module | None = None
+    for name, module in steps[1:]:
+        if isinstance(module, _DropoutNd):
+            continue
+        if activation is None and norm is None and isinstance(module, _BatchNorm):
+            _check_norm(name, module)
+            norm = module
+        elif activation is None and isinstance(module, nn.ReLU | nn.LeakyReLU | nn.PReLU):
+            _check_slope(name, module)
+            activation = module
+        else:
+            raise ValueError(_unexpected(name, module, after_activation=activation is not None))
+    if activation is None:
+        raise ValueError(
+            "Expected an activation with two linear pieces (ReLU, LeakyReLU, PReLU with a fixed slope) after the "
+            f"Linear at '{linear_name}', but got none before the next Linear. {SUPPORTED}"
+        )
+    assert isinstance(linear, nn.Linear)
+    assert isinstance(activation, nn.ReLU | nn.LeakyReLU | nn.PReLU)
+    return HiddenLayer(linear, norm, activation)
+
+
+def _unexpected(name: str, module: nn.Module, *, after_activation: bool) -> str:
+    if after_activation:
+        expected = "nothing but Dropout between an activation and the next Linear"
+    else:
+        expected = (
+            "the activation after a Linear to be piecewise linear with two pieces "
+            "(ReLU, LeakyReLU, PReLU with a fixed slope), so that its units have an activation pattern"
+        )
+    return f"Expected {expected}, but got `{type(module).__name__}` at '{name}'. {SUPPORTED}"
+
+
+def _check_linear(name: str, module: nn.Module) -> None:
+    if type(module).forward is not nn.Linear.forward or isinstance(module, nn.LazyLinear):
+        raise ValueError(
+            f"Expected the Linear at '{name}' to compute x W^T + b with weights of a known shape, "
+            f"but got `{type(module).__name__}`."
+        )
+
+
+def _check_norm(name: str, norm: _BatchNorm) -> None:
+    # Without running statistics there is no fixed affine map to fold; with momentum=None they are the plain average
+    # over all that was ever seen, far from what the head computes while it trains.
+    if norm.running_mean is None or norm.momentum is None:
+        setting = "track_running_stats=False" if norm.running_mean is None else "momentum=None"
+        raise ValueError(
+            f"Expected the BatchNorm at '{name}' to keep running statistics with a momentum, so that it can be "
+            f"folded into the frozen structure, but got {setting}."
+        )
+
+
+def _check_slope(name: str, activation: nn.Module) -> None:
+    if isinstance(activation, nn.PReLU) and activation.weight.requires_grad:
+        raise ValueError(
+            f"Expected the slope of the PReLU at '{name}' to be fixed (requires_grad=False), "
+            "but got a slope that is trained."
+        )
+
+
+def _contains_linear(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Linear) for child in module.modules())
+
+
+def _chain(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that the forward calls, in order, with their qualified names."""
+    if isinstance(module, nn.Linear) or not _contains_linear(module):
+        yield name, module
+    elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        # Not `named_children`, which passes over a ReLU that is used a second time.
+        for child_name, child in module._modules.items():
+            if child is not None:
+                yield from _chain(child, f"{name}.{child_name}" if name else child_name)
+    else:
+        yield from _traced_chain(module, name)
+
+
+class _ChainTracer(torch.fx.Tracer):
+    """Steps into whatever holds a Linear, and takes the rest as it is."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return isinstance(module, nn.Linear) or not _contains_linear(module)
+
+
+def _traced_chain(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    kind = type(module).__name__
+    where = f"`{kind}` at '{name}'" if name else f"`{kind}`"
+    try:
+        graph = _ChainTracer().trace(module)
+    except Exception as error:
+        raise ValueError(
+            f"Expected the forward of {where} to be one chain of modules, but it could not be traced ({error}). "
+            f"{SUPPORTED}"
+        ) from error
+    previous: torch.fx.Node | None = None
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            previous = previous or node
+            continue
+        inputs = list(node.args) if node.op == "output" else list(node.all_input_nodes)
+        if inputs != [previous]:
+            raise ValueError(
+                f"Expected the forward of {where} to be one chain of modules, "
+                f"but `{node.name}` does not take the output of the step before it alone. {SUPPORTED}"
+            )
+        if node.op == "call_module":
+            target = str(node.target)
+            yield f"{name}.{target}" if name else target, module.get_submodule(target)
+        elif node.op in ("call_function", "call_method"):
+            yield node.name, _functional_step(node, where)
+        previous = node
+
+
+def _functional_step(node: torch.fx.Node, where: str) -> nn.Module:
+    if node.target in _RELU_FUNCTIONS or (node.op == "call_method" and node.target in _RELU_METHODS):
+        return nn.ReLU()
+    if node.target is F.leaky_relu:
+        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
+        assert isinstance(slope, float | int)
+        return nn.LeakyReLU(float(slope))
+    if node.target is F.dropout:
+        return nn.Dropout()
+    called = getattr(node.target, "__name__", str(node.target))
+    raise ValueError(
+        f"Expected the forward of {where} to call modules, relu, leaky_relu and dropout only, "
+        f"but it calls `{called}`. {SUPPORTED}"
+    )

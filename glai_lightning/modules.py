@@ -1,0 +1,110 @@
+"""HeadModule: any backbone with a pluggable head."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from glai_lightning.callbacks.conversion import follow_in_fit
+from glai_lightning.heads import GLAIHead
+from glai_lightning.restoring import HeadRestorer
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler | ReduceLROnPlateau]
+
+
+class HeadModule(LightningModule):
+    """A backbone, frozen or not, and a head on its embeddings; the base of the modules for particular tasks.
+
+    Checkpoints of a frozen head load into a module with an MLP head and the reverse: ``load_from_checkpoint``, a
+    resumed fit, validation, test and prediction need no callback for it.
+
+    Args:
+        head: any module from embeddings (batch, D) to outputs (batch, C); ``mlp_head`` makes one.
+        backbone: any module from a batch of inputs to embeddings (batch, D); without one the inputs are the embeddings.
+        freeze_backbone: whether the backbone stays in eval mode and gets no gradients.
+        optimizer: makes the optimizer from an iterable of parameters.
+        lr_scheduler: makes a learning-rate scheduler from the optimizer, if given. It is stepped once an epoch,
+            OneCycleLR and CyclicLR once a step; ReduceLROnPlateau follows ``val/loss`` unless it names a ``monitor``.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        backbone: nn.Module | None = None,
+        *,
+        freeze_backbone: bool = True,
+        optimizer: OptimizerFactory = torch.optim.AdamW,
+        lr_scheduler: SchedulerFactory | None = None,
+    ) -> None:
+        super().__init__()
+        # Only what a checkpoint can hold under `weights_only=True`.
+        self.save_hyperparameters(ignore=["head", "backbone", "optimizer", "lr_scheduler"])
+        self.head = head
+        self.backbone = backbone
+        self.freeze_backbone = freeze_backbone
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        if backbone is not None and freeze_backbone:
+            backbone.requires_grad_(False).eval()
+        HeadRestorer.of(self, "head")
+
+    def train(self, mode: bool = True) -> "HeadModule":
+        """Set the mode of everything but a frozen backbone, which stays in eval mode."""
+        super().train(mode)
+        if self.backbone is not None and self.freeze_backbone:
+            self.backbone.eval()
+        return self
+
+    def embeddings(self, x: Any) -> Tensor:
+        """Return what the head is given: a batch of inputs -> (batch, D)."""
+        if self.backbone is None:
+            return x  # type: ignore[no-any-return]
+        if not self.freeze_backbone:
+            return self.backbone(x)  # type: ignore[no-any-return]
+        with torch.no_grad():
+            return self.backbone(x)  # type: ignore[no-any-return]
+
+    def forward(self, x: Any) -> Tensor:
+        """Return the outputs of the head: a batch of inputs -> (batch, C)."""
+        return self.head(self.embeddings(x))  # type: ignore[no-any-return]
+
+    def setup(self, stage: str) -> None:
+        """Let a resumed fit load a frozen head as the MLP that the optimizer is configured for."""
+        HeadRestorer.of(self, "head").deferred = stage == "fit"
+
+    def on_fit_start(self) -> None:
+        """Freeze the head again, where the fit resumes from after the freeze without the callback."""
+        restorer = HeadRestorer.of(self, "head")
+        restorer.deferred = False
+        if restorer.pending:
+            follow_in_fit(self.trainer, restorer.restore(self))
+
+    def on_train_epoch_start(self) -> None:
+        """Put a frozen backbone back in eval mode, should anything have changed that."""
+        if self.backbone is not None and self.freeze_backbone:
+            self.backbone.eval()
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimizer, and the scheduler if there is one, for all that is trained."""
+        optimizer = self.optimizer(self._optimizer_parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
+        if isinstance(scheduler, OneCycleLR | CyclicLR):
+            config["interval"] = "step"
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config["monitor"] = getattr(scheduler, "monitor", None) or "val/loss"
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _optimizer_parameters(self) -> list[nn.Parameter]:
+        # A head that is frozen already keeps the positions that its parameters have in a fit that froze it.
+        in_head = {id(parameter) for parameter in self.head.parameters()}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in in_head]
+        if isinstance(self.head, GLAIHead):
+            return [*self.head.optimizer_parameters(), *rest]
+        return [*(p for p in self.head.parameters() if p.requires_grad), *rest]

@@ -1,0 +1,132 @@
+"""Loading across the freeze: a state dict of a frozen head into a module with an MLP, and the reverse."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from glai_lightning.heads import MARK, GLAIHead, Paths
+
+
+@dataclass(frozen=True)
+class FreezeMark:
+    """What a state dict says of a frozen head: its paths, and the first epoch that trained frozen."""
+
+    paths: Paths
+    freeze_epoch: int | None
+
+
+def read_mark(state_dict: dict[str, Any], head_name: str) -> FreezeMark | None:
+    """Read from a state dict whether the head in it was frozen.
+
+    Args:
+        state_dict: the state dict of a module that holds the head, as ``state_dict()`` or ``torch.load`` return it.
+        head_name: qualified name of the head in that module, '' if it is the module itself.
+
+    Returns:
+        The mark, or ``None`` for an MLP.
+
+    Example:
+        >>> from glai_lightning import freeze_structure, mlp_head
+        >>> read_mark(freeze_structure(mlp_head(4, 8, 3)).state_dict(), "")
+        FreezeMark(paths='output', freeze_epoch=None)
+    """
+    mark = getattr(state_dict, "_metadata", {}).get(head_name, {}).get(MARK)
+    if mark is not None:
+        return FreezeMark(mark["paths"], None if mark["epoch"] < 0 else mark["epoch"])
+    # Metadata is lost where somebody copied the entries into a plain dict; output paths then load as the MLP they are.
+    names = [key.removeprefix(f"{head_name}." if head_name else "") for key in state_dict if key.startswith(head_name)]
+    if any(name.split(".")[-1] == "path_weights" for name in names):
+        return FreezeMark("independent", None)
+    return FreezeMark("tangent", None) if "reference_output_weight" in names else None
+
+
+class HeadRestorer:
+    """Hook that lets a module load a state dict from the other side of the freeze.
+
+    Registered with ``register_load_state_dict_pre_hook``. It converts the head to what the state dict holds before the
+    weights are read. While ``deferred`` (at the start of a fit that resumes) the head loads as the MLP that it is, so
+    that the user's ``configure_optimizers`` meets the head that it was written for; ``restore`` then converts it.
+
+    Args:
+        head_name: qualified name of the head in the module that the hook is registered on.
+    """
+
+    def __init__(self, head_name: str) -> None:
+        self.head_name = head_name
+        self.deferred = False
+        self._mark: FreezeMark | None = None
+        self._entries: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, module: nn.Module, head_name: str) -> "HeadRestorer":
+        """Return the restorer of a head in a module, registered now if there was none."""
+        for wrapped in module._load_state_dict_pre_hooks.values():
+            hook = getattr(wrapped, "hook", None)
+            if isinstance(hook, HeadRestorer) and hook.head_name == head_name:
+                return hook
+        restorer = cls(head_name)
+        module.register_load_state_dict_pre_hook(restorer)  # type: ignore[no-untyped-call]
+        return restorer
+
+    @property
+    def pending(self) -> bool:
+        """Whether a frozen head was loaded as an MLP and waits for ``restore``."""
+        return self._mark is not None
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Prepare the module, or the state dict, before the weights are read."""
+        self._mark, self._entries = None, {}
+        head = dict(module.named_modules()).get(self.head_name)
+        if head is None:
+            return
+        mark = read_mark(state_dict, f"{prefix}{self.head_name}")
+        head_prefix = f"{prefix}{self.head_name}."
+        self._check_sizes(head, state_dict, head_prefix)
+        if mark is None or isinstance(head, GLAIHead):
+            return
+        if self.deferred:
+            self._mark = mark
+            self._set_aside(head, state_dict, head_prefix)
+        else:
+            frozen = GLAIHead.adopt(head, paths=mark.paths, freeze_epoch=mark.freeze_epoch)
+            module.set_submodule(self.head_name, frozen)
+
+    def restore(self, module: nn.Module) -> GLAIHead:
+        """Convert the head that was loaded as an MLP, and give it the entries that were set aside.
+
+        Args:
+            module: the module that loaded the state dict.
+
+        Returns:
+            The frozen head, in its place in the module.
+
+        Raises:
+            RuntimeError: if no head is waiting.
+        """
+        if self._mark is None:
+            raise RuntimeError(f"Expected a frozen head to wait at '{self.head_name}', but none was loaded.")
+        head = GLAIHead.adopt(
+            module.get_submodule(self.head_name), paths=self._mark.paths, freeze_epoch=self._mark.freeze_epoch
+        )
+        head.load_state_dict({**head.state_dict(), **self._entries})
+        head.freeze_epoch = self._mark.freeze_epoch
+        module.set_submodule(self.head_name, head)
+        self._mark, self._entries = None, {}
+        return head
+
+    def _set_aside(self, head: nn.Module, state_dict: dict[str, Any], head_prefix: str) -> None:
+        own = head.state_dict(prefix=head_prefix)
+        for key in [key for key in state_dict if key.startswith(head_prefix) and key not in own]:
+            self._entries[key.removeprefix(head_prefix)] = state_dict.pop(key)
+        for key, value in own.items():
+            state_dict.setdefault(key, value)
+
+    def _check_sizes(self, head: nn.Module, state_dict: dict[str, Any], head_prefix: str) -> None:
+        for key, own in head.state_dict(prefix=head_prefix).items():
+            loaded = state_dict.get(key)
+            if isinstance(loaded, Tensor) and isinstance(own, Tensor) and loaded.shape != own.shape:
+                raise ValueError(
+                    f"Expected the checkpoint to hold a head of the same sizes at '{self.head_name}', but got "
+                    f"`{key}` of shape {tuple(loaded.shape)} for {tuple(own.shape)}."
+                )

@@ -1,0 +1,1 @@
+"""Recipes: YAML configurations for the `glai` command, with a method card for each."""
