@@ -89,17 +89,12 @@ def check_trainer(trainer: Any, pl_module: Any) -> None:
 
 
 def check_optimizers(trainer: Any, head: nn.Module, head_name: str) -> None:
-    """Check that there is one optimizer, and that it trains the head.
+    """Check that an optimizer trains the head.
 
     Raises:
-        MisconfigurationException: otherwise.
+        MisconfigurationException: if none holds a parameter of it.
     """
-    if len(trainer.optimizers) != 1:
-        raise MisconfigurationException(
-            f"Expected the module to have one optimizer, but got {len(trainer.optimizers)}: "
-            "freezing the structure under several optimizers is not supported."
-        )
-    if not trains_any(trainer.optimizers[0], head):
+    if not any(trains_any(optimizer, head) for optimizer in trainer.optimizers):
         raise MisconfigurationException(
             f"Expected the optimizer to hold the parameters of the head at {head_name!r}, but it holds none of them."
         )

@@ -4,6 +4,10 @@ import weakref
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 from glai_lightning.callbacks.conversion import (
     check_optimizers,
     check_trainer,
@@ -11,10 +15,6 @@ from glai_lightning.callbacks.conversion import (
     follow_in_fit,
     freeze_head_in_fit,
 )
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
 from glai_lightning.churn import ChurnProbe, structure_settled
 from glai_lightning.heads import GLAIHead, Paths, check_convertible
 from glai_lightning.restoring import HeadRestorer
@@ -25,8 +25,8 @@ class StructureFreezeCallback(Callback):
 
     The callback works on any LightningModule, without a change to its code. It measures *churn*, the fraction of
     pattern bits that flipped since the last check on the inputs that the head was last trained on. Once churn is small,
-    and small against the largest churn so far, the head is converted at the start of the next epoch into one that is
-    linear in what it still trains. With output paths (the default) parameters, optimizer groups and state dict keys stay
+    and small against the largest so far, the head is converted at the start of the next epoch into one that is
+    linear in what it still trains. With output paths (the default) parameters, optimizer groups and keys stay
     what they were.
 
     It logs, once an epoch from the first on, ``structure/churn`` (0 once frozen), ``structure/frozen`` (0 or 1) and

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from glai_lightning.callbacks.conversion import list_heads
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from glai_lightning.callbacks.conversion import list_heads
 from glai_lightning.churn import ChurnProbe
 from glai_lightning.heads import GLAIHead
 from glai_lightning.layers import read_head
@@ -17,8 +17,8 @@ from glai_lightning.layers import read_head
 class StructureMonitor(Callback):
     """Logs the churn of any number of MLP blocks, once an epoch, and leaves them as they are.
 
-    It logs ``structure/churn/<name>`` for every module watched (``structure/churn`` alone for a single one that was
-    named without a wildcard).
+    It logs ``structure/churn/<name>`` for every module watched (``structure/churn`` for a single one
+    that was named without a wildcard, unless a ``StructureFreezeCallback`` logs under that key).
 
     Args:
         modules: qualified name of a module, or a pattern such as ``encoder.layers.*.ffn``, or several of either.
@@ -74,7 +74,8 @@ class StructureMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the churn of every module watched."""
-        alone = len(self._probes) == 1 and list(self._probes) == self.modules
+        alone = list(self._probes) == self.modules and len(self.modules) == 1
+        alone = alone and not any("StructureFreezeCallback" in type(other).__name__ for other in trainer.callbacks)
         for name in self._probes:
             key = "structure/churn" if alone else f"structure/churn/{name}"
             if self.churn_history[name]:
