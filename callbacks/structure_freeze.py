@@ -7,7 +7,9 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
+from glai_lightning.callbacks.collection import Stage, watch_step, without_a_trace
 from glai_lightning.callbacks.conversion import (
     check_optimizers,
     check_trainer,
@@ -15,9 +17,21 @@ from glai_lightning.callbacks.conversion import (
     follow_in_fit,
     freeze_head_in_fit,
 )
+from glai_lightning.callbacks.solving import (
+    Solver,
+    check_loss,
+    check_solvable,
+    follow_loss,
+    has_validation,
+    read_step,
+    solve_in_fit,
+    validates_by_loss,
+    warn_of_moving_inputs,
+)
 from glai_lightning.churn import ChurnProbe, structure_settled
 from glai_lightning.heads import GLAIHead, Paths, check_convertible
 from glai_lightning.restoring import HeadRestorer
+from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
 
 class StructureFreezeCallback(Callback):
@@ -40,10 +54,14 @@ class StructureFreezeCallback(Callback):
         patience: number of checks in a row that must pass.
         min_epochs: finished epochs before which the structure is not frozen by churn.
         freeze_at_epoch: first epoch (0-based) to train frozen, whatever the churn; ``None`` to let churn decide.
-        check_every_n_steps: not built yet.
+        check_every_n_steps: measure churn every so many optimizer steps instead of once an epoch, and convert between
+            two steps. For data so large that the structure settles within the first epoch; ``min_epochs`` then wants
+            to be 0.
         probe_size: number of inputs on which churn is measured.
-        solver: not built yet.
-        stop_after_solve: not built yet.
+        solver: minimises the training loss over the path weights once the structure is frozen, by one pass over the
+            training data that leaves no trace in the fit. The freeze then is at the end of an epoch, so that validation
+            and checkpoint of that epoch are those of the solved head.
+        stop_after_solve: whether the fit stops after the validation of the solved head; else the optimizer goes on.
         monitor: not built yet.
         mode: not built yet.
         revert_tolerance: not built yet.
@@ -55,6 +73,7 @@ class StructureFreezeCallback(Callback):
         freeze_epoch: first epoch that trained frozen, or ``None``.
         freeze_reason: why it was frozen, in a sentence, or ``None``.
         churn_history: churn at each check until the freeze.
+        solve_report: what the solve did, or ``None``.
 
     Raises:
         MisconfigurationException: if an argument is out of range; at the start of a fit, if the head is not there,
@@ -78,7 +97,7 @@ class StructureFreezeCallback(Callback):
         freeze_at_epoch: int | None = None,
         check_every_n_steps: int | None = None,
         probe_size: int = 1024,
-        solver: object | None = None,
+        solver: LogisticSolver | RidgeSolver | None = None,
         stop_after_solve: bool = False,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "max",
@@ -101,10 +120,10 @@ class StructureFreezeCallback(Callback):
         _check_least("min_epochs", min_epochs, 0)
         _check_least("freeze_at_epoch", freeze_at_epoch, 0)
         _check_least("probe_size", probe_size, 1)
+        _check_least("check_every_n_steps", check_every_n_steps, 1)
+        if stop_after_solve and solver is None:
+            raise MisconfigurationException("Expected `solver` to be given with `stop_after_solve`, but got None.")
         later = {
-            "check_every_n_steps": check_every_n_steps is not None,
-            "solver": solver is not None,
-            "stop_after_solve": stop_after_solve,
             "monitor": monitor is not None,
             "mode": mode != "max",
             "revert_tolerance": revert_tolerance != 0.005,
@@ -120,14 +139,22 @@ class StructureFreezeCallback(Callback):
         self.patience = patience
         self.min_epochs = min_epochs
         self.freeze_at_epoch = freeze_at_epoch
+        self.check_every_n_steps = check_every_n_steps
         self.probe_size = probe_size
+        self.solver = solver
+        self.stop_after_solve = stop_after_solve
         self.verbose = verbose
 
         self.frozen = False
         self.freeze_epoch: int | None = None
         self.freeze_reason: str | None = None
         self.churn_history: list[float] = []
+        self.solve_report: SolveReport | None = None
         self._settled = False
+        self._solved = False
+        self._steps_at_check = 0
+        self._solver: Solver | None = None
+        self._solver_validates = False
         self._probe: ChurnProbe | None = None
         self._restored: dict[str, Any] | None = None
         self._module: weakref.ReferenceType[Any] | None = None
@@ -145,6 +172,28 @@ class StructureFreezeCallback(Callback):
             relative_tolerance=self.relative_tolerance,
             patience=self.patience,
         )
+
+    def inputs_and_targets(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, stage: Stage
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the head is given for a batch, and what it is to be solved for; override where it cannot be seen.
+
+        By default the step of the module is run up to its loss call, whose arguments say it.
+
+        Args:
+            trainer: the Trainer of the fit.
+            pl_module: the module, in eval mode.
+            batch: a batch on the device of the module.
+            batch_idx: index of the batch.
+            stage: 'training' or 'validation'.
+
+        Returns:
+            Head inputs (batch, D), and targets (batch,).
+
+        Raises:
+            MisconfigurationException: if the step calls no known loss on the outputs of the head.
+        """
+        return read_step(trainer, pl_module, pl_module.get_submodule(self.head), batch, batch_idx, stage)
 
     def freeze(self) -> None:
         """Freeze the structure of the head now, between fits.
@@ -201,6 +250,8 @@ class StructureFreezeCallback(Callback):
         if not isinstance(head, GLAIHead):
             self._check_head(head)
         check_optimizers(trainer, head, self.head)
+        if self.solver is not None:
+            check_solvable(trainer, head, self.head, self.paths)
         continues = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         if self._restored is not None:
@@ -225,6 +276,10 @@ class StructureFreezeCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start to watch the head."""
         self._close_probe()
+        self._solver = None
+        self._steps_at_check = trainer.global_step
+        if self._solved and self.stop_after_solve:
+            trainer.should_stop = True
         if not self.frozen:
             self._probe = ChurnProbe(find_head(pl_module, self.head), self.probe_size)
             if self._restored is not None:
@@ -239,22 +294,87 @@ class StructureFreezeCallback(Callback):
             return
         epoch = trainer.current_epoch
         if self.freeze_at_epoch is not None and epoch >= self.freeze_at_epoch:
-            self._convert(trainer, pl_module, f"asked to freeze at epoch {self.freeze_at_epoch}")
+            self._convert(trainer, pl_module, epoch, self._describe_asked())
         elif self._settled:
-            self._convert(trainer, pl_module, self._describe_settled())
+            self._convert(trainer, pl_module, epoch, self._describe_settled())
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Check, on the first batch, that the loss is one that the solver minimises."""
+        if self.solver is None or self._solved or self._solver is not None:
+            return
+        self._solver = self.solver
+        head = pl_module.get_submodule(self.head)
+        with without_a_trace(pl_module):
+            if self._watches_the_loss():
+                call = check_loss(watch_step(trainer, pl_module, head, batch, batch_idx), self.solver)
+                self._solver = follow_loss(self.solver, call)
+            else:
+                self.inputs_and_targets(trainer, pl_module, batch, batch_idx, "training")
+        self._solver_validates = (
+            validates_by_loss(trainer, pl_module, head) if self._watches_the_loss() else (has_validation(trainer))
+        )
+        warn_of_moving_inputs(pl_module, head, trainer.train_dataloader)
+
+    def _watches_the_loss(self) -> bool:
+        return type(self).inputs_and_targets is StructureFreezeCallback.inputs_and_targets
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Measure churn after the last batch of an epoch, before validation and its checkpoint."""
-        if self._probe is None:
-            return
-        if not self._probe.has_inputs:
-            self._close_probe()
-            raise MisconfigurationException(
-                f"Expected the head at {self.head!r} to be called by `training_step`, but it saw no input in the first "
-                "batch. Name the module whose forward is called."
-            )
-        if trainer.is_last_batch:
-            self._check(trainer)
+        """Measure churn after the last batch of an epoch, before validation and its checkpoint, or every n steps."""
+        if self._probe is not None:
+            if not self._probe.has_inputs:
+                self._close_probe()
+                raise MisconfigurationException(
+                    f"Expected the head at {self.head!r} to be called by `training_step`, but it saw no input in the "
+                    "first batch. Name the module whose forward is called."
+                )
+            if self._check_is_due(trainer):
+                self._check(trainer)
+        converted = not self.frozen and self._convert_after_batch(trainer, pl_module)
+        if self.frozen and self.solver is not None and not self._solved and (converted or trainer.is_last_batch):
+            self._solve(trainer, pl_module)
+
+    def _check_is_due(self, trainer: Any) -> bool:
+        if self.check_every_n_steps is None:
+            return bool(trainer.is_last_batch)
+        # Steps of the optimizer: a check never falls between two batches whose gradients are accumulated.
+        stepped = trainer.global_step != self._steps_at_check
+        return stepped and trainer.global_step % self.check_every_n_steps == 0
+
+    def _convert_after_batch(self, trainer: Any, pl_module: Any) -> bool:
+        """Convert in the middle of an epoch where checks are made there, and at its end where a solve follows."""
+        epoch = trainer.current_epoch
+        if not trainer.is_last_batch:
+            due = self._settled and self.check_every_n_steps is not None
+        else:
+            epoch += 1
+            asked = self.freeze_at_epoch is not None and epoch >= self.freeze_at_epoch
+            due = self.solver is not None and (self._settled or asked)
+        if due:
+            reason = self._describe_settled() if self._settled else self._describe_asked()
+            self._convert(trainer, pl_module, epoch, reason)
+        return due
+
+    def _solve(self, trainer: Any, pl_module: Any) -> None:
+        assert self._solver is not None
+        head = pl_module.get_submodule(self.head)
+
+        def read(stage: Stage) -> Any:
+            return lambda batch, batch_idx: self.inputs_and_targets(trainer, pl_module, batch, batch_idx, stage)
+
+        report = solve_in_fit(trainer, head, self._solver, read, validate=self._solver_validates)
+        # What the optimizer remembers is about weights that are far away by now.
+        for parameter in head.parameters():
+            if parameter.requires_grad:
+                trainer.optimizers[0].state.pop(parameter, None)
+        self._solved = True
+        self.solve_report = report
+        self._say(
+            f"Solved for the path weights of {self.head!r} in {report.passes} passes and {report.seconds:.2f} s "
+            f"({report.reason}): loss {report.start_loss:.4g} before, {report.loss:.4g} now"
+            + ("." if report.score is None else f"; validation score {report.start_score:.4f}, {report.score:.4f}.")
+        )
+        if self.stop_after_solve:
+            trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log churn and whether the head is frozen."""
@@ -287,6 +407,7 @@ class StructureFreezeCallback(Callback):
             "freeze_reason": self.freeze_reason,
             "churn_history": list(self.churn_history),
             "settled": self._settled,
+            "solved": self._solved,
         }
         if self._probe is not None and self._probe.has_inputs:
             # In the middle of an epoch the next check goes by what was seen since the last one. Right after a check
@@ -305,6 +426,7 @@ class StructureFreezeCallback(Callback):
         self.freeze_reason = state["freeze_reason"]
         self.churn_history = list(state["churn_history"])
         self._settled = state["settled"]
+        self._solved = state["solved"]
 
     def _resume_probe(self, state: dict[str, Any]) -> None:
         if self._probe is not None and "snapshot" in state:
@@ -319,7 +441,9 @@ class StructureFreezeCallback(Callback):
         self.freeze_epoch = None
         self.freeze_reason = None
         self.churn_history = []
+        self.solve_report = None
         self._settled = False
+        self._solved = False
 
     def _now_frozen(self, epoch: int | None, reason: str) -> None:
         self.frozen = True
@@ -339,7 +463,8 @@ class StructureFreezeCallback(Callback):
         # Every rank adds its counts, so that all of them see the same churn and decide alike.
         flipped_everywhere, bits_everywhere = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self.churn_history.append(flipped_everywhere / bits_everywhere)
-        finished_epochs = trainer.current_epoch + 1
+        self._steps_at_check = trainer.global_step
+        finished_epochs = trainer.current_epoch + (1 if trainer.is_last_batch else 0)
         self._settled = finished_epochs >= self.min_epochs and self.should_freeze()
 
     def _describe_settled(self) -> str:
@@ -349,17 +474,20 @@ class StructureFreezeCallback(Callback):
             f"and at most {self.relative_tolerance:g} of the largest, {largest:.2%}"
         )
 
-    def _convert(self, trainer: Any, pl_module: Any, reason: str) -> None:
+    def _describe_asked(self) -> str:
+        return f"asked to freeze at epoch {self.freeze_at_epoch}"
+
+    def _convert(self, trainer: Any, pl_module: Any, epoch: int, reason: str) -> None:
         before = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         dropout = any(
             isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
             for module in pl_module.get_submodule(self.head).modules()
         )
-        freeze_head_in_fit(trainer, pl_module, self.head, paths=self.paths, freeze_epoch=trainer.current_epoch)
-        self._now_frozen(trainer.current_epoch, reason)
+        freeze_head_in_fit(trainer, pl_module, self.head, paths=self.paths, freeze_epoch=epoch)
+        self._now_frozen(epoch, reason)
         after = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         self._say(
-            f"Froze the structure of {self.head!r} at the start of epoch {trainer.current_epoch} ({self.paths} paths): "
+            f"Froze the structure of {self.head!r} at step {trainer.global_step}, epoch {epoch} ({self.paths} paths): "
             f"{reason}. Trainable parameters: {before:,} before, {after:,} now."
             + (" Dropout inside the head is gone from here on." if dropout else "")
         )

@@ -82,7 +82,7 @@ def read_head(head: nn.Module) -> HeadLayout:
         >>> layout.widths
         (4, 8, 3)
     """
-    steps = [(name, module) for name, module in _chain(head, "") if not isinstance(module, nn.Identity)]
+    steps = [(name, module) for name, module in _chain(head, "") if not _does_nothing(module)]
     linears = [position for position, (_, module) in enumerate(steps) if isinstance(module, nn.Linear)]
     if len(linears) < 2:
         raise ValueError(
@@ -166,6 +166,10 @@ def _check_slope(name: str, activation: nn.Module) -> None:
             f"Expected the slope of the PReLU at '{name}' to be fixed (requires_grad=False), "
             "but got a slope that is trained."
         )
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or (isinstance(module, _DropoutNd) and module.p == 0.0)
 
 
 def _contains_linear(module: nn.Module) -> bool:

@@ -111,10 +111,12 @@ def apply_leading(layout: HeadLayout, x: Tensor) -> Tensor:
 
 def iterate_preactivations(units: Sequence[HiddenUnits], x: Tensor) -> Iterator[Tensor]:
     """Yield the preactivations (..., H) of every hidden layer for inputs ``x`` (..., D) of the first."""
-    for layer in units:
+    *inner, last = units
+    for layer in inner:
         z = layer.preactivations(x)
         yield z
         x = layer.gates(z) * z
+    yield last.preactivations(x)
 
 
 def patterns_of(units: Sequence[HiddenUnits], x: Tensor) -> list[Tensor]:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Added to a covariance of unit variances before it is factorised; float32 products are good to about as much.
-_JITTER = 1e-6
+#: Added to a covariance of unit variances before it is factorised, the first that makes it positive definite: float32
+#: products are good to about as much as the smallest.
+_JITTERS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1.0)
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class CenteredFeatures:
 class CovariancePreconditioner:
     """An approximate inverse Hessian of the regularised cross-entropy, block-diagonal in rotated classes.
 
-    The Hessian is the mean of (diag p - p p') (x) x x' over samples with probabilities p, plus the penalty. Rotating the
-    classes by the eigenvectors of the mean of diag p - p p' makes its blocks between classes small (they vanish where p
-    does not depend on x); each of the rest is a covariance of the features weighted by sample, and is inverted.
+    The Hessian is the mean of (diag p - p p') (x) x x' over samples with probabilities p, plus the penalty. Rotating
+    the classes by the eigenvectors of the mean of diag p - p p' makes its blocks between classes small (they vanish
+    where p does not depend on x); each of the rest is a covariance of the features weighted by sample, and is inverted.
     Neighbouring classes share one inverse where there are fewer blocks than classes.
 
     Args:
@@ -119,6 +120,15 @@ def _inverse_covariance(features: Tensor, weights: Tensor, penalty: Tensor) -> T
     # Columns without any curvature are left alone.
     deviation = torch.where(deviation > 0.0, deviation, 1.0)
     covariance /= deviation.outer(deviation)
-    covariance.diagonal().add_(_JITTER)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+    inverse = torch.cholesky_inverse(_cholesky(covariance))
     return (inverse / deviation.outer(deviation)).to(features.dtype)
+
+
+def _cholesky(correlation: Tensor) -> Tensor:
+    identity = torch.eye(len(correlation), dtype=correlation.dtype, device=correlation.device)
+    factor: Tensor
+    for jitter in _JITTERS:
+        factor, failed_at = torch.linalg.cholesky_ex(correlation + jitter * identity)
+        if not failed_at:
+            break
+    return factor

@@ -1,6 +1,9 @@
-"""What a solve says about itself."""
+"""What a solve hands back: a linear model, and an account of how it was found."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,35 @@ class SolveReport:
     passes: int
     seconds: float
     reason: str
+
+
+class LinearSolution(NamedTuple):
+    """The weights that a solve found, and its report.
+
+    Args:
+        weight: (C, F).
+        bias: (C,), or ``None`` for a model without.
+        report: what the solve did.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    report: SolveReport
+
+
+def check_linear(weight: Tensor, bias: Tensor | None) -> None:
+    """Check the weight (C, F) and the bias (C,) that a solve starts from.
+
+    Raises:
+        TypeError: if one is not of a floating dtype.
+        ValueError: if shapes disagree or a number is not finite.
+    """
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"Expected `weight` to be of shape (outputs, features), but got {tuple(weight.shape)}.")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"Expected `bias` to be of shape ({len(weight)},), but got {tuple(bias.shape)}.")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"Expected `{name}` to be of a floating dtype, but got {tensor.dtype}.")
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise ValueError(f"Expected `{name}` to be finite, but got NaN or infinity.")

@@ -1,0 +1,132 @@
+"""The plots of a fit, drawn without pyplot and its global state."""
+
+from itertools import accumulate
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from glai_lightning.callbacks.fit_record import FitRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LINE = "#1f5fa8"
+_BEST = "#c2410c"
+_THRESHOLD = "#6b7280"
+_FROZEN = "#c7dcf9"
+
+
+def churn_figure(record: FitRecord) -> "Figure":
+    """Draw churn after each epoch, with the two thresholds and the freeze marked.
+
+    Args:
+        record: what the fit was like.
+
+    Returns:
+        A figure; ``save_png`` and ``as_image`` turn it into pixels.
+
+    Example:
+        >>> record = FitRecord([], False, None, None, churn_tolerance=0.1, relative_tolerance=0.25)
+        >>> as_image(churn_figure(record)).shape
+        (450, 800, 3)
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _new_figure()
+    measured = [(epoch.epoch + 1, epoch.churn) for epoch in record.epochs if epoch.churn is not None]
+    finished = [number for number, _ in measured]
+    churn = [100 * value for _, value in measured]
+    axes.plot(finished, churn, "o-", color=_LINE, label="churn", zorder=3)
+    axes.axhline(
+        100 * record.churn_tolerance,
+        color=_THRESHOLD,
+        linestyle="--",
+        label=f"churn_tolerance = {record.churn_tolerance:g}",
+    )
+    end = max((epoch.epoch + 1 for epoch in record.epochs), default=1) + 0.5
+    relative = [record.relative_tolerance * largest for largest in accumulate(churn, max)]
+    axes.step(
+        [*finished, end],
+        [*relative, *relative[-1:]] if relative else [float("nan")],
+        where="post",
+        color=_THRESHOLD,
+        linestyle=":",
+        label=f"relative_tolerance = {record.relative_tolerance:g}, of the largest so far",
+    )
+    axes.set_xlim(0, end)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if record.frozen:
+        _mark_freeze(axes, record.freeze_epoch or 0, end)
+    _label(axes, "Churn of the structure", "finished epochs", "pattern bits flipped in the epoch [%]")
+    return figure
+
+
+def score_figure(record: FitRecord) -> "Figure":
+    """Draw the validation score against the seconds spent on training, with the freeze and the best epoch marked.
+
+    Args:
+        record: what the fit was like.
+
+    Returns:
+        A figure.
+    """
+    figure, axes = _new_figure()
+    ends = dict(
+        zip(
+            (epoch.epoch for epoch in record.epochs),
+            accumulate(epoch.seconds for epoch in record.epochs),
+            strict=True,
+        )
+    )
+    points = [(ends[epoch.epoch], epoch.score) for epoch in record.epochs if epoch.score is not None]
+    name = record.score_name or "score"
+    axes.plot([at for at, _ in points], [score for _, score in points], "o-", markersize=4, color=_LINE, label=name)
+    best = record.best
+    if best is not None and best.score is not None:
+        label = f"best: {best.score:.4f} (epoch {best.epoch})"
+        axes.plot(ends[best.epoch], best.score, "*", markersize=14, color=_BEST, label=label)
+    end = max(ends.values(), default=1.0)
+    axes.set_xlim(0, 1.03 * end)
+    if record.frozen:
+        frozen_at = sum(epoch.seconds for epoch in record.epochs if not epoch.frozen)
+        _mark_freeze(axes, frozen_at, 1.03 * end)
+    _label(axes, "Score against training time", "training seconds (without validation)", name)
+    return figure
+
+
+def save_png(figure: "Figure", file: IO[bytes]) -> None:
+    """Write a figure to an open file as PNG."""
+    figure.savefig(file, format="png")
+
+
+def as_image(figure: "Figure") -> np.ndarray:
+    """Return the pixels of a figure, uint8 (height, width, 3)."""
+    canvas: Any = figure.canvas
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _new_figure() -> "tuple[Figure, Axes]":
+    # Half a second of imports that only the end of a fit needs.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _mark_freeze(axes: "Axes", at: float, end: float) -> None:
+    axes.axvspan(at, end, color=_FROZEN, alpha=0.6, linewidth=0, label="structure frozen", zorder=0)
+    axes.axvline(at, color=_LINE, linewidth=1, zorder=1)
+
+
+def _label(axes: "Axes", title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)

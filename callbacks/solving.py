@@ -1,0 +1,211 @@
+"""Solving for the path weights of a head that was just frozen, in the middle of a fit."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from glai_lightning.callbacks.collection import (
+    Stage,
+    StepBatches,
+    draws_at_random,
+    on_device,
+    single_loader,
+    untouched,
+    watch_step,
+    without_a_trace,
+)
+from glai_lightning.heads import GLAIHead
+from glai_lightning.loss_watching import LossCall
+from glai_lightning.patterns import layout_of
+from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
+
+#: Bytes of head inputs kept in memory for a solve; beyond it every pass of the solve reads the loader anew.
+INPUTS_IN_MEMORY = 2**30
+
+Solver = LogisticSolver | RidgeSolver
+ReadBatch = Callable[[Any, int], tuple[Tensor, Tensor]]
+
+
+def check_solvable(trainer: Any, head: nn.Module, head_name: str, paths: str) -> None:
+    """Refuse, before training starts, a solve that could not be done later.
+
+    Raises:
+        MisconfigurationException: for tangent paths, modules behind the last Linear, or several processes.
+    """
+    if paths == "tangent":
+        raise MisconfigurationException(
+            "Expected `paths` to be 'output' or 'independent' with a solver, but got 'tangent', "
+            "whose weights the optimizer trains."
+        )
+    trailing = layout_of(head).trailing
+    if trailing:
+        raise MisconfigurationException(
+            f"Expected the head at {head_name!r} to end with its last Linear, so that it can be solved, "
+            f"but got `{type(trailing[0]).__name__}` behind it."
+        )
+    if trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"Expected one process with a solver, but got {trainer.world_size}: "
+            "a solve over several processes is not built yet."
+        )
+
+
+def check_loss(calls: list[LossCall], solver: Solver) -> LossCall:
+    """Return the one loss call of a training step, if it is the loss that a solver minimises.
+
+    Raises:
+        MisconfigurationException: otherwise.
+    """
+    if len(calls) != 1:
+        raise MisconfigurationException(
+            "Expected `training_step` to call cross_entropy, binary_cross_entropy_with_logits or mse_loss once on the "
+            f"outputs of the head, so that it can be solved, but it does so {len(calls)} times. Override "
+            "`inputs_and_targets` of the callback to say what the head is to be solved for."
+        )
+    (call,) = calls
+    if call.unusual is not None:
+        raise MisconfigurationException(
+            f"Expected the mean {call.kind} over the samples of a batch, so that it can be solved, "
+            f"but got {call.unusual}."
+        )
+    if isinstance(solver, LogisticSolver) and call.kind == "mse":
+        raise MisconfigurationException(
+            "Expected `solver` to be a `RidgeSolver` for a module that minimises mse_loss, but got `LogisticSolver`."
+        )
+    return call
+
+
+def follow_loss(solver: Solver, call: LossCall) -> Solver:
+    """Return the solver for the very loss of a module: with its class weights and its label smoothing."""
+    if not isinstance(solver, LogisticSolver):
+        return solver
+    weights = solver.class_weights
+    if call.class_weights is not None:
+        of_positives = call.class_weights.flatten().tolist()
+        weights = [1.0, *of_positives] if call.kind == "binary_cross_entropy" else of_positives
+    return dataclasses.replace(
+        solver, class_weights=weights, label_smoothing=call.label_smoothing or solver.label_smoothing
+    )
+
+
+def has_validation(trainer: Any) -> bool:
+    """Tell whether a fit has validation batches."""
+    return bool(trainer.enable_validation) and trainer.val_dataloaders is not None and sum(trainer.num_val_batches) > 0
+
+
+def validates_by_loss(trainer: Any, pl_module: Any, head: nn.Module) -> bool:
+    """Tell whether a fit has validation data whose targets can be seen in a loss call of the validation step."""
+    if not has_validation(trainer):
+        return False
+    loader = single_loader(trainer.val_dataloaders, "validation")
+    with without_a_trace(pl_module):
+        batch = on_device(trainer, next(untouched(loader)))
+        seen = bool(watch_step(trainer, pl_module, head, batch, 0, stage="validation"))
+    if not seen:
+        rank_zero_info(
+            "The solve will not look at the validation data, because `validation_step` calls no known loss on the "
+            "outputs of the head. Override `inputs_and_targets` of the callback to say what it is to be validated on."
+        )
+    return seen
+
+
+def warn_of_moving_inputs(pl_module: nn.Module, head: nn.Module, loader: Any) -> None:
+    """Warn where what the head is given is not fixed, so that the user knows what the solve means."""
+    inside = {id(module) for module in head.modules()}
+    own = {id(parameter) for parameter in head.parameters()}
+    before = [module for module in pl_module.modules() if id(module) not in inside]
+    reasons = []
+    if any(parameter.requires_grad for parameter in pl_module.parameters() if id(parameter) not in own):
+        reasons.append("layers outside the head are trained: the solve is for their embeddings as they are by then")
+    if any(isinstance(module, _DropoutNd) and module.p > 0 and module.training for module in before):
+        reasons.append("there is dropout outside the head: the solve is for embeddings without it")
+    if draws_at_random(loader):
+        reasons.append("the training data is drawn at random: the solve is for one draw of it")
+    for reason in reasons:
+        rank_zero_warn(f"The head will be solved over inputs that are not fixed. Here {reason}.")
+
+
+def read_step(
+    trainer: Any, pl_module: Any, head: nn.Module, batch: Any, batch_idx: int, stage: Stage
+) -> tuple[Tensor, Tensor]:
+    """Read off a step of the module what the head is given, and what it is trained on; the head itself is not run.
+
+    Returns:
+        Head inputs (n, D) and targets (n,), without the samples that the loss passes over.
+
+    Raises:
+        MisconfigurationException: if the step calls no known loss on the outputs of the head.
+    """
+    output = layout_of(head).output
+
+    def stand_in(x: Tensor) -> Tensor:
+        return output.weight.new_zeros(*x.shape[:-1], output.out_features)
+
+    calls = watch_step(trainer, pl_module, head, batch, batch_idx, stage=stage, outputs=stand_in)
+    if not calls:
+        raise MisconfigurationException(
+            f"Expected `{stage}_step` to call a known loss on the outputs of the head, but it calls none. Override "
+            "`inputs_and_targets` of the callback to say what the head is to be solved for."
+        )
+    inputs, targets = calls[0].inputs, calls[0].targets
+    inputs = inputs.reshape(-1, inputs.shape[-1])
+    if calls[0].kind == "mse":
+        return inputs, targets.reshape(len(inputs), -1)
+    targets = targets.reshape(len(inputs))
+    if calls[0].kind == "binary_cross_entropy":
+        return inputs, targets.long()
+    counted = targets != calls[0].ignore_index
+    return (inputs, targets) if bool(counted.all()) else (inputs[counted], targets[counted])
+
+
+def solve_in_fit(
+    trainer: Any, head: GLAIHead, solver: Solver, read: Callable[[Stage], ReadBatch], validate: bool
+) -> SolveReport:
+    """Solve for the path weights of a head over the training data of a fit, and set them.
+
+    Args:
+        trainer: the Trainer of the fit.
+        head: the frozen head, in its place in the module.
+        solver: what to solve with.
+        read: returns, for a stage, what reads head inputs and targets off a batch and its index.
+        validate: whether to choose among the iterates by the validation data of the fit.
+
+    Returns:
+        What the solve did.
+
+    Raises:
+        MisconfigurationException: if there are several data loaders.
+    """
+    training = _in_memory(
+        StepBatches(
+            trainer,
+            single_loader(trainer.train_dataloader, "training"),
+            trainer.num_training_batches,
+            read("training"),
+        )
+    )
+    validation = None
+    if validate:
+        loader = single_loader(trainer.val_dataloaders, "validation")
+        validation = _in_memory(StepBatches(trainer, loader, trainer.num_val_batches[0], read("validation")))
+    if isinstance(training, tuple):
+        return solver.solve(head, *training, validation=validation)
+    return solver.solve(head, training, validation=validation)
+
+
+def _in_memory(batches: StepBatches) -> tuple[Tensor, Tensor] | StepBatches:
+    """Read batches into two tensors, or give them back as they are if that takes too much memory."""
+    inputs, targets, held = [], [], 0
+    for batch_inputs, batch_targets in batches:
+        inputs.append(batch_inputs)
+        targets.append(batch_targets)
+        held += batch_inputs.nbytes + batch_targets.nbytes
+        if held > INPUTS_IN_MEMORY:
+            return batches
+    return torch.cat(inputs), torch.cat(targets)

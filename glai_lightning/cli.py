@@ -1,0 +1,102 @@
+"""The ``glai`` command: fits, validates, tests and predicts from YAML, and lists and copies the shipped recipes."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from glai_lightning.shipped_recipes import copy_recipe, list_recipes
+
+_NOT_BUILT_YET = ("compare", "export")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the ``glai`` command.
+
+    Args:
+        arguments: what follows ``glai`` on the command line; by default the arguments of this process. ``--debug``
+            anywhere among them shows the traceback of every error.
+
+    Returns:
+        The exit code: 0, or 1 after an error, which is printed as a sentence.
+
+    Raises:
+        SystemExit: after ``--help`` (code 0), and for arguments that cannot be parsed (code 2).
+
+    Example:
+        >>> main(["recipes"])
+        supervised    A classifier on feature vectors that freezes its own structure, here on scikit-learn's digits.
+        0
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        _run(given)
+    except Exception as error:
+        sentence = _sentence_for_users(error)
+        if debug or sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    command = arguments[0] if arguments else None
+    if command in _NOT_BUILT_YET:
+        raise NotImplementedError(
+            f"Expected a command that is built, but got '{command}': `glai {command}` is not built yet."
+        )
+    if command == "recipes":
+        _recipes(arguments[1:])
+        return
+    # Lightning takes seconds to import.
+    from glai_lightning.lightning_cli import GlaiCLI
+
+    with warnings.catch_warnings():
+        GlaiCLI(arguments)
+
+
+def _recipes(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser("glai recipes", description="List the shipped recipes, or copy one of them.")
+    parser.add_argument("name", nargs="?", help="recipe to copy; without it, the recipes are listed")
+    parser.add_argument("--to", type=Path, default=Path(), help="folder to copy to (default: the current one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
+    options = parser.parse_args(arguments)
+    if options.name is None:
+        for name, description in list_recipes().items():
+            print(f"{name:<14}{description}")
+        return
+    path = copy_recipe(options.name, options.to, overwrite=options.overwrite)
+    print(f"Copied to {path}. Run it with: glai fit --config {path}")
+
+
+def _sentence_for_users(error: BaseException) -> str | None:
+    """Return the message of an error that says all there is to say, ``None`` for an error that needs its traceback."""
+    for cause in _chain(error):
+        if _is_ours(cause):
+            return str(cause)
+    for cause in _chain(error):
+        # Lightning's own sentences for wrong combinations; by name, because most commands get here without Lightning.
+        if any(kind.__name__ == "MisconfigurationException" for kind in type(cause).__mro__):
+            return str(cause)
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_ours(error: BaseException) -> bool:
+    # torch begins messages with "Expected" as well, and these are of no use without their place.
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None or "Expected" not in str(error):
+        return False
+    module = traceback.tb_frame.f_globals.get("__name__", "")
+    return str(module).split(".")[0] == "glai_lightning"

@@ -1,0 +1,233 @@
+"""Multinomial and binary logistic regression over fixed features, by preconditioned quasi-Newton steps."""
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from glai_lightning.batches import Batches, FeatureBatches, SystematicSample, as_batches, held_out_batches
+from glai_lightning.cross_entropy import (
+    Center,
+    CrossEntropy,
+    LogisticObjective,
+    check_labelled,
+    classification_accuracy,
+)
+from glai_lightning.linear_solution import LinearSolution, SolveReport, check_linear
+from glai_lightning.preconditioning import CenteredFeatures, CovariancePreconditioner
+from glai_lightning.quasi_newton import LBFGS, Point
+
+#: Steps after which the preconditioner is made anew, once: by then the probabilities are near those of the solution.
+_REFRESH_AFTER = 6
+#: Classes beyond which a renewed preconditioner shares one covariance among all, as the first one does.
+_CLASSES_WITH_OWN_COVARIANCE = 16
+#: Steps that are remembered.
+_MEMORY = 30
+
+
+def solve_logistic(
+    features: Tensor | Batches | FeatureBatches,
+    targets: Tensor | None = None,
+    *,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    l2: float = 1e-3,
+    center: Center = "current",
+    class_weights: Sequence[float] | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    max_passes: int = 30,
+    tolerance: float = 1e-4,
+    patience: int = 2,
+    validation: tuple[Tensor, Tensor] | Batches | FeatureBatches | None = None,
+) -> LinearSolution:
+    """Fit a linear classifier over fixed features: minimise mean cross-entropy + l2 / 2 times a penalty.
+
+    The mean is that of ``torch.nn.functional.cross_entropy`` with the same class weights and label smoothing. One logit
+    (C = 1) means binary cross-entropy, as the cross-entropy of the pair (0, logit). The penalty is
+
+    - ``center="zero"``: the sum of the squared weights, without the bias;
+    - ``center="current"``: the squared change of the logits from those of the given weights, summed over classes and
+      averaged over samples (whatever the class weights). It does not depend on how features are scaled or rotated.
+
+    The steps are those of L-BFGS, see ``LBFGS``, preconditioned by covariances of a sample of the features, see
+    ``CovariancePreconditioner``, from the given weights on. Each reads the data once, more often where the loss does
+    not fall at once. Memory over batches is O(F^2 + F C + batch). The same data in the same order gives the same
+    result.
+
+    Features may be constant, collinear, fewer or more than the samples, and of scales from 1e-8 to 1e8. The logits of a
+    class without samples fall for as long as the solve goes on. Where no minimum exists (separable classes, ``l2=0``)
+    the weights grow until the solve stops, and are finite.
+
+    Args:
+        features: (N, F), or a re-iterable of batches ((n, F), (n,)).
+        targets: class labels (N,), integers in [0, C); for one logit also bool, or 0.0 and 1.0, and of shape (N, 1).
+        weight: (C, F), where to start; not changed. Computed in float64 if this or a tensor of features is in it, in
+            float32 otherwise.
+        bias: (C,), or ``None`` for a model without.
+        l2: strength of the penalty, at least 0.
+        center: ``"zero"`` or ``"current"``.
+        class_weights: C numbers of at least 0; two for one logit.
+        label_smoothing: in [0, 1).
+        max_passes: most passes over the data, at least 2.
+        tolerance: the solve has converged when the norm of the gradient is this small beside that at the start.
+        patience: with ``validation``, the solve stops after this many steps without a better score.
+        validation: another (features, targets), or re-iterable of batches. The weights of the best accuracy are handed
+            back, of equals the first, those at the start included.
+
+    Returns:
+        ``weight`` (C, F) and ``bias`` (C,) or ``None``, in the dtype and on the device of those given, and the report.
+
+    Raises:
+        TypeError: if dtypes are wrong, or batches can be read only once.
+        ValueError: if a setting is out of range, shapes disagree, a label is out of range, numbers are not finite, or
+            there is no sample.
+
+    Example:
+        >>> features = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+        >>> targets = torch.tensor([0, 0, 1, 1])
+        >>> weight, bias, report = solve_logistic(
+        ...     features, targets, weight=torch.zeros(2, 1), bias=torch.zeros(2), center="zero"
+        ... )
+        >>> (features @ weight.T + bias).argmax(1), report.reason
+        (tensor([0, 0, 1, 1]), 'converged')
+    """
+    began = time.perf_counter()
+    check_logistic_settings(l2, center, label_smoothing, max_passes, tolerance, patience)
+    check_linear(weight, bias)
+    batches = as_batches(features, targets, outputs=len(weight))
+    held_out = held_out_batches(validation, outputs=len(weight))
+    if held_out is not None:
+        check_labelled(held_out, weight)
+    start = weight.detach().to(_compute_dtype(batches.features, weight))
+    start = start.clone() if bias is None else torch.cat([start, bias.detach().to(start).unsqueeze(1)], dim=1)
+    objective = LogisticObjective(
+        batches,
+        start,
+        has_bias=bias is not None,
+        cross_entropy=CrossEntropy(_class_weights(class_weights, start), label_smoothing),
+        l2=l2,
+        center=center,
+    )
+    descent = _Descent(objective, held_out, max_passes=max_passes)
+    reason = descent.run(tolerance=tolerance, patience=patience)
+    begin, best = descent.begin, descent.best
+    solved = best.weights.to(weight)
+    return LinearSolution(
+        weight=solved if bias is None else solved[:, :-1].contiguous(),
+        bias=None if bias is None else best.weights[:, -1].to(bias, copy=True),
+        report=SolveReport(
+            loss=best.loss,
+            start_loss=begin.loss,
+            gradient_norm=float(best.gradient.norm()),
+            start_gradient_norm=float(begin.gradient.norm()),
+            score=descent.score,
+            start_score=descent.start_score,
+            l2=l2,
+            steps=descent.steps,
+            best_step=descent.best_step,
+            passes=objective.passes,
+            seconds=time.perf_counter() - began,
+            reason=reason,
+        ),
+    )
+
+
+class _Descent:
+    """The steps of one solve: where they began, where they are, and the best of them."""
+
+    def __init__(self, objective: LogisticObjective, held_out: FeatureBatches | None, *, max_passes: int) -> None:
+        self._objective = objective
+        self._held_out = held_out
+        self._max_passes = max_passes
+        self._sample = SystematicSample(max(1024, 4 * objective.start.shape[1]))
+        self.begin = self.best = objective.begin(self._sample)
+        self._centered = CenteredFeatures.of(self._sample.collect()[0], has_bias=objective.has_bias)
+        preconditioner = self._preconditioner(self.begin, blocks=1)
+        self._minimiser = LBFGS(objective, self.begin, preconditioner, memory=min(_MEMORY, max_passes))
+        self.steps = self.best_step = 0
+        self.score = self.start_score = self._score(self.begin)
+
+    def run(self, *, tolerance: float, patience: int) -> str:
+        """Step until there is a reason to stop, and return it."""
+        small = tolerance * float(self.begin.gradient.norm())
+        while float(self._minimiser.point.gradient.norm()) > small:
+            passes_left = self._max_passes - self._objective.passes
+            if passes_left <= 0:
+                return "max_passes"
+            if self.steps == _REFRESH_AFTER:
+                self._minimiser.precondition(self._preconditioner(self._minimiser.point, blocks=self._blocks()))
+            before = self._minimiser.point
+            if not self._minimiser.step(passes_left):
+                return "no_progress" if self._objective.passes < self._max_passes else "max_passes"
+            self.steps += 1
+            self._keep_if_better()
+            if self.steps - self.best_step >= patience:
+                return "validation"
+            if _is_standstill(before, self._minimiser.point):
+                return "no_progress"
+        return "converged"
+
+    def _keep_if_better(self) -> None:
+        score = self._score(self._minimiser.point)
+        if score is None or self.score is None or score > self.score:
+            self.best, self.best_step, self.score = self._minimiser.point, self.steps, score
+
+    def _score(self, point: Point) -> float | None:
+        if self._held_out is None:
+            return None
+        return classification_accuracy(point.weights, self._held_out, has_bias=self._objective.has_bias)
+
+    def _preconditioner(self, point: Point, *, blocks: int) -> CovariancePreconditioner:
+        features, labels = self._sample.collect()
+        return self._objective.preconditioner(self._centered, features, labels, point.weights, blocks=blocks)
+
+    def _blocks(self) -> int:
+        """Return how many covariances a renewed preconditioner has.
+
+        With few classes a covariance costs more than a pass, yet one for each rotated class pays: it halves the number
+        of passes. With many classes, sharing several among them was measured to save no pass.
+        """
+        classes = len(self.begin.weights)
+        return max(classes - 1, 1) if classes <= _CLASSES_WITH_OWN_COVARIANCE else 1
+
+
+def _is_standstill(before: Point, after: Point) -> bool:
+    resolution = 1e-2 * torch.finfo(before.weights.dtype).eps * abs(before.loss)
+    return before.loss - after.loss <= resolution and bool(after.gradient.norm() >= before.gradient.norm())
+
+
+def check_logistic_settings(
+    l2: float, center: str, label_smoothing: float, max_passes: int, tolerance: float, patience: int
+) -> None:
+    """Check the settings of ``solve_logistic``, and raise ValueError for the first that is out of range."""
+    if not 0.0 <= l2 < math.inf:
+        raise ValueError(f"Expected `l2` to be finite and at least 0, but got {l2}.")
+    if center not in ("zero", "current"):
+        raise ValueError(f"Expected `center` to be 'zero' or 'current', but got {center!r}.")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"Expected `label_smoothing` to be in [0, 1), but got {label_smoothing}.")
+    if max_passes < 2:
+        raise ValueError(f"Expected `max_passes` to be at least 2, but got {max_passes}.")
+    if not 0.0 <= tolerance < 1.0:
+        raise ValueError(f"Expected `tolerance` to be in [0, 1), but got {tolerance}.")
+    if patience < 1:
+        raise ValueError(f"Expected `patience` to be at least 1, but got {patience}.")
+
+
+def _class_weights(given: Sequence[float] | Tensor | None, start: Tensor) -> Tensor:
+    classes = max(len(start), 2)
+    if given is None:
+        return start.new_ones(classes)
+    weights = torch.as_tensor(given, dtype=start.dtype, device=start.device).detach()
+    if weights.shape != (classes,):
+        raise ValueError(f"Expected `class_weights` to be {classes} numbers, but got shape {tuple(weights.shape)}.")
+    if not bool((weights.isfinite() & (weights >= 0.0)).all()):
+        raise ValueError(f"Expected `class_weights` to be finite and at least 0, but got {weights.tolist()}.")
+    return weights
+
+
+def _compute_dtype(features: object, weight: Tensor) -> torch.dtype:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.promote_types(dtype, features.dtype) if isinstance(features, Tensor) else dtype
