@@ -1,5 +1,6 @@
 """The callback that freezes the structure of a head in the middle of a fit."""
 
+import math
 import weakref
 from typing import Any, Literal
 
@@ -153,6 +154,7 @@ class StructureFreezeCallback(Callback):
         self._settled = False
         self._solved = False
         self._steps_at_check = 0
+        self._rows_per_batch: int | None = None
         self._solver: Solver | None = None
         self._solver_validates = False
         self._probe: ChurnProbe | None = None
@@ -278,6 +280,7 @@ class StructureFreezeCallback(Callback):
         self._close_probe()
         self._solver = None
         self._steps_at_check = trainer.global_step
+        self._rows_per_batch = None
         if self._solved and self.stop_after_solve:
             trainer.should_stop = True
         if not self.frozen:
@@ -299,7 +302,9 @@ class StructureFreezeCallback(Callback):
             self._convert(trainer, pl_module, epoch, self._describe_settled())
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Check, on the first batch, that the loss is one that the solver minimises."""
+        """Keep the inputs of the last batches before a check; see, on the first batch, that the loss can be solved."""
+        if self._probe is not None:
+            self._probe.listen(self._rows_per_batch is None or self._check_is_near(trainer, batch_idx))
         if self.solver is None or self._solved or self._solver is not None:
             return
         self._solver = self.solver
@@ -321,17 +326,29 @@ class StructureFreezeCallback(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure churn after the last batch of an epoch, before validation and its checkpoint, or every n steps."""
         if self._probe is not None:
-            if not self._probe.has_inputs:
+            if not self._probe.seen:
                 self._close_probe()
                 raise MisconfigurationException(
                     f"Expected the head at {self.head!r} to be called by `training_step`, but it saw no input in the "
                     "first batch. Name the module whose forward is called."
                 )
+            if self._rows_per_batch is None:
+                self._rows_per_batch = self._probe.seen
             if self._check_is_due(trainer):
                 self._check(trainer)
         converted = not self.frozen and self._convert_after_batch(trainer, pl_module)
         if self.frozen and self.solver is not None and not self._solved and (converted or trainer.is_last_batch):
             self._solve(trainer, pl_module)
+
+    def _check_is_near(self, trainer: Any, batch_idx: int) -> bool:
+        if self.check_every_n_steps is None:
+            remaining = trainer.num_training_batches - batch_idx
+        else:
+            steps = self.check_every_n_steps - trainer.global_step % self.check_every_n_steps
+            remaining = steps * trainer.accumulate_grad_batches
+        assert self._rows_per_batch is not None
+        # One batch more than it takes, because the last of an epoch may be short.
+        return bool(remaining <= math.ceil(self.probe_size / self._rows_per_batch) + 1)
 
     def _check_is_due(self, trainer: Any) -> bool:
         if self.check_every_n_steps is None:
@@ -409,11 +426,13 @@ class StructureFreezeCallback(Callback):
             "settled": self._settled,
             "solved": self._solved,
         }
-        if self._probe is not None and self._probe.has_inputs:
+        if self._probe is not None and self._probe.seen:
             # In the middle of an epoch the next check goes by what was seen since the last one. Right after a check
             # there is nothing to keep: the snapshot then is the head itself.
             state["snapshot"] = [units.tensors() for units in self._probe.snapshot]
             state["inputs"] = list(self._probe.inputs)
+            state["seen"] = self._probe.seen
+            state["rows_per_batch"] = self._rows_per_batch
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -430,10 +449,12 @@ class StructureFreezeCallback(Callback):
 
     def _resume_probe(self, state: dict[str, Any]) -> None:
         if self._probe is not None and "snapshot" in state:
+            self._rows_per_batch = state["rows_per_batch"]
             device = self._probe.snapshot[0].weight.device
             self._probe.resume(
                 [{name: value.to(device) for name, value in tensors.items()} for tensors in state["snapshot"]],
                 [inputs.to(device) for inputs in state["inputs"]],
+                state["seen"],
             )
 
     def _start_over(self) -> None:

@@ -50,6 +50,11 @@ class FeatureBatches:
         """Whether the batches are slices of one tensor: the same rows in the same order in every pass."""
         return isinstance(self.features, Tensor)
 
+    @property
+    def samples(self) -> int | None:
+        """Number of samples, or ``None`` where only reading them all would tell."""
+        return len(self.features) if isinstance(self.features, Tensor) else None
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for features, targets in self._pairs():
             if len(features):
@@ -118,12 +123,13 @@ class SystematicSample:
     there on. Deterministic, so that a solve is.
 
     Args:
-        rows: most rows that are handed out; twice as many are held at most, and one batch.
+        rows: at least so many rows are handed out if there are as many, and less than twice as many.
+        samples: length of the stream where it is known; then no row is taken in vain.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, samples: int | None = None) -> None:
         self.rows = rows
-        self._stride = 1
+        self._stride = 1 if samples is None else max(1, samples // rows)
         self._seen = 0
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._held = 0

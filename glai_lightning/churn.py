@@ -125,6 +125,9 @@ class ChurnProbe:
         self.snapshot = [units.snapshot() for units in hidden_units(self.layout)]
         self.inputs: deque[Tensor] = deque()
         self._kept = 0
+        #: Inputs seen since the last measurement, kept or not.
+        self.seen = 0
+        self._listens = True
         self._handle: RemovableHandle | None = head.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def _keep(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -132,6 +135,9 @@ class ChurnProbe:
             return
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         rows = x.detach() if self.layout.leading else x.detach().reshape(-1, x.shape[-1])
+        self.seen += len(rows)
+        if not self._listens:
+            return
         self.inputs.append(rows)
         self._kept += len(rows)
         while self._kept - len(self.inputs[0]) >= self.probe_size:
@@ -142,23 +148,39 @@ class ChurnProbe:
         """Whether the head has been given an input in training since the last measurement."""
         return self._kept > 0
 
-    def restart(self) -> None:
-        """Take a new snapshot, and let go of the inputs kept so far."""
-        self.snapshot = [units.snapshot() for units in hidden_units(self.layout)]
+    def listen(self, listens: bool) -> None:
+        """Keep the inputs seen from here on, or let go of those kept and keep no more until told otherwise.
+
+        Tensors that are kept cannot be written to again, so that batches move through memory that is not in the cache.
+        Who knows when the next measurement is due need keep only what it will be made on.
+        """
+        self._listens = listens
+        if not listens:
+            self._forget()
+
+    def _forget(self) -> None:
         self.inputs.clear()
         self._kept = 0
 
-    def resume(self, snapshot: Sequence[dict[str, Tensor]], inputs: Sequence[Tensor]) -> None:
+    def restart(self) -> None:
+        """Take a new snapshot, and let go of the inputs kept so far."""
+        self.snapshot = [units.snapshot() for units in hidden_units(self.layout)]
+        self._forget()
+        self.seen = 0
+
+    def resume(self, snapshot: Sequence[dict[str, Tensor]], inputs: Sequence[Tensor], seen: int) -> None:
         """Go on from where another probe of the same head stood.
 
         Args:
             snapshot: for each hidden layer, its tensors at the last measurement.
             inputs: the inputs kept since then, each (batch, D), oldest first.
+            seen: number of inputs seen since then.
         """
         current = hidden_units(self.layout)
         self.snapshot = [units.with_tensors(tensors) for units, tensors in zip(current, snapshot, strict=True)]
         self.inputs = deque(inputs)
         self._kept = sum(len(rows) for rows in inputs)
+        self.seen = seen
 
     def measure(self) -> tuple[Tensor, int]:
         """Compare the head with the snapshot on the inputs kept, and start again from here.
@@ -192,5 +214,4 @@ class ChurnProbe:
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
-        self.inputs.clear()
-        self._kept = 0
+        self._forget()

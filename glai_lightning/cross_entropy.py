@@ -89,7 +89,7 @@ class LogisticObjective:
     ) -> None:
         self.passes = 0
         self.samples = 0
-        self._batches = batches
+        self.batches = batches
         self.start = start
         self.has_bias = has_bias
         self._cross_entropy = cross_entropy
@@ -108,13 +108,13 @@ class LogisticObjective:
         loss = torch.zeros((), dtype=torch.float64, device=self.start.device)
         gradient = torch.zeros_like(self.start)
         total_weight = torch.zeros_like(loss)
-        for features, targets in self._batches:
+        for features, targets in self.batches:
             width = self.start.shape[1] - self.has_bias
             check_batch(features, targets, num_features=width, num_logits=len(self.start))
             features, labels = self._moved(features, targets)
             sample.add(features, labels)
             logits = linear_logits(self.start, features, has_bias=self.has_bias)
-            if self._batches.in_memory and self._center == "current":
+            if self.batches.in_memory and self._center == "current":
                 self._start_logits.append(logits.clone())
             batch_loss, by_logits = self._cross_entropy.evaluate(logits, labels)
             loss += batch_loss
@@ -138,7 +138,7 @@ class LogisticObjective:
         gradient = torch.zeros_like(weights)
         samples = 0
         pull = self._l2 * self._total_weight / self.samples if self._center == "current" else 0.0
-        for index, (features, targets) in enumerate(self._batches):
+        for index, (features, targets) in enumerate(self.batches):
             features, labels = self._moved(features, targets)
             logits = linear_logits(weights, features, has_bias=self.has_bias)
             if pull:
@@ -196,7 +196,7 @@ class LogisticObjective:
         return features.to(self.start), labels
 
     def _explain_overflow(self) -> None:
-        for features, _ in self._batches:
+        for features, _ in self.batches:
             if not bool(features.isfinite().all()):
                 raise ValueError("Expected features to be finite, but got NaN or infinity.")
         raise ValueError("Expected a finite loss at the start, but the logits overflow: scale the features or weights.")

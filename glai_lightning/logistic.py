@@ -23,6 +23,8 @@ from glai_lightning.quasi_newton import LBFGS, Point
 _REFRESH_AFTER = 6
 #: Classes beyond which a renewed preconditioner shares one covariance among all, as the first one does.
 _CLASSES_WITH_OWN_COVARIANCE = 16
+#: Rows of the sample that covariances are taken of, for each feature.
+_SAMPLED_ROWS_PER_FEATURE = 4
 #: Steps that are remembered.
 _MEMORY = 30
 
@@ -141,7 +143,8 @@ class _Descent:
         self._objective = objective
         self._held_out = held_out
         self._max_passes = max_passes
-        self._sample = SystematicSample(max(1024, 4 * objective.start.shape[1]))
+        rows = max(1024, _SAMPLED_ROWS_PER_FEATURE * objective.start.shape[1])
+        self._sample = SystematicSample(rows, objective.batches.samples)
         self.begin = self.best = objective.begin(self._sample)
         self._centered = CenteredFeatures.of(self._sample.collect()[0], has_bias=objective.has_bias)
         preconditioner = self._preconditioner(self.begin, blocks=1)

@@ -1,5 +1,6 @@
 """The preconditioner of the logistic solve: covariances of the features, weighted by how undecided the logits are."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 #: Added to a covariance of unit variances before it is factorised, the first that makes it positive definite: float32
 #: products are good to about as much as the smallest.
-_JITTERS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1.0)
+_JITTERS = (3e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1.0)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class CovariancePreconditioner:
         sample_weights: (S,), what each sample counts in the mean cross-entropy; 1 on average without class weights.
         ridge: l2 of a penalty on the squared weights.
         logit_ridge: l2 of a penalty on the squared change of the logits.
-        blocks: how many inverses there are, between 1 and C.
+        blocks: how many inverses there are, from 1 to C - 1 (1 for one logit).
     """
 
     def __init__(
@@ -90,17 +91,18 @@ class CovariancePreconditioner:
         rotation = torch.linalg.eigh((within - between).double())[1].to(probabilities.dtype)
         variances = rotation.t().square() @ probabilities - (rotation.t() @ probabilities).square()
         variances = variances.clamp_(min=0.0) * sample_weights
-        penalty = ridge / sample.scale.double().square()
+        # Bounded, for the square of a tiny scale is zero.
+        penalty = (math.sqrt(ridge) / sample.scale).square().clamp(max=1e20)
         if sample.has_bias:
             penalty = torch.cat([penalty, penalty.new_zeros(1)])
-        # A softmax is blind to one direction of the classes: it has no curvature, and must not thin out the others'.
+        # A softmax is blind to one direction of the classes, the first here: without curvature of its own it is given
+        # that of its neighbours.
         seen = max(classes - 1, 1)
         self._rotation = rotation
-        self._groups = [classes * part // blocks for part in range(blocks + 1)]
+        self._groups = [0, *(classes - seen + seen * part // blocks for part in range(1, blocks + 1))]
         self._inverses = []
         for start, end in zip(self._groups[:-1], self._groups[1:], strict=True):
-            counted = max(end - max(start, classes - seen), 1)
-            weights = variances[start:end].sum(0) / counted + logit_ridge
+            weights = variances[start:end].sum(0) / (end - max(start, classes - seen)) + logit_ridge
             self._inverses.append(_inverse_covariance(sample.features, weights / samples, penalty))
 
     def __call__(self, gradient: Tensor) -> Tensor:
@@ -114,14 +116,14 @@ class CovariancePreconditioner:
 
 
 def _inverse_covariance(features: Tensor, weights: Tensor, penalty: Tensor) -> Tensor:
-    covariance = (features.t() @ (features * weights.unsqueeze(1))).double()
+    covariance = features.t() @ (features * weights.unsqueeze(1))
     covariance.diagonal().add_(penalty)
     deviation = covariance.diagonal().clamp(min=0.0).sqrt()
     # Columns without any curvature are left alone.
     deviation = torch.where(deviation > 0.0, deviation, 1.0)
-    covariance /= deviation.outer(deviation)
+    covariance.div_(deviation).div_(deviation.unsqueeze(1))
     inverse = torch.cholesky_inverse(_cholesky(covariance))
-    return (inverse / deviation.outer(deviation)).to(features.dtype)
+    return inverse.div_(deviation).div_(deviation.unsqueeze(1))
 
 
 def _cholesky(correlation: Tensor) -> Tensor:

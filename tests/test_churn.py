@@ -138,3 +138,16 @@ def test_a_closed_probe_leaves_no_hook():
     head = mlp_head(D, H, C)
     ChurnProbe(head).close()
     assert not head._forward_pre_hooks
+
+
+def test_a_probe_told_not_to_listen_keeps_nothing_but_notices_calls():
+    head = mlp_head(D, H, C)
+    probe = ChurnProbe(head)
+    feed(head, torch.randn(8, D))
+    probe.listen(False)
+    feed(head, torch.randn(8, D))
+    assert not probe.has_inputs
+    assert probe.seen == 16
+    probe.listen(True)
+    feed(head, torch.randn(4, D))
+    assert probe.measure()[1] == 4 * H

@@ -185,6 +185,16 @@ def test_columns_of_extreme_scales_are_solved_like_those_of_one_scale():
     assert is_finite(from_zero(features * scales, targets))
 
 
+@pytest.mark.parametrize("center", ["zero", "current"])
+@pytest.mark.parametrize("scale", [1e-30, 1e15])
+def test_columns_at_the_edge_of_the_dtype_give_finite_weights(center, scale):
+    features, targets = blobs()
+    features[:, 0] *= scale
+    solution = from_zero(features, targets, center=center, max_passes=40)
+    assert is_finite(solution)
+    assert solution.report.loss < 0.5 * solution.report.start_loss
+
+
 def test_far_shifted_features_are_solved_like_centered_ones():
     features, targets = blobs()
     plain = from_zero(features, targets, tolerance=1e-4)
