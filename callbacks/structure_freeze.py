@@ -30,6 +30,7 @@ from glai_lightning.callbacks.solving import (
     warn_of_moving_inputs,
 )
 from glai_lightning.churn import ChurnProbe, structure_settled
+from glai_lightning.costs import training_cost
 from glai_lightning.heads import GLAIHead, Paths, check_convertible
 from glai_lightning.restoring import HeadRestorer
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
@@ -61,7 +62,8 @@ class StructureFreezeCallback(Callback):
         probe_size: number of inputs on which churn is measured.
         solver: minimises the training loss over the path weights once the structure is frozen, by one pass over the
             training data that leaves no trace in the fit. The freeze then is at the end of an epoch, so that validation
-            and checkpoint of that epoch are those of the solved head.
+            and checkpoint of that epoch are those of the solved head. And it is not before the head was trained for as
+            long as the solve may take, by counted multiply-adds.
         stop_after_solve: whether the fit stops after the validation of the solved head; else the optimizer goes on.
         monitor: not built yet.
         mode: not built yet.
@@ -486,7 +488,24 @@ class StructureFreezeCallback(Callback):
         self.churn_history.append(flipped_everywhere / bits_everywhere)
         self._steps_at_check = trainer.global_step
         finished_epochs = trainer.current_epoch + (1 if trainer.is_last_batch else 0)
-        self._settled = finished_epochs >= self.min_epochs and self.should_freeze()
+        enough = finished_epochs >= self.min_epochs and self._trained_for_as_long_as_a_solve(trainer)
+        self._settled = enough and self.should_freeze()
+
+    def _trained_for_as_long_as_a_solve(self, trainer: Any) -> bool:
+        # Ski rental: who trains the structure for as long as the solve will take, by counted multiply-adds, spends at
+        # most twice what the better of the two would have cost. Only where there are many outputs does a solve take
+        # longer than the epochs that it takes to settle.
+        if self.solver is None:
+            return True
+        assert self._probe is not None
+        widths = self._probe.layout.widths
+        epochs = trainer.current_epoch + self._part_of_epoch(trainer)
+        return epochs * training_cost(widths) >= self.solver.cost(widths)
+
+    def _part_of_epoch(self, trainer: Any) -> float:
+        if trainer.is_last_batch:
+            return 1.0
+        return float((trainer.fit_loop.epoch_loop.batch_idx + 1) / trainer.num_training_batches)
 
     def _describe_settled(self) -> str:
         churn, largest = self.churn_history[-1], max(self.churn_history)

@@ -97,6 +97,20 @@ def test_a_head_that_settles_by_itself_is_solved():
     assert callback.solve_report.loss < callback.solve_report.start_loss
 
 
+@pytest.mark.parametrize(("max_passes", "epochs"), [(2, 1), (6, 2), (20, 6)])
+def test_the_structure_is_trained_for_as_long_as_the_solve_may_take(max_passes, epochs):
+    # A sample costs 2 * 8 * 32 + 3 * 32 * 3 = 800 multiply-adds in training, 8 * 32 + passes * 2 * 32 * 3 in a solve.
+    callback = solving(
+        freeze_at_epoch=None,
+        churn_tolerance=1.0,
+        relative_tolerance=1.0,
+        solver=LogisticSolver(max_passes=max_passes),
+        stop_after_solve=True,
+    )
+    make_trainer(callback, max_epochs=8).fit(fixed_module(), make_loader())
+    assert callback.freeze_epoch == epochs
+
+
 def test_frozen_from_the_start_the_random_structure_is_solved_after_its_first_epoch():
     callback = solving(freeze_at_epoch=0, stop_after_solve=True)
     trainer = make_trainer(callback, max_epochs=5)
