@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -146,7 +146,7 @@ def untouched(loader: Any) -> Iterator[Any]:
 def _generators_as_before(loader: Any) -> Iterator[None]:
     sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
     holders = (loader, sampler, getattr(batch_sampler, "sampler", None))
-    generators = [holder.generator for holder in holders if getattr(holder, "generator", None) is not None]
+    generators = [g for g in (getattr(holder, "generator", None) for holder in holders) if g is not None]
     states = [generator.get_state() for generator in generators]
     try:
         yield
@@ -157,7 +157,8 @@ def _generators_as_before(loader: Any) -> Iterator[None]:
 
 def draws_at_random(loader: Any) -> bool:
     """Tell whether the same rows of a loader's dataset come out differently when they are read twice."""
-    dataset, sampler = getattr(loader, "dataset", None), getattr(loader, "sampler", None)
+    dataset: Any = getattr(loader, "dataset", None)
+    sampler: Any = getattr(loader, "sampler", None)
     if not hasattr(dataset, "__getitem__") or sampler is None:
         return False
     with isolate_rng(), _generators_as_before(loader):

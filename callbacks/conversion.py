@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from glai_lightning.heads import GLAIHead, Paths
@@ -25,7 +25,7 @@ def find_head(pl_module: nn.Module, head_name: str) -> nn.Module:
         MisconfigurationException: if there is no such module (the message lists those that look like heads), if it is
             wrapped by ``torch.compile``, or if the module or a layer of it is registered under a second name.
     """
-    named = dict(pl_module.named_modules(remove_duplicate=False))
+    named: dict[str, nn.Module] = dict(pl_module.named_modules(remove_duplicate=False))
     head = named.get(head_name)
     if head is None or not head_name:
         raise MisconfigurationException(
@@ -37,7 +37,11 @@ def find_head(pl_module: nn.Module, head_name: str) -> nn.Module:
             f"Expected the head at {head_name!r} to be a plain module, but got one wrapped by `torch.compile(head)`. "
             f"Call `head.compile()` instead, which compiles in place."
         )
-    inside = {id(child): f"{head_name}.{name}" if name else head_name for name, child in head.named_modules()}
+    inside = {
+        id(child): f"{head_name}.{name}" if name else head_name
+        for name, child in head.named_modules()
+        if any(True for _ in child.parameters())
+    }
     for name, child in named.items():
         if id(child) in inside and name != head_name and not name.startswith(f"{head_name}."):
             raise MisconfigurationException(

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -70,15 +70,16 @@ def check_loss(calls: list[LossCall], solver: Solver) -> LossCall:
         )
     (call,) = calls
     if call.unusual is not None:
-        raise MisconfigurationException(
-            f"Expected the mean {call.kind} over the samples of a batch, so that it can be solved, "
-            f"but got {call.unusual}."
-        )
+        raise MisconfigurationException(_cannot_be_solved(call))
     if isinstance(solver, LogisticSolver) and call.kind == "mse":
         raise MisconfigurationException(
             "Expected `solver` to be a `RidgeSolver` for a module that minimises mse_loss, but got `LogisticSolver`."
         )
     return call
+
+
+def _cannot_be_solved(call: LossCall) -> str:
+    return f"Expected the mean {call.kind} of a batch, so that it can be solved, but got {call.unusual}."
 
 
 def follow_loss(solver: Solver, call: LossCall) -> Solver:
@@ -106,7 +107,8 @@ def validates_by_loss(trainer: Any, pl_module: Any, head: nn.Module) -> bool:
     loader = single_loader(trainer.val_dataloaders, "validation")
     with without_a_trace(pl_module):
         batch = on_device(trainer, next(untouched(loader)))
-        seen = bool(watch_step(trainer, pl_module, head, batch, 0, stage="validation"))
+        calls = watch_step(trainer, pl_module, head, batch, 0, stage="validation")
+        seen = bool(calls) and calls[0].unusual is None
     if not seen:
         rank_zero_info(
             "The solve will not look at the validation data, because `validation_step` calls no known loss on the "
@@ -153,6 +155,8 @@ def read_step(
             f"Expected `{stage}_step` to call a known loss on the outputs of the head, but it calls none. Override "
             "`inputs_and_targets` of the callback to say what the head is to be solved for."
         )
+    if calls[0].unusual is not None:
+        raise MisconfigurationException(_cannot_be_solved(calls[0]))
     inputs, targets = calls[0].inputs, calls[0].targets
     inputs = inputs.reshape(-1, inputs.shape[-1])
     if calls[0].kind == "mse":
@@ -160,7 +164,7 @@ def read_step(
     targets = targets.reshape(len(inputs))
     if calls[0].kind == "binary_cross_entropy":
         return inputs, targets.long()
-    counted = targets != calls[0].ignore_index
+    counted = torch.ne(targets, -100 if calls[0].ignore_index is None else calls[0].ignore_index)
     return (inputs, targets) if bool(counted.all()) else (inputs[counted], targets[counted])
 
 

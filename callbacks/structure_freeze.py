@@ -5,9 +5,9 @@ import weakref
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from glai_lightning.callbacks.collection import Stage, watch_step, without_a_trace
@@ -30,7 +30,6 @@ from glai_lightning.callbacks.solving import (
     warn_of_moving_inputs,
 )
 from glai_lightning.churn import ChurnProbe, structure_settled
-from glai_lightning.costs import training_cost
 from glai_lightning.heads import GLAIHead, Paths, check_convertible
 from glai_lightning.restoring import HeadRestorer
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
@@ -62,8 +61,7 @@ class StructureFreezeCallback(Callback):
         probe_size: number of inputs on which churn is measured.
         solver: minimises the training loss over the path weights once the structure is frozen, by one pass over the
             training data that leaves no trace in the fit. The freeze then is at the end of an epoch, so that validation
-            and checkpoint of that epoch are those of the solved head. And it is not before the head was trained for as
-            long as the solve may take, by counted multiply-adds.
+            and checkpoint of that epoch are those of the solved head.
         stop_after_solve: whether the fit stops after the validation of the solved head; else the optimizer goes on.
         monitor: not built yet.
         mode: not built yet.
@@ -357,7 +355,7 @@ class StructureFreezeCallback(Callback):
             return bool(trainer.is_last_batch)
         # Steps of the optimizer: a check never falls between two batches whose gradients are accumulated.
         stepped = trainer.global_step != self._steps_at_check
-        return stepped and trainer.global_step % self.check_every_n_steps == 0
+        return bool(stepped and trainer.global_step % self.check_every_n_steps == 0)
 
     def _convert_after_batch(self, trainer: Any, pl_module: Any) -> bool:
         """Convert in the middle of an epoch where checks are made there, and at its end where a solve follows."""
@@ -488,24 +486,7 @@ class StructureFreezeCallback(Callback):
         self.churn_history.append(flipped_everywhere / bits_everywhere)
         self._steps_at_check = trainer.global_step
         finished_epochs = trainer.current_epoch + (1 if trainer.is_last_batch else 0)
-        enough = finished_epochs >= self.min_epochs and self._trained_for_as_long_as_a_solve(trainer)
-        self._settled = enough and self.should_freeze()
-
-    def _trained_for_as_long_as_a_solve(self, trainer: Any) -> bool:
-        # Ski rental: who trains the structure for as long as the solve will take, by counted multiply-adds, spends at
-        # most twice what the better of the two would have cost. Only where there are many outputs does a solve take
-        # longer than the epochs that it takes to settle.
-        if self.solver is None:
-            return True
-        assert self._probe is not None
-        widths = self._probe.layout.widths
-        epochs = trainer.current_epoch + self._part_of_epoch(trainer)
-        return epochs * training_cost(widths) >= self.solver.cost(widths)
-
-    def _part_of_epoch(self, trainer: Any) -> float:
-        if trainer.is_last_batch:
-            return 1.0
-        return float((trainer.fit_loop.epoch_loop.batch_idx + 1) / trainer.num_training_batches)
+        self._settled = finished_epochs >= self.min_epochs and self.should_freeze()
 
     def _describe_settled(self) -> str:
         churn, largest = self.churn_history[-1], max(self.churn_history)

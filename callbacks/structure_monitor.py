@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from glai_lightning.callbacks.conversion import list_heads
 from glai_lightning.churn import ChurnProbe

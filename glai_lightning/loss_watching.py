@@ -81,11 +81,11 @@ class LossWatcher(TorchFunctionMode):
         self._handle = self._head.register_forward_hook(self._note_outputs, with_kwargs=True)
         if self._outputs is not None:
             self._head.__dict__["forward"] = self._outputs
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         assert self._handle is not None
         self._handle.remove()
         self._head.__dict__.pop("forward", None)
@@ -134,6 +134,9 @@ def _unusual(kind: LossKind, arguments: dict[str, Any]) -> str | None:
         return "a weight for each sample"
     if kind == "cross_entropy" and arguments["target"].is_floating_point():
         return "class probabilities as targets"
+    targets = arguments["target"]
+    if kind == "binary_cross_entropy" and not bool(((targets == 0) | (targets == 1)).all()):
+        return "targets other than 0 and 1"
     return None
 
 

@@ -1,13 +1,11 @@
 """Solvers that set the path weights of a frozen head, which is linear in them, so that the usual losses are convex."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from glai_lightning.batches import Batches, FeatureBatches, as_batches
-from glai_lightning.costs import activation_cost
 from glai_lightning.cross_entropy import Center
 from glai_lightning.heads import GLAIHead, IndependentPathsHead, OutputPathsHead
 from glai_lightning.linear_solution import LinearSolution, SolveReport
@@ -60,14 +58,6 @@ class LogisticSolver:
         check_logistic_settings(
             self.l2, self.center, self.label_smoothing, self.max_passes, self.tolerance, self.patience
         )
-
-    def cost(self, widths: Sequence[int]) -> int:
-        """Count the multiply-adds of a solve for output paths, for one sample: logits and gradient in every pass.
-
-        Args:
-            widths: of the head, (D, H1, ..., C).
-        """
-        return activation_cost(widths) + self.max_passes * 2 * widths[-2] * widths[-1]
 
     def solve(
         self,
@@ -138,14 +128,6 @@ class RidgeSolver:
     def __post_init__(self) -> None:
         if self.l2 is not None:
             check_strengths(self.l2)
-
-    def cost(self, widths: Sequence[int]) -> int:
-        """Count the multiply-adds of a solve for output paths, for one sample: its part of the Gram matrix.
-
-        Args:
-            widths: of the head, (D, H1, ..., C).
-        """
-        return activation_cost(widths) + widths[-2] * (widths[-2] + widths[-1])
 
     def solve(
         self,

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -7,8 +12,30 @@ import glai_lightning  # noqa: F401  (first: it lets torchvision be imported bes
 settings.register_profile("project", deadline=None, max_examples=30)
 settings.load_profile("project")
 
+FRESH = "GLAI_TESTS_IN_A_FRESH_PROCESS"
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_fixed_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Run tests that fork in an interpreter of their own: forking one that has threads can end in a deadlock."""
+    if pyfuncitem.get_closest_marker("processes") is None or FRESH in os.environ:
+        return None
+    command = [sys.executable, str(Path(__file__).parent / "in_a_fresh_process.py"), pyfuncitem.nodeid]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {FRESH: "1"}
+    ran = subprocess.run(
+        command,
+        cwd=pyfuncitem.config.rootpath,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return True

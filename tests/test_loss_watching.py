@@ -71,6 +71,7 @@ def test_options_of_the_loss_are_noted():
     [
         (lambda y: F.cross_entropy(y, LABELS, reduction="none"), "reduction='none'"),
         (lambda y: F.cross_entropy(y, torch.softmax(torch.randn(5, C), -1)), "class probabilities"),
+        (lambda y: F.binary_cross_entropy_with_logits(y, torch.full((5, C), 0.3)), "targets other than 0 and 1"),
         (lambda y: F.mse_loss(y, torch.ones(5, C), weight=torch.rand(5, C)), "a weight for each sample"),
     ],
 )

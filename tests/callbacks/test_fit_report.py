@@ -316,6 +316,7 @@ def test_plots_lie_beside_the_logs_and_in_tensorboard(tmp_path):
     assert epochs == ["0", "1", "2", "3"]
 
 
+@pytest.mark.processes
 def test_a_fit_in_two_processes_is_reported_once(tmp_path, capfd):
     fit_reported(strategy="ddp_fork", devices=2, logger=CSVLogger(tmp_path, name="", version=""))
     assert capfd.readouterr().out.count("Fit report") == 1

@@ -6,6 +6,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from glai_lightning.callbacks import StructureFreezeCallback
 
+pytestmark = pytest.mark.processes
+
 
 class SaveEveryRank(Callback):
     def __init__(self, folder):

@@ -368,6 +368,18 @@ class SharedLayer(SomebodysModule):
         self.classifier = self.blocks["head"][2]
 
 
+def test_an_activation_may_serve_the_head_and_others():
+    class Module(SomebodysModule):
+        def __init__(self):
+            relu = nn.ReLU()
+            super().__init__(nn.Sequential(nn.Linear(FEATURES, HIDDEN), relu, nn.Linear(HIDDEN, CLASSES)))
+            self.activation = relu
+
+    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=1)
+    fit(callback, Module(), max_epochs=2)
+    assert callback.frozen
+
+
 class UncalledHead(SomebodysModule):
     def forward(self, x):
         head = self.blocks["head"]

@@ -6,6 +6,8 @@ from recording import Recorder, numbered_rows, quiet_trainer
 
 WORLD_SIZE = 2
 
+pytestmark = pytest.mark.processes
+
 
 def fit(folder, ckpt_path=None, save_at_step=None, strategy="ddp_fork", data=None, **options):
     """Returns what each process read, from files, because the processes end with the fit."""
