@@ -6,13 +6,13 @@ Prints, and writes to a CSV, the peak resident memory of the whole process, impo
 import argparse
 import csv
 import os
-import platform
 import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from measuring import RESULTS, machine
 from torch import Tensor
 
 from glai_lightning.solvers import solve_logistic
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--max-passes", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(f"solver_streaming_{platform.machine()}.csv"))
+    parser.add_argument("--output", type=Path, default=RESULTS / f"solver_streaming_{machine()}.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     batches = GeneratedFeatures(

@@ -10,7 +10,6 @@ scikit-learn run to convergence, and the two are to agree to 1e-6.
 import argparse
 import csv
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -22,6 +21,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measuring import RESULTS, machine
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, _logistic
 from threadpoolctl import threadpool_limits
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--val-fraction", type=float, default=0.1)
-    parser.add_argument("--output", type=Path, default=Path(f"solver_vs_sklearn_{platform.machine()}.csv"))
+    parser.add_argument("--output", type=Path, default=RESULTS / f"solver_vs_sklearn_{machine()}.csv")
     arguments = parser.parse_args()
     if arguments.data is None:
         parser.error("name the data folder with --data or in GLAI_DATA")

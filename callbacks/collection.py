@@ -1,6 +1,7 @@
 """Reading a head's inputs and targets off somebody's own training step, without a trace in the fit."""
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -79,6 +80,29 @@ def watch_step(
     with torch.no_grad(), trainer.precision_plugin.forward_context(), suppress(LossReached), watcher:
         step(*arguments)
     return watcher.calls
+
+
+def watch_next_step(pl_module: Any, head: nn.Module, check: Callable[[list[LossCall]], None]) -> None:
+    """Let the next training step of a fit be watched while it runs as ever.
+
+    Args:
+        pl_module: the LightningModule.
+        head: its head.
+        check: is given the calls of a known loss on the outputs of the head, before the step returns.
+    """
+    step, replaced = pl_module.training_step, pl_module.__dict__.get("training_step")
+
+    @functools.wraps(step)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        del pl_module.__dict__["training_step"]
+        if replaced is not None:
+            pl_module.__dict__["training_step"] = replaced
+        with LossWatcher(head) as watcher:
+            outputs = step(*args, **kwargs)
+        check(watcher.calls)
+        return outputs
+
+    pl_module.__dict__["training_step"] = watched
 
 
 class StepBatches:

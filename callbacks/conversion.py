@@ -8,6 +8,8 @@ from torch import nn
 from glai_lightning.heads import GLAIHead, Paths
 from glai_lightning.layers import read_head
 from glai_lightning.optimizers import follow_conversion, trains_any
+from glai_lightning.patterns import layout_of
+from glai_lightning.restoring import HeadRestorer
 
 # Compared by name: a project may import the `pytorch_lightning` twin of `lightning.pytorch`, whose classes are others.
 _WORKING_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
@@ -92,15 +94,35 @@ def check_trainer(trainer: Any, pl_module: Any) -> None:
             )
 
 
-def check_optimizers(trainer: Any, head: nn.Module, head_name: str) -> None:
-    """Check that an optimizer trains the head.
+def check_launcher(trainer: Any, pl_module: nn.Module, head_name: str, paths: str) -> None:
+    """Refuse a fit whose result its caller could not load.
+
+    ``ddp_spawn``, ``ddp_fork`` and notebooks fit a copy of the module in other processes, and load its weights into the
+    module of the caller, which no callback has seen. Output paths load into the MLP; other paths need a module that
+    converts its head by itself, as a ``HeadModule`` does.
 
     Raises:
-        MisconfigurationException: if none holds a parameter of it.
+        MisconfigurationException: for other than output paths in a module that does not.
     """
-    if not any(trains_any(optimizer, head) for optimizer in trainer.optimizers):
+    launched = "MultiProcessing" in type(trainer.strategy.launcher).__name__
+    if launched and paths != "output" and not HeadRestorer.is_registered(pl_module, head_name):
         raise MisconfigurationException(
-            f"Expected the optimizer to hold the parameters of the head at {head_name!r}, but it holds none of them."
+            f"Expected `paths` to be 'output' under a strategy that starts processes by itself, but got {paths!r}: the "
+            f"module of the main process would be left with the MLP. Use strategy 'ddp', or a `HeadModule`."
+        )
+
+
+def check_optimizers(trainer: Any, head: nn.Module, head_name: str) -> None:
+    """Check that an optimizer trains what goes on being trained once the head is frozen.
+
+    Raises:
+        MisconfigurationException: if none holds a parameter of its last Linear, or of the paths in the place of it.
+    """
+    output = head.get_submodule(layout_of(head).output_name)
+    if not any(trains_any(optimizer, output) for optimizer in trainer.optimizers):
+        raise MisconfigurationException(
+            f"Expected the optimizer to hold the parameters of the last Linear of the head at {head_name!r}, "
+            "but it holds none of them."
         )
 
 

@@ -101,17 +101,15 @@ def has_validation(trainer: Any) -> bool:
 
 
 def validates_by_loss(trainer: Any, pl_module: Any, head: nn.Module) -> bool:
-    """Tell whether a fit has validation data whose targets can be seen in a loss call of the validation step."""
-    if not has_validation(trainer):
-        return False
+    """Tell whether the targets of a fit's validation data can be seen in a loss call of the validation step."""
     loader = single_loader(trainer.val_dataloaders, "validation")
     with without_a_trace(pl_module):
         batch = on_device(trainer, next(untouched(loader)))
-        calls = watch_step(trainer, pl_module, head, batch, 0, stage="validation")
+        calls = watch_step(trainer, pl_module, head, batch, 0, stage="validation", outputs=stand_in_for(head))
         seen = bool(calls) and calls[0].unusual is None
     if not seen:
         rank_zero_info(
-            "The solve will not look at the validation data, because `validation_step` calls no known loss on the "
+            "The solve does not look at the validation data, because `validation_step` calls no known loss on the "
             "outputs of the head. Override `inputs_and_targets` of the callback to say what it is to be validated on."
         )
     return seen
@@ -133,6 +131,12 @@ def warn_of_moving_inputs(pl_module: nn.Module, head: nn.Module, loader: Any) ->
         rank_zero_warn(f"The head will be solved over inputs that are not fixed. Here {reason}.")
 
 
+def stand_in_for(head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what gives outputs of the right shape and dtype for head inputs, (..., D) -> (..., C), at no cost."""
+    output = layout_of(head).output
+    return lambda x: output.weight.new_zeros(*x.shape[:-1], output.out_features)
+
+
 def read_step(
     trainer: Any, pl_module: Any, head: nn.Module, batch: Any, batch_idx: int, stage: Stage
 ) -> tuple[Tensor, Tensor]:
@@ -144,12 +148,7 @@ def read_step(
     Raises:
         MisconfigurationException: if the step calls no known loss on the outputs of the head.
     """
-    output = layout_of(head).output
-
-    def stand_in(x: Tensor) -> Tensor:
-        return output.weight.new_zeros(*x.shape[:-1], output.out_features)
-
-    calls = watch_step(trainer, pl_module, head, batch, batch_idx, stage=stage, outputs=stand_in)
+    calls = watch_step(trainer, pl_module, head, batch, batch_idx, stage=stage, outputs=stand_in_for(head))
     if not calls:
         raise MisconfigurationException(
             f"Expected `{stage}_step` to call a known loss on the outputs of the head, but it calls none. Override "

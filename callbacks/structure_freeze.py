@@ -7,11 +7,12 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from glai_lightning.callbacks.collection import Stage, watch_step, without_a_trace
+from glai_lightning.callbacks.collection import Stage, watch_next_step, without_a_trace
 from glai_lightning.callbacks.conversion import (
+    check_launcher,
     check_optimizers,
     check_trainer,
     find_head,
@@ -31,6 +32,7 @@ from glai_lightning.callbacks.solving import (
 )
 from glai_lightning.churn import ChurnProbe, structure_settled
 from glai_lightning.heads import GLAIHead, Paths, check_convertible
+from glai_lightning.loss_watching import LossCall
 from glai_lightning.restoring import HeadRestorer
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
@@ -119,9 +121,15 @@ class StructureFreezeCallback(Callback):
         _check_range("relative_tolerance", relative_tolerance, 0.0, 1.0, above=True)
         _check_least("patience", patience, 1)
         _check_least("min_epochs", min_epochs, 0)
-        _check_least("freeze_at_epoch", freeze_at_epoch, 0)
+        if freeze_at_epoch is not None:
+            _check_least("freeze_at_epoch", freeze_at_epoch, 0)
         _check_least("probe_size", probe_size, 1)
-        _check_least("check_every_n_steps", check_every_n_steps, 1)
+        if check_every_n_steps is not None:
+            _check_least("check_every_n_steps", check_every_n_steps, 1)
+        if solver is not None and not isinstance(solver, LogisticSolver | RidgeSolver):
+            raise MisconfigurationException(
+                f"Expected `solver` to be a `LogisticSolver` or a `RidgeSolver`, but got {solver!r}."
+            )
         if stop_after_solve and solver is None:
             raise MisconfigurationException("Expected `solver` to be given with `stop_after_solve`, but got None.")
         later = {
@@ -156,10 +164,10 @@ class StructureFreezeCallback(Callback):
         self._steps_at_check = 0
         self._rows_per_batch: int | None = None
         self._solver: Solver | None = None
-        self._solver_validates = False
         self._probe: ChurnProbe | None = None
         self._restored: dict[str, Any] | None = None
         self._module: weakref.ReferenceType[Any] | None = None
+        self._fits = False
 
     @property
     def state_key(self) -> str:
@@ -230,17 +238,21 @@ class StructureFreezeCallback(Callback):
 
     def _fitted_module(self) -> Any:
         pl_module = None if self._module is None else self._module()
+        if self._fits:
+            raise MisconfigurationException(
+                "Expected no fit to be running, but `freeze` or `unfreeze` was called in one."
+            )
         if pl_module is None:
             raise MisconfigurationException("Expected the callback to have been part of a fit, but it was in none yet.")
         return pl_module
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check trainer and module, and prepare for a checkpoint from either side of the freeze."""
-        restorer = HeadRestorer.of(pl_module, self.head)
-        restorer.deferred = stage == "fit"
-        self._restored = None
         if stage == "fit":
             check_trainer(trainer, pl_module)
+            check_launcher(trainer, pl_module, self.head, self.paths)
+        HeadRestorer.of(pl_module, self.head).deferred = stage == "fit"
+        self._restored = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the head, and freeze it again where the fit resumes from after the freeze."""
@@ -256,6 +268,7 @@ class StructureFreezeCallback(Callback):
             check_solvable(trainer, head, self.head, self.paths)
         continues = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
+        self._fits = True
         if self._restored is not None:
             self._apply_state(self._restored)
         elif not continues:
@@ -266,6 +279,12 @@ class StructureFreezeCallback(Callback):
         if isinstance(head, GLAIHead):
             if not self.frozen:
                 self._now_frozen(head.freeze_epoch, "frozen before this fit")
+            self._say(f"The structure of {self.head!r} is frozen already ({head.paths} paths).")
+            if head.paths != self.paths:
+                rank_zero_warn(
+                    f"Expected the head at {self.head!r} to be frozen with {self.paths!r} paths, but got one that was "
+                    f"frozen with {head.paths!r} paths before. It stays as it is."
+                )
         elif self.frozen:
             self._start_over()
 
@@ -281,7 +300,8 @@ class StructureFreezeCallback(Callback):
         self._solver = None
         self._steps_at_check = trainer.global_step
         self._rows_per_batch = None
-        if self._solved and self.stop_after_solve:
+        if self._restored is not None and self._solved and self.stop_after_solve:
+            self._say(f"The head at {self.head!r} was solved before the checkpoint, after which the fit was to stop.")
             trainer.should_stop = True
         if not self.frozen:
             self._probe = ChurnProbe(find_head(pl_module, self.head), self.probe_size)
@@ -308,17 +328,16 @@ class StructureFreezeCallback(Callback):
         if self.solver is None or self._solved or self._solver is not None:
             return
         self._solver = self.solver
-        head = pl_module.get_submodule(self.head)
-        with without_a_trace(pl_module):
-            if self._watches_the_loss():
-                call = check_loss(watch_step(trainer, pl_module, head, batch, batch_idx), self.solver)
-                self._solver = follow_loss(self.solver, call)
-            else:
+        if self._watches_the_loss():
+            watch_next_step(pl_module, pl_module.get_submodule(self.head), self._follow_loss)
+        else:
+            with without_a_trace(pl_module):
                 self.inputs_and_targets(trainer, pl_module, batch, batch_idx, "training")
-        self._solver_validates = (
-            validates_by_loss(trainer, pl_module, head) if self._watches_the_loss() else (has_validation(trainer))
-        )
-        warn_of_moving_inputs(pl_module, head, trainer.train_dataloader)
+        warn_of_moving_inputs(pl_module, pl_module.get_submodule(self.head), trainer.train_dataloader)
+
+    def _follow_loss(self, calls: list[LossCall]) -> None:
+        assert self.solver is not None
+        self._solver = follow_loss(self.solver, check_loss(calls, self.solver))
 
     def _watches_the_loss(self) -> bool:
         return type(self).inputs_and_targets is StructureFreezeCallback.inputs_and_targets
@@ -342,6 +361,8 @@ class StructureFreezeCallback(Callback):
 
     def _check_is_near(self, trainer: Any, batch_idx: int) -> bool:
         if self.check_every_n_steps is None:
+            if math.isinf(trainer.num_training_batches):
+                return True
             remaining = trainer.num_training_batches - batch_idx
         else:
             steps = self.check_every_n_steps - trainer.global_step % self.check_every_n_steps
@@ -378,7 +399,10 @@ class StructureFreezeCallback(Callback):
         def read(stage: Stage) -> Any:
             return lambda batch, batch_idx: self.inputs_and_targets(trainer, pl_module, batch, batch_idx, stage)
 
-        report = solve_in_fit(trainer, head, self._solver, read, validate=self._solver_validates)
+        validates = has_validation(trainer)
+        if self._watches_the_loss():
+            validates = validates and validates_by_loss(trainer, pl_module, head)
+        report = solve_in_fit(trainer, head, self._solver, read, validate=validates)
         # What the optimizer remembers is about weights that are far away by now.
         for parameter in head.parameters():
             if parameter.requires_grad:
@@ -390,15 +414,22 @@ class StructureFreezeCallback(Callback):
             f"({report.reason}): loss {report.start_loss:.4g} before, {report.loss:.4g} now"
             + ("." if report.score is None else f"; validation score {report.start_score:.4f}, {report.score:.4f}.")
         )
+        if report.best_step == 0 and report.steps > 0:
+            rank_zero_warn(
+                f"The solve of {self.head!r} found no path weights that are better than those it started from, and "
+                "leaves these as they were. More passes or another `center` or `l2` may."
+            )
         if self.stop_after_solve:
             trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log churn and whether the head is frozen."""
         churn = self.churn_history[-1] if self.churn_history and not self.frozen else 0.0
-        pl_module.log("structure/churn", churn, prog_bar=True)
-        pl_module.log("structure/frozen", float(self.frozen))
-        pl_module.log("structure/freeze_epoch", float(-1 if self.freeze_epoch is None else self.freeze_epoch))
+        # All ranks have the same numbers, and Lightning warns of values that are not synchronised.
+        pl_module.log("structure/churn", churn, prog_bar=True, sync_dist=True)
+        pl_module.log("structure/frozen", float(self.frozen), sync_dist=True)
+        epoch = -1 if self.freeze_epoch is None else self.freeze_epoch
+        pl_module.log("structure/freeze_epoch", float(epoch), sync_dist=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say so if the head is still an MLP."""
@@ -410,11 +441,17 @@ class StructureFreezeCallback(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Stop watching."""
+        self._fits = False
         self._close_probe()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Stop watching."""
+        self._fits = False
         self._close_probe()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak reference does not pickle, and what a probe watches belongs to one process.
+        return {**vars(self), "_module": None, "_probe": None}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs; primitives and tensors only, so that ``weights_only`` loading reads it."""
@@ -479,11 +516,14 @@ class StructureFreezeCallback(Callback):
 
     def _check(self, trainer: Any) -> None:
         assert self._probe is not None
+        finite = self._probe.is_finite()
         flipped, bits = self._probe.measure()
+        if not finite:
+            rank_zero_warn(f"The weights of the head at {self.head!r} are not finite: its structure cannot settle.")
         counts = torch.stack([flipped.double(), flipped.new_tensor(bits, dtype=torch.float64)])
         # Every rank adds its counts, so that all of them see the same churn and decide alike.
         flipped_everywhere, bits_everywhere = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        self.churn_history.append(flipped_everywhere / bits_everywhere)
+        self.churn_history.append(flipped_everywhere / bits_everywhere if finite else math.nan)
         self._steps_at_check = trainer.global_step
         finished_epochs = trainer.current_epoch + (1 if trainer.is_last_batch else 0)
         self._settled = finished_epochs >= self.min_epochs and self.should_freeze()
@@ -519,13 +559,14 @@ class StructureFreezeCallback(Callback):
 
 
 def _check_range(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
-    if not (low < value if above else low <= value) or not value <= high:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (low < value if above else low <= value) or not value <= high:
         bracket = "(" if above else "["
         raise MisconfigurationException(
             f"Expected `{name}` to be a number in {bracket}{low:g}, {high:g}], but got {value!r}."
         )
 
 
-def _check_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and (not isinstance(value, int) or value < least):
+def _check_least(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise MisconfigurationException(f"Expected `{name}` to be an integer of at least {least}, but got {value!r}.")

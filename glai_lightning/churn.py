@@ -1,5 +1,6 @@
 """Churn: how much of a head's structure still moves, and when it has settled."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -69,7 +70,8 @@ def structure_settled(
     including that check, and at most ``churn_tolerance``.
 
     Args:
-        churn_history: the churn at each check, oldest first, in [0, 1].
+        churn_history: the churn at each check, oldest first, in [0, 1]; NaN for a check that could not be made, which
+            does not pass.
         churn_tolerance: largest churn that counts as settled, in [0, 1].
         relative_tolerance: largest churn that counts as settled, as a fraction of the largest so far, in (0, 1].
         patience: number of checks in a row, the last one included, that must pass.
@@ -85,11 +87,12 @@ def structure_settled(
     """
     if len(churn_history) < patience:
         return False
-    return all(
-        churn_history[check] <= churn_tolerance
-        and churn_history[check] <= relative_tolerance * max(churn_history[: check + 1])
-        for check in range(len(churn_history) - patience, len(churn_history))
-    )
+    for check in range(len(churn_history) - patience, len(churn_history)):
+        largest = max((churn for churn in churn_history[: check + 1] if not math.isnan(churn)), default=0.0)
+        # Where no bit ever flipped nothing was trained yet: a warm-up that starts at a rate of zero.
+        if largest == 0.0 or not churn_history[check] <= min(churn_tolerance, relative_tolerance * largest):
+            return False
+    return True
 
 
 class ChurnProbe:
@@ -161,6 +164,10 @@ class ChurnProbe:
     def _forget(self) -> None:
         self.inputs.clear()
         self._kept = 0
+
+    def is_finite(self) -> bool:
+        """Tell whether all numbers that decide the patterns are finite; NaN flips no bits and looks settled."""
+        return all(bool(t.isfinite().all()) for units in hidden_units(self.layout) for t in units.tensors().values())
 
     def restart(self) -> None:
         """Take a new snapshot, and let go of the inputs kept so far."""

@@ -49,6 +49,7 @@ def mlp_head(
         A head from (batch, D) to (batch, C).
 
     Raises:
+        TypeError: if a size is not an integer.
         ValueError: if a size is below 1, there is no hidden layer, or ``dropout`` is out of range.
 
     Example:
@@ -59,7 +60,14 @@ def mlp_head(
           (2): Linear(in_features=8, out_features=3, bias=True)
         )
     """
-    hidden = [hidden_features] if isinstance(hidden_features, int) else list(hidden_features)
+    hidden = list(hidden_features) if isinstance(hidden_features, Sequence) else [hidden_features]
+    for name, size in (
+        ("in_features", in_features),
+        *(("hidden_features", width) for width in hidden),
+        ("out_features", out_features),
+    ):
+        if not isinstance(size, int):
+            raise TypeError(f"Expected `{name}` to be an integer, but got {size!r}.")
     if not hidden:
         raise ValueError("Expected `hidden_features` to name at least one hidden layer, but got none.")
     for name, size in (("in_features", in_features), ("out_features", out_features)):

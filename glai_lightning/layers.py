@@ -142,9 +142,11 @@ def _unexpected(name: str, module: nn.Module, *, after_activation: bool) -> str:
 
 
 def _check_linear(name: str, module: nn.Module) -> None:
-    if type(module).forward is not nn.Linear.forward or isinstance(module, nn.LazyLinear):
+    # A weight that is computed from others (weight_norm, spectral_norm, a parametrization) cannot be frozen or set.
+    plain = type(module).forward is nn.Linear.forward and "weight" in module._parameters
+    if not plain or isinstance(module, nn.LazyLinear):
         raise ValueError(
-            f"Expected the Linear at '{name}' to compute x W^T + b with weights of a known shape, "
+            f"Expected the Linear at '{name}' to compute x W^T + b with a weight that is a parameter of a known shape, "
             f"but got `{type(module).__name__}`."
         )
 

@@ -61,13 +61,22 @@ class HeadRestorer:
     @classmethod
     def of(cls, module: nn.Module, head_name: str) -> "HeadRestorer":
         """Return the restorer of a head in a module, registered now if there was none."""
-        for wrapped in module._load_state_dict_pre_hooks.values():
-            hook = getattr(wrapped, "hook", None)
-            if isinstance(hook, HeadRestorer) and hook.head_name == head_name:
-                return hook
+        registered = cls._find(module, head_name)
+        if registered is not None:
+            return registered
         restorer = cls(head_name)
         module.register_load_state_dict_pre_hook(restorer)  # type: ignore[no-untyped-call]
         return restorer
+
+    @classmethod
+    def is_registered(cls, module: nn.Module, head_name: str) -> bool:
+        """Tell whether a module converts a head by itself when it loads a state dict."""
+        return cls._find(module, head_name) is not None
+
+    @staticmethod
+    def _find(module: nn.Module, head_name: str) -> "HeadRestorer | None":
+        hooks = (getattr(wrapped, "hook", None) for wrapped in module._load_state_dict_pre_hooks.values())
+        return next((h for h in hooks if isinstance(h, HeadRestorer) and h.head_name == head_name), None)
 
     @property
     def pending(self) -> bool:

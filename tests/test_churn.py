@@ -38,6 +38,10 @@ def test_churn_refuses_patterns_that_cannot_be_compared(before, after, error, me
         ([0.80, 0.15], False),  # small against the largest only
         ([0.005], False),  # a tiny learning rate: the first check is the largest
         ([], False),
+        ([0.0], False),  # a warm-up that starts at a rate of zero: nothing was trained
+        ([0.0, 0.0, 0.24, 0.05], True),
+        ([0.24, float("nan")], False),  # diverged
+        ([0.24, float("nan"), 0.05], True),
     ],
 )
 def test_settled_needs_churn_small_and_small_against_the_largest(history, settled):

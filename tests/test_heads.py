@@ -278,6 +278,12 @@ def test_mlp_head_refuses_sizes_that_make_no_head(sizes, options, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("sizes", [("8", H, C), (D, 1.5, C), (D, [H, None], C)])
+def test_mlp_head_refuses_sizes_that_are_no_integers(sizes):
+    with pytest.raises(TypeError, match="to be an integer, but got"):
+        mlp_head(*sizes)
+
+
 def test_mlp_head_orders_its_modules():
     head = mlp_head(D, [H, 5], C, batch_norm=True, dropout=0.1)
     block = [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Dropout]

@@ -2,6 +2,7 @@ import pytest
 import torch.nn.functional as F
 from heads import HEADS, C, D, H
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from glai_lightning.layers import read_head
 
@@ -74,6 +75,7 @@ SHARED = nn.Linear(D, D)
         ),
         (nn.Sequential(SHARED, nn.ReLU(), SHARED), "one that is called twice"),
         (nn.Sequential(nn.LazyLinear(H), nn.ReLU(), nn.Linear(H, C)), "but got `LazyLinear`"),
+        (nn.Sequential(nn.Linear(D, H), nn.ReLU(), weight_norm(nn.Linear(H, C))), "but got `ParametrizedLinear`"),
         (nn.Conv2d(3, 4, 1), "`Conv2d` with 0 Linear"),
         (Residual(), "does not take the output of the step before it alone"),
         (Normalising(), "it calls `normalize`"),

@@ -9,6 +9,7 @@ from torchmetrics.functional.regression import r2_score
 
 from glai_lightning import HeadModule, SupervisedModule, mlp_head
 from glai_lightning.callbacks import StructureFreezeCallback
+from glai_lightning.datamodules import DigitsDataModule
 
 
 def backbone():
@@ -112,6 +113,18 @@ def test_wrong_tasks_are_refused(arguments, message):
     with pytest.raises(ValueError, match="Expected") as caught:
         SupervisedModule(**{"head": mlp_head(4, 8, 3), **arguments})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((64, 16, 5), "an output for each of the 10 classes of the data, but got 5 outputs"),
+        ((60, 16, 10), "to take the 64 features of the data, but got a head for 60"),
+    ],
+)
+def test_a_head_that_does_not_fit_the_data_is_refused_before_training(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer().fit(SupervisedModule(mlp_head(*sizes)), DigitsDataModule())
 
 
 def test_hyper_parameters_are_what_weights_only_loading_can_hold():

@@ -49,7 +49,7 @@ def test_the_table_compares_before_and_after():
     assert cells(table, "epochs") == ["2", "2"]
     assert cells(table, "trainable parameters") == ["500", "100", "5.00"]
     assert cells(table, "optimizer state [bytes]") == ["4,000", "800", "5.00"]
-    assert cells(table, "seconds per step (median)") == ["0.250000", "0.125000", "2.00"]
+    assert cells(table, "seconds per step (median)") == ["0.250000", "0.125000"]
     assert cells(table, "training seconds") == ["5.00", "2.50"]
 
 

@@ -309,6 +309,42 @@ def test_a_loss_that_cannot_be_solved_is_refused_on_the_first_batch(make, messag
     assert "log" not in vars(module)
 
 
+def test_the_users_own_lists_see_each_batch_once_an_epoch():
+    class Collecting(SomebodysModule):
+        def __init__(self):
+            super().__init__(body=False)
+            self.losses, self.scores = [], []
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.losses.append(loss.item())
+            return loss
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.scores.append(batch_idx)
+
+    module = Collecting()
+    make_trainer(solving(stop_after_solve=True), num_sanity_val_steps=0).fit(module, make_loader(), make_loader())
+    assert len(module.losses) == len(module.scores) == 2 * 5
+
+
+def test_a_second_fit_after_a_solve_trains_on():
+    callback = solving(stop_after_solve=True)
+    module = fixed_module()
+    make_trainer(callback, max_epochs=4).fit(module, make_loader())
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.01)
+    trainer = make_trainer(callback, max_epochs=2)
+    trainer.fit(module, make_loader())
+    assert trainer.global_step == 2 * 5
+
+
+def test_a_solve_that_finds_nothing_better_says_so():
+    callback = solving(stop_after_solve=True, solver=LogisticSolver(center="zero", l2=1e6))
+    with pytest.warns(UserWarning, match="no path weights that are better"):
+        make_trainer(callback).fit(fixed_module(), make_loader(), make_loader(64))
+
+
 def test_what_the_head_is_solved_for_can_be_said_by_a_method():
     class Said(StructureFreezeCallback):
         def inputs_and_targets(self, trainer, pl_module, batch, batch_idx, stage):
@@ -328,7 +364,7 @@ def test_validation_without_a_loss_is_left_out_and_said(caplog):
     callback = solving(stop_after_solve=True)
     with caplog.at_level("INFO"):
         make_trainer(callback).fit(Scored(body=False), make_loader(), make_loader())
-    assert "will not look at the validation data" in caplog.text
+    assert "does not look at the validation data" in caplog.text
     assert callback.solve_report.score is None
 
 

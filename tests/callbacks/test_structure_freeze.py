@@ -1,5 +1,6 @@
 import copy
 import itertools
+import pickle
 
 import pytest
 import pytorch_lightning
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from glai_lightning import GLAIHead, activation_patterns, mlp_head, pattern_churn
 from glai_lightning.callbacks import StructureFreezeCallback
@@ -34,10 +36,11 @@ class Observer(Callback):
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
-def fit(callback, module=None, max_epochs=6, **options):
+def fit(callback, module=None, max_epochs=6, extra=None, **options):
     module = SomebodysModule() if module is None else module
     observer = Observer()
-    trainer = make_trainer(callback, observer, max_epochs=max_epochs, **options)
+    callbacks = [callback, observer, *([] if extra is None else [extra])]
+    trainer = make_trainer(*callbacks, max_epochs=max_epochs, **options)
     trainer.fit(module, make_loader())
     return module, trainer, observer
 
@@ -291,6 +294,53 @@ def test_freeze_and_unfreeze_between_fits():
     assert observer.frozen == [False, False]
 
 
+def test_freeze_and_unfreeze_are_refused_while_a_fit_runs():
+    callback = StructureFreezeCallback(HEAD, churn_tolerance=0.0)
+
+    class InTheMiddle(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            callback.freeze()
+
+    with pytest.raises(MisconfigurationException, match="Expected no fit to be running"):
+        fit(callback, extra=InTheMiddle())
+    callback.freeze()
+    assert callback.frozen
+
+
+def test_a_callback_pickles_after_a_fit():
+    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=1)
+    fit(callback, max_epochs=2)
+    assert pickle.loads(pickle.dumps(callback)).freeze_epoch == 1
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return zip(*make_data(), strict=True)
+
+
+def test_data_without_a_length_is_watched():
+    callback = StructureFreezeCallback(HEAD, churn_tolerance=0.0)
+    make_trainer(callback, max_epochs=2).fit(SomebodysModule(), DataLoader(Endless(), batch_size=32))
+    assert len(callback.churn_history) == 2
+
+
+def test_weights_that_are_not_finite_do_not_settle():
+    class Diverging(SomebodysModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=float("inf"))
+
+    callback = StructureFreezeCallback(HEAD)
+    with pytest.warns(UserWarning, match="not finite"):
+        fit(callback, Diverging(), max_epochs=4)
+    assert not callback.frozen
+
+
+def test_a_resume_that_asks_for_other_paths_says_that_they_stay():
+    module, _, _ = fit(StructureFreezeCallback(HEAD, freeze_at_epoch=1), max_epochs=2)
+    with pytest.warns(UserWarning, match="frozen with 'independent' paths, but got one that was frozen with 'output'"):
+        fit(StructureFreezeCallback(HEAD, paths="independent"), module, max_epochs=1)
+
+
 def test_freeze_by_hand_needs_a_fit_before():
     with pytest.raises(MisconfigurationException, match="part of a fit"):
         StructureFreezeCallback(HEAD).freeze()
@@ -353,7 +403,8 @@ class ManualModule(SomebodysModule):
 
 class UntrainedHead(SomebodysModule):
     def configure_optimizers(self):
-        return torch.optim.SGD(self.body.parameters(), 0.1)
+        # The inner layer of the head alone, which the freeze would leave with nothing to train.
+        return torch.optim.SGD(self.blocks["head"][0].parameters(), 0.1)
 
 
 class TwoNames(SomebodysModule):
@@ -455,6 +506,9 @@ def test_strategies_that_shard_are_refused_by_name():
         ({"patience": 0}, "Expected `patience` to be an integer of at least 1, but got 0."),
         ({"min_epochs": -1}, "Expected `min_epochs` to be an integer of at least 0, but got -1."),
         ({"freeze_at_epoch": -1}, "Expected `freeze_at_epoch` to be an integer of at least 0, but got -1."),
+        ({"min_epochs": None}, "Expected `min_epochs` to be an integer of at least 0, but got None."),
+        ({"churn_tolerance": "a"}, "Expected `churn_tolerance` to be a number in [0, 1], but got 'a'."),
+        ({"solver": "ridge"}, "Expected `solver` to be a `LogisticSolver` or a `RidgeSolver`, but got 'ridge'."),
         ({"probe_size": 0}, "Expected `probe_size` to be an integer of at least 1, but got 0."),
     ],
 )
