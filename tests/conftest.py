@@ -23,7 +23,10 @@ def _one_thread_and_a_fixed_seed():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Run tests that fork in an interpreter of their own: forking one that has threads can end in a deadlock."""
+    """Run tests that start processes, or a process group, in an interpreter of their own.
+
+    Lightning leaves the address of a process group in the environment, where the next one would look for its own.
+    """
     if pyfuncitem.get_closest_marker("processes") is None or FRESH in os.environ:
         return None
     command = [sys.executable, str(Path(__file__).parent / "in_a_fresh_process.py"), pyfuncitem.nodeid]

@@ -483,6 +483,7 @@ def test_weight_averaging_beside_it_is_refused_by_name():
         make_trainer(StructureFreezeCallback(HEAD), WeightAveraging()).fit(SomebodysModule(), make_loader())
 
 
+@pytest.mark.processes
 def test_strategies_that_shard_are_refused_by_name():
     from lightning.pytorch.strategies import ModelParallelStrategy
 
