@@ -141,6 +141,15 @@ def test_frozen_layers_stand_still_and_the_rest_goes_on():
     assert module.blocks["head"][0].weight.grad is None
 
 
+def test_weight_decay_does_not_move_frozen_layers_where_gradients_are_zeroed_in_place():
+    class ZeroesInPlace(SomebodysModule):
+        def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+            optimizer.zero_grad(set_to_none=False)
+
+    module, _, observer = fit(StructureFreezeCallback(HEAD, freeze_at_epoch=2), ZeroesInPlace())
+    assert torch.equal(observer.heads[1].state_dict()["0.weight"], module.blocks["head"][0].weight)
+
+
 @pytest.mark.parametrize("paths", PATHS)
 def test_every_parametrisation_goes_on_learning(paths):
     _, _, observer = fit(StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=1))
