@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from finished_head import BestWeights
-from lightning.pytorch import Trainer, seed_everything
+from finished_head import BestWeights, quiet_trainer
+from lightning.pytorch import seed_everything
 from measuring import save_results, use_one_thread
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -65,16 +65,7 @@ def run(variant: str, backbone: nn.Module, loaders: dict[str, DataLoader], seed:
     if variant == "output+solve":
         solver = LogisticSolver(center="zero", max_passes=9)
         callbacks = [StructureFreezeCallback(solver=solver, stop_after_solve=True, verbose=False)]
-    trainer = Trainer(
-        max_epochs=EPOCHS,
-        callbacks=[*callbacks, best],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = quiet_trainer(EPOCHS, [*callbacks, best])
     wall, cpu = time.perf_counter(), time.process_time()
     trainer.fit(module, loaders["train"], loaders["val"])
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

@@ -70,6 +70,20 @@ def make_module(data: FeaturesDataModule, arguments: argparse.Namespace, seed: i
     )
 
 
+def quiet_trainer(epochs: int, callbacks: list[Callback]) -> Trainer:
+    """Make a Trainer that does nothing but fit and validate."""
+    return Trainer(
+        max_epochs=epochs,
+        callbacks=callbacks,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
 def run(data: FeaturesDataModule, variant: str, seed: int, arguments: argparse.Namespace) -> dict[str, object]:
     """Fit one head, and return what it took and what it scores."""
     module, best = make_module(data, arguments, seed), BestWeights()
@@ -82,16 +96,7 @@ def run(data: FeaturesDataModule, variant: str, seed: int, arguments: argparse.N
             solver=solver, stop_after_solve=True, relative_tolerance=arguments.relative_tolerance, verbose=False
         )
         stopping = [freeze]
-    trainer = Trainer(
-        max_epochs=arguments.epochs,
-        callbacks=[*stopping, best],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = quiet_trainer(arguments.epochs, [*stopping, best])
     wall, cpu = time.perf_counter(), time.process_time()
     trainer.fit(module, data)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

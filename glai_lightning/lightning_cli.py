@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from glai_lightning.callbacks import FitReport
+from glai_lightning.modules import steps_per_batch
 
 _DESCRIPTION = "Fit, validate, test or predict with the modules, data and callbacks that a YAML configuration names."
 _EPILOG = (
@@ -88,7 +88,7 @@ class GlaiCLI(LightningCLI):
         lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: Any | None = None
     ) -> Any:
         """Return what ``--optimizer`` and ``--lr_scheduler`` ask for."""
-        if isinstance(lr_scheduler, OneCycleLR | CyclicLR):
+        if steps_per_batch(lr_scheduler):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": "step"}}
         return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
 

@@ -16,6 +16,11 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler | ReduceLROnPlateau]
 
 
+def steps_per_batch(scheduler: object) -> bool:
+    """Tell whether a learning-rate scheduler is meant to be stepped after every batch, and not every epoch."""
+    return isinstance(scheduler, OneCycleLR | CyclicLR)
+
+
 class HeadModule(LightningModule):
     """A backbone, frozen or not, and a head on its embeddings; the base of the modules for particular tasks.
 
@@ -94,9 +99,8 @@ class HeadModule(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        config: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
-        if isinstance(scheduler, OneCycleLR | CyclicLR):
-            config["interval"] = "step"
+        interval = "step" if steps_per_batch(scheduler) else "epoch"
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": interval}
         if isinstance(scheduler, ReduceLROnPlateau):
             config["monitor"] = getattr(scheduler, "monitor", None) or "val/loss"
         return {"optimizer": optimizer, "lr_scheduler": config}

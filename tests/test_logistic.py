@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from glai_lightning.batches import SystematicSample
@@ -78,9 +79,8 @@ def test_a_single_logit_equals_the_difference_of_two_when_the_penalty_is_on_logi
 
 
 def test_the_objective_at_the_optimum_is_scikit_learns():
-    linear_model = pytest.importorskip("sklearn.linear_model")
     features, targets = blobs(600, 20, 5)
-    reference = linear_model.LogisticRegression(C=1.0 / (1e-3 * 600), tol=1e-10, max_iter=5000)
+    reference = LogisticRegression(C=1.0 / (1e-3 * 600), tol=1e-10, max_iter=5000)
     reference.fit(features.double().numpy(), targets.numpy())
     weight, bias = torch.from_numpy(reference.coef_), torch.from_numpy(reference.intercept_)
     best = F.cross_entropy(F.linear(features.double(), weight, bias), targets) + 0.5e-3 * weight.square().sum()
