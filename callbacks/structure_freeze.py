@@ -19,6 +19,7 @@ from glai_lightning.callbacks.conversion import (
     follow_in_fit,
     freeze_head_in_fit,
 )
+from glai_lightning.callbacks.reduction import churn_over_processes
 from glai_lightning.callbacks.solving import (
     Solver,
     check_loss,
@@ -520,10 +521,8 @@ class StructureFreezeCallback(Callback):
         flipped, bits = self._probe.measure()
         if not finite:
             rank_zero_warn(f"The weights of the head at {self.head!r} are not finite: its structure cannot settle.")
-        counts = torch.stack([flipped.double(), flipped.new_tensor(bits, dtype=torch.float64)])
-        # Every rank adds its counts, so that all of them see the same churn and decide alike.
-        flipped_everywhere, bits_everywhere = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        self.churn_history.append(flipped_everywhere / bits_everywhere if finite else math.nan)
+        churn = churn_over_processes(trainer, flipped, bits)
+        self.churn_history.append(churn if finite else math.nan)
         self._steps_at_check = trainer.global_step
         finished_epochs = trainer.current_epoch + (1 if trainer.is_last_batch else 0)
         self._settled = finished_epochs >= self.min_epochs and self.should_freeze()

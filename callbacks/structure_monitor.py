@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from glai_lightning.callbacks.conversion import list_heads
+from glai_lightning.callbacks.reduction import churn_over_processes
 from glai_lightning.churn import ChurnProbe
 from glai_lightning.heads import GLAIHead
 from glai_lightning.layers import read_head
@@ -68,9 +69,7 @@ class StructureMonitor(Callback):
                 self.churn_history[name].append(0.0)
                 continue
             flipped, bits = probe.measure() if probe.has_inputs else (torch.zeros((), device=pl_module.device), 0)
-            counts = torch.stack([flipped.double(), flipped.new_tensor(bits, dtype=torch.float64)])
-            flipped_everywhere, bits_everywhere = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-            self.churn_history[name].append(flipped_everywhere / bits_everywhere if bits_everywhere else 0.0)
+            self.churn_history[name].append(churn_over_processes(trainer, flipped, bits))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the churn of every module watched."""
