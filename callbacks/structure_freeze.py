@@ -520,9 +520,12 @@ class StructureFreezeCallback(Callback):
         finite = self._probe.is_finite()
         flipped, bits = self._probe.measure()
         if not finite:
-            rank_zero_warn(f"The weights of the head at {self.head!r} are not finite: its structure cannot settle.")
+            # Added up like any count, because running statistics may diverge in one process alone.
+            flipped = torch.full_like(flipped, math.nan, dtype=torch.float64)
         churn = churn_over_processes(trainer, flipped, bits)
-        self.churn_history.append(churn if finite else math.nan)
+        if math.isnan(churn):
+            rank_zero_warn(f"The weights of the head at {self.head!r} are not finite: its structure cannot settle.")
+        self.churn_history.append(churn)
         self._steps_at_check = trainer.global_step
         finished_epochs = trainer.current_epoch + (1 if trainer.is_last_batch else 0)
         self._settled = finished_epochs >= self.min_epochs and self.should_freeze()

@@ -122,18 +122,20 @@ class LossWatcher(TorchFunctionMode):
                     class_weights=arguments.get("pos_weight" if kind == "binary_cross_entropy" else "weight"),
                     label_smoothing=float(arguments.get("label_smoothing", 0.0)),
                     ignore_index=arguments.get("ignore_index"),
-                    unusual=_unusual(kind, arguments),
+                    unusual=_unusual(kind, arguments, outputs),
                 )
         return None
 
 
-def _unusual(kind: LossKind, arguments: dict[str, Any]) -> str | None:
+def _unusual(kind: LossKind, arguments: dict[str, Any], outputs: Tensor) -> str | None:
     if arguments["reduction"] != "mean":
         return f"reduction={arguments['reduction']!r}"
     if kind != "cross_entropy" and arguments["weight"] is not None:
         return "a weight for each sample"
     if kind == "cross_entropy" and arguments["target"].is_floating_point():
         return "class probabilities as targets"
+    if kind == "binary_cross_entropy" and outputs.shape[-1] != 1:
+        return f"{outputs.shape[-1]} binary outputs"
     targets = arguments["target"]
     if kind == "binary_cross_entropy" and not bool(((targets == 0) | (targets == 1)).all()):
         return "targets other than 0 and 1"

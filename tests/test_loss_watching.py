@@ -71,7 +71,7 @@ def test_options_of_the_loss_are_noted():
     [
         (lambda y: F.cross_entropy(y, LABELS, reduction="none"), "reduction='none'"),
         (lambda y: F.cross_entropy(y, torch.softmax(torch.randn(5, C), -1)), "class probabilities"),
-        (lambda y: F.binary_cross_entropy_with_logits(y, torch.full((5, C), 0.3)), "targets other than 0 and 1"),
+        (lambda y: F.binary_cross_entropy_with_logits(y, torch.ones(5, C)), f"{C} binary outputs"),
         (lambda y: F.mse_loss(y, torch.ones(5, C), weight=torch.rand(5, C)), "a weight for each sample"),
     ],
 )
@@ -79,6 +79,12 @@ def test_what_a_plain_mean_would_miss_is_noted(loss, unusual):
     head = mlp_head(D, H, C)
     (call,) = watch(head, lambda: loss(head(X)))
     assert unusual in call.unusual
+
+
+def test_soft_binary_targets_are_noted():
+    head = mlp_head(D, H, 1)
+    (call,) = watch(head, lambda: F.binary_cross_entropy_with_logits(head(X), torch.full((5, 1), 0.3)))
+    assert call.unusual == "targets other than 0 and 1"
 
 
 def test_stopping_leaves_what_is_behind_the_loss_undone_and_the_head_unrun():

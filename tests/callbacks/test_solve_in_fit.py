@@ -280,6 +280,11 @@ class Unreduced(SomebodysModule):
         return F.cross_entropy(self(batch[0]), batch[1], reduction="none").mean()
 
 
+class SeveralLabels(SomebodysModule):
+    def training_step(self, batch, batch_idx):
+        return F.binary_cross_entropy_with_logits(self(batch[0]), F.one_hot(batch[1], CLASSES).float())
+
+
 class Squared(SomebodysModule):
     def training_step(self, batch, batch_idx):
         return F.mse_loss(self(batch[0]), F.one_hot(batch[1], CLASSES).float())
@@ -291,6 +296,7 @@ class Squared(SomebodysModule):
         (SumOfTwo, "once on the outputs of the head, so that it can be solved, but it does so 2 times"),
         (Unknown, "but it does so 0 times"),
         (Unreduced, "but got reduction='none'"),
+        (SeveralLabels, f"but got {CLASSES} binary outputs"),
         (Squared, "Expected `solver` to be a `RidgeSolver`"),
         (
             lambda body: SomebodysModule(
