@@ -34,6 +34,7 @@ from glai_lightning.callbacks.solving import (
 from glai_lightning.churn import ChurnProbe, structure_settled
 from glai_lightning.heads import GLAIHead, Paths, check_convertible
 from glai_lightning.loss_watching import LossCall
+from glai_lightning.optimizers import forget_state
 from glai_lightning.restoring import HeadRestorer
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
@@ -405,9 +406,7 @@ class StructureFreezeCallback(Callback):
             validates = validates and validates_by_loss(trainer, pl_module, head)
         report = solve_in_fit(trainer, head, self._solver, read, validate=validates)
         # What the optimizer remembers is about weights that are far away by now.
-        for parameter in head.parameters():
-            if parameter.requires_grad:
-                trainer.optimizers[0].state.pop(parameter, None)
+        forget_state(trainer.optimizers[0], (p for p in head.parameters() if p.requires_grad))
         self._solved = True
         self.solve_report = report
         self._say(

@@ -1,7 +1,9 @@
 """Keeping an optimizer in step with a head that was converted in the middle of training."""
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from glai_lightning.heads import GLAIHead
 
@@ -33,13 +35,24 @@ def follow_conversion(optimizer: torch.optim.Optimizer, head: GLAIHead) -> None:
         [(8, 4), (8,), (3, 8, 4), (3, 8), (3,)]
     """
     replaced = {id(old): new for old, new in head.replaced_parameters().items()}
-    for parameter in (*head.frozen_parameters(), *head.replaced_parameters()):
-        optimizer.state.pop(parameter, None)
-    if not replaced:
-        return
+    forget_state(optimizer, (*head.frozen_parameters(), *head.replaced_parameters()))
     for group in optimizer.param_groups:
         group["params"][:] = [parameter for held in group["params"] for parameter in replaced.get(id(held), [held])]
-    if isinstance(optimizer, torch.optim.LBFGS):
-        # Its curvature pairs and its count of parameters are those of the head before.
+
+
+def forget_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Let an optimizer forget what it remembers of parameters that it no longer trains as it did.
+
+    LBFGS keeps one state for all of its parameters together, so it forgets all: its curvature pairs would go on moving
+    what is frozen, though no gradient of it is left.
+
+    Args:
+        optimizer: the optimizer that holds the parameters.
+        parameters: the parameters that were frozen, replaced or set by a solve.
+    """
+    forgotten = list(parameters)
+    for parameter in forgotten:
+        optimizer.state.pop(parameter, None)
+    if forgotten and isinstance(optimizer, torch.optim.LBFGS):
         optimizer.state.clear()
         optimizer._numel_cache = None

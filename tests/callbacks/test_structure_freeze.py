@@ -170,26 +170,6 @@ def test_independent_paths_take_the_place_of_the_last_linear_in_its_group():
 
 
 @pytest.mark.parametrize("paths", PATHS)
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
-        lambda p: torch.optim.Adam(p, 1e-3, fused=True),
-        lambda p: torch.optim.LBFGS(p, 0.1, max_iter=3),
-    ],
-    ids=["SGD with momentum", "fused Adam", "LBFGS"],
-)
-def test_optimizers_follow_the_conversion(paths, make):
-    class Module(SomebodysModule):
-        def configure_optimizers(self):
-            return make(self.parameters())
-
-    _, _, observer = fit(StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=1), Module(), max_epochs=4)
-    losses = [metrics["loss"] for metrics in observer.metrics]
-    assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("paths", PATHS)
 def test_schedulers_go_on_stepping_the_optimizer_that_trains(paths):
     class Module(SomebodysModule):
         def configure_optimizers(self):
