@@ -1,0 +1,261 @@
+"""One head under the watch of a ``StructureFreezeCallback``: its churn, its freeze, its state."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from glai_lightning.callbacks.churn_watch import ChurnWatch
+from glai_lightning.callbacks.conversion import (
+    check_launcher,
+    check_optimizers,
+    find_head,
+    follow_in_fit,
+    freeze_head_in_fit,
+)
+from glai_lightning.callbacks.head_solve import HeadSolve
+from glai_lightning.callbacks.solving import check_solvable
+from glai_lightning.heads import GLAIHead, check_convertible
+from glai_lightning.restoring import HeadRestorer
+
+if TYPE_CHECKING:
+    from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
+
+
+class WatchedHead:
+    """A head of a LightningModule, from its first check to the end of the fit.
+
+    Args:
+        name: qualified name of the head.
+        callback: whose settings it goes by.
+
+    Attributes:
+        frozen: whether the head is frozen.
+        freeze_epoch: first epoch that trained frozen, or ``None``.
+        freeze_reason: why it was frozen, in a sentence, or ``None``.
+        churn_history: churn at each check until the freeze.
+    """
+
+    def __init__(self, name: str, callback: "StructureFreezeCallback") -> None:
+        self.name = name
+        self.callback = callback
+        self.frozen = False
+        self.freeze_epoch: int | None = None
+        self.freeze_reason: str | None = None
+        self.churn_history: list[float] = []
+        self.solve = HeadSolve(name, callback)
+        self._watch = ChurnWatch(name, callback.probe_size, callback.check_every_n_steps)
+        self._settled = False
+
+    def prepare(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
+        """Prepare for a checkpoint from either side of the freeze."""
+        if stage == "fit":
+            check_launcher(trainer, pl_module, self.name, self.callback.paths)
+        HeadRestorer.of(pl_module, self.name).deferred = stage == "fit"
+
+    def check(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Check, before a fit, that the head can be frozen, trained on and solved.
+
+        Raises:
+            MisconfigurationException: otherwise.
+        """
+        head = find_head(pl_module, self.name)
+        if not isinstance(head, GLAIHead):
+            try:
+                check_convertible(head, paths=self.callback.paths)
+            except ValueError as error:
+                raise MisconfigurationException(f"The head at {self.name!r} cannot be frozen. {error}") from error
+        check_optimizers(trainer, head, self.name)
+        if self.callback.solver is not None:
+            check_solvable(trainer, head, self.name, self.callback.paths)
+
+    def enter_fit(self, trainer: Any, pl_module: nn.Module, state: dict[str, Any] | None, continues: bool) -> None:
+        """Take up the state of a checkpoint, and freeze the head again where it was frozen in it.
+
+        Args:
+            trainer: the Trainer of the fit.
+            pl_module: its module.
+            state: the state of the head in the checkpoint that the fit resumes from, or ``None``.
+            continues: whether the fit before was one of the same module.
+        """
+        restorer = HeadRestorer.of(pl_module, self.name)
+        restorer.deferred = False
+        if state is not None:
+            self._load(state)
+        elif not continues:
+            self.start_over()
+        if restorer.pending:
+            follow_in_fit(trainer, restorer.restore(pl_module))
+        head = find_head(pl_module, self.name)
+        if isinstance(head, GLAIHead):
+            self._find_frozen(head)
+        elif self.frozen:
+            self.start_over()
+
+    def _find_frozen(self, head: GLAIHead) -> None:
+        if not self.frozen:
+            self._now_frozen(head.freeze_epoch, "frozen before this fit")
+        self.callback.say(f"The structure of {self.name!r} is frozen already ({head.paths} paths).")
+        if head.paths != self.callback.paths:
+            rank_zero_warn(
+                f"Expected the head at {self.name!r} to be frozen with {self.callback.paths!r} paths, but got one that "
+                f"was frozen with {head.paths!r} paths before. It stays as it is."
+            )
+
+    def start(self, trainer: Any, pl_module: nn.Module, state: dict[str, Any] | None) -> None:
+        """Start to watch the head, going on from the state of a checkpoint if there is one."""
+        self._watch.close()
+        self.solve.start()
+        if not self.frozen:
+            self._watch.start(trainer, find_head(pl_module, self.name))
+            if state is not None:
+                self._watch.resume(state)
+
+    def start_epoch(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Convert the head, if its structure settled in the epoch before or this is the epoch to freeze at."""
+        # At the start of an epoch, so that the checkpoint of the epoch just ended holds the MLP, and a resume from it
+        # converts once more, to the same weights.
+        if self.frozen:
+            return
+        epoch = trainer.current_epoch
+        if self._is_asked(epoch):
+            self._convert(trainer, pl_module, epoch, self._describe_asked())
+        elif self._settled:
+            self._convert(trainer, pl_module, epoch, self._describe_settled())
+
+    def before_batch(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+        """Keep the inputs that the next check is made on; see, on the first batch, that the loss can be solved."""
+        self._watch.before_batch(trainer, batch_idx)
+        self.solve.before_batch(trainer, pl_module, batch, batch_idx)
+
+    def after_batch(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Make the check that is due, and convert and solve where that is done here."""
+        churn = self._watch.after_batch(trainer)
+        if churn is not None:
+            self.churn_history.append(churn)
+            finished_epochs = trainer.current_epoch + (1 if trainer.is_last_batch else 0)
+            self._settled = finished_epochs >= self.callback.min_epochs and self.callback.should_freeze(self)
+        converted = not self.frozen and self._convert_after_batch(trainer, pl_module)
+        if self.frozen and self.solve.pending and (converted or trainer.is_last_batch):
+            self.solve.run(trainer, pl_module)
+
+    def _convert_after_batch(self, trainer: Any, pl_module: nn.Module) -> bool:
+        """Convert in the middle of an epoch where checks are made there, and at its end where a solve follows."""
+        epoch = trainer.current_epoch
+        if not trainer.is_last_batch:
+            due = self._settled and self.callback.check_every_n_steps is not None
+        else:
+            epoch += 1
+            due = self.callback.solver is not None and (self._settled or self._is_asked(epoch))
+        if due:
+            reason = self._describe_settled() if self._settled else self._describe_asked()
+            self._convert(trainer, pl_module, epoch, reason)
+        return due
+
+    def _is_asked(self, epoch: int) -> bool:
+        return self.callback.freeze_at_epoch is not None and epoch >= self.callback.freeze_at_epoch
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is logged of the head at the end of an epoch."""
+        return {
+            "churn": self.churn_history[-1] if self.churn_history and not self.frozen else 0.0,
+            "frozen": float(self.frozen),
+            "freeze_epoch": float(-1 if self.freeze_epoch is None else self.freeze_epoch),
+        }
+
+    def finish(self) -> None:
+        """Say so if the head is still an MLP, and stop watching."""
+        if not self.frozen:
+            last = f"{self.churn_history[-1]:.2%}" if self.churn_history else "not measured"
+            state = "settled only in the last epoch" if self._settled else "did not settle"
+            self.callback.say(f"The structure of {self.name!r} {state} (last churn {last}): the head stays an MLP.")
+        self.close()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._watch.close()
+
+    def freeze(self, pl_module: nn.Module) -> None:
+        """Freeze the structure of the head, between fits."""
+        head = find_head(pl_module, self.name)
+        if isinstance(head, GLAIHead):
+            raise MisconfigurationException(
+                f"Expected the head at {self.name!r} to be an MLP, but it is frozen already."
+            )
+        check_convertible(head, paths=self.callback.paths)
+        pl_module.set_submodule(self.name, GLAIHead.adopt(head, paths=self.callback.paths))
+        self._now_frozen(None, "frozen by hand")
+
+    def unfreeze(self, pl_module: nn.Module) -> None:
+        """Put the MLP back in the place of the frozen head, between fits."""
+        head = find_head(pl_module, self.name)
+        if not isinstance(head, GLAIHead):
+            raise MisconfigurationException(f"Expected the head at {self.name!r} to be frozen, but it is an MLP.")
+        pl_module.set_submodule(self.name, head.thaw())
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Be a head of which nothing is known yet."""
+        self.frozen = False
+        self.freeze_epoch = None
+        self.freeze_reason = None
+        self.churn_history = []
+        self.solve.start_over()
+        self._settled = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed fit needs; primitives and tensors only, so that ``weights_only`` loading reads it."""
+        return {
+            "frozen": self.frozen,
+            "freeze_epoch": self.freeze_epoch,
+            "freeze_reason": self.freeze_reason,
+            "churn_history": list(self.churn_history),
+            "settled": self._settled,
+            "solved": self.solve.solved,
+            **self._watch.state_dict(),
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.frozen = state["frozen"]
+        self.freeze_epoch = state["freeze_epoch"]
+        self.freeze_reason = state["freeze_reason"]
+        self.churn_history = list(state["churn_history"])
+        self._settled = state["settled"]
+        self.solve.solved = state["solved"]
+
+    def _convert(self, trainer: Any, pl_module: nn.Module, epoch: int, reason: str) -> None:
+        paths = self.callback.paths
+        before = _count_trainable(pl_module)
+        dropout = any(
+            isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
+            for module in pl_module.get_submodule(self.name).modules()
+        )
+        freeze_head_in_fit(trainer, pl_module, self.name, paths=paths, freeze_epoch=epoch)
+        self._now_frozen(epoch, reason)
+        self.callback.say(
+            f"Froze the structure of {self.name!r} at step {trainer.global_step}, epoch {epoch} ({paths} paths): "
+            f"{reason}. Trainable parameters: {before:,} before, {_count_trainable(pl_module):,} now."
+            + (" Dropout inside the head is gone from here on." if dropout else "")
+        )
+
+    def _now_frozen(self, epoch: int | None, reason: str) -> None:
+        self.frozen = True
+        self.freeze_epoch = epoch
+        self.freeze_reason = reason
+        self._watch.close()
+
+    def _describe_settled(self) -> str:
+        churn, largest = self.churn_history[-1], max(self.churn_history)
+        return (
+            f"churn {churn:.2%} is at most {self.callback.churn_tolerance:.0%} "
+            f"and at most {self.callback.relative_tolerance:g} of the largest, {largest:.2%}"
+        )
+
+    def _describe_asked(self) -> str:
+        return f"asked to freeze at epoch {self.callback.freeze_at_epoch}"
+
+
+def _count_trainable(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
