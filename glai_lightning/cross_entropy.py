@@ -9,6 +9,7 @@ from torch import Tensor
 
 from glai_lightning.batches import FeatureBatches, SystematicSample
 from glai_lightning.preconditioning import CenteredFeatures, CovariancePreconditioner
+from glai_lightning.processes import Processes
 from glai_lightning.quasi_newton import Point
 
 Center = Literal["zero", "current"]
@@ -66,15 +67,18 @@ def class_probabilities(logits: Tensor) -> Tensor:
 
 
 class LogisticObjective:
-    """Mean cross-entropy of a linear model over batches, and a penalty.
+    """Mean cross-entropy of a linear model over the batches of all processes, and a penalty.
+
+    A pass adds up over processes once, at its end: they may read different numbers of batches.
 
     Args:
-        batches: features and labels; checked in the first pass, which ``begin`` makes.
+        batches: features and labels of this process; checked in the first pass, which ``begin`` makes.
         start: weights (C, F), or (C, F + 1) with the bias as the last column, at the start.
         has_bias: whether the last column of weights is a bias.
         cross_entropy: the loss.
         l2: strength of the penalty.
         center: what the penalty pulls to, see ``solve_logistic``.
+        processes: those that share the samples.
     """
 
     def __init__(
@@ -86,9 +90,12 @@ class LogisticObjective:
         cross_entropy: CrossEntropy,
         l2: float,
         center: Center,
+        processes: Processes,
     ) -> None:
         self.passes = 0
+        #: In all processes, like every sum from here on.
         self.samples = 0
+        self.processes = processes
         self.batches = batches
         self.start = start
         self.has_bias = has_bias
@@ -108,26 +115,31 @@ class LogisticObjective:
         loss = torch.zeros((), dtype=torch.float64, device=self.start.device)
         gradient = torch.zeros_like(self.start)
         total_weight = torch.zeros_like(loss)
-        for features, targets in self.batches:
-            width = self.start.shape[1] - self.has_bias
-            check_batch(features, targets, num_features=width, num_logits=len(self.start))
-            features, labels = self._moved(features, targets)
-            sample.add(features, labels)
-            logits = linear_logits(self.start, features, has_bias=self.has_bias)
-            if self.batches.in_memory and self._center == "current":
-                self._start_logits.append(logits.clone())
-            batch_loss, by_logits = self._cross_entropy.evaluate(logits, labels)
-            loss += batch_loss
-            total_weight += self._cross_entropy.class_weights[labels].sum(dtype=torch.float64)
-            self._accumulate(gradient, by_logits, features)
-            self.samples += len(features)
+        samples = 0
+        width = self.start.shape[1] - self.has_bias
+        # There may be none in one process of several.
+        sample.add(self.start.new_empty(0, width), torch.empty(0, dtype=torch.int64, device=self.start.device))
+        with self.processes.failing_together():
+            for features, targets in self.batches:
+                check_batch(features, targets, num_features=width, num_logits=len(self.start))
+                features, labels = self._moved(features, targets)
+                sample.add(features, labels)
+                logits = linear_logits(self.start, features, has_bias=self.has_bias)
+                if self.batches.in_memory and self._center == "current":
+                    self._start_logits.append(logits.clone())
+                batch_loss, by_logits = self._cross_entropy.evaluate(logits, labels)
+                loss += batch_loss
+                total_weight += self._cross_entropy.class_weights[labels].sum(dtype=torch.float64)
+                self._accumulate(gradient, by_logits, features)
+                samples += len(features)
         self.passes += 1
+        summed_loss, self._total_weight, counted = self.processes.sum_numbers(float(loss), float(total_weight), samples)
+        self.samples = int(counted)
         if self.samples == 0:
             raise ValueError("Expected at least one sample, but got none.")
-        self._total_weight = float(total_weight)
         if not self._total_weight > 0.0:
             raise ValueError("Expected `class_weights` to be positive for a class that has samples, but got zeros.")
-        point = self._finished(self.start, loss, gradient)
+        point = self._finished(self.start, summed_loss, gradient)
         if not (math.isfinite(point.loss) and bool(gradient.isfinite().all())):
             self._explain_overflow()
         return point
@@ -138,22 +150,24 @@ class LogisticObjective:
         gradient = torch.zeros_like(weights)
         samples = 0
         pull = self._l2 * self._total_weight / self.samples if self._center == "current" else 0.0
-        for index, (features, targets) in enumerate(self.batches):
-            features, labels = self._moved(features, targets)
-            logits = linear_logits(weights, features, has_bias=self.has_bias)
-            if pull:
-                change = logits - self._logits_at_start(index, features)
-                loss += 0.5 * pull * change.square().sum(dtype=torch.float64)
-            batch_loss, by_logits = self._cross_entropy.evaluate(logits, labels)
-            loss += batch_loss
-            if pull:
-                by_logits.add_(change, alpha=pull)
-            self._accumulate(gradient, by_logits, features)
-            samples += len(features)
+        with self.processes.failing_together():
+            for index, (features, targets) in enumerate(self.batches):
+                features, labels = self._moved(features, targets)
+                logits = linear_logits(weights, features, has_bias=self.has_bias)
+                if pull:
+                    change = logits - self._logits_at_start(index, features)
+                    loss += 0.5 * pull * change.square().sum(dtype=torch.float64)
+                batch_loss, by_logits = self._cross_entropy.evaluate(logits, labels)
+                loss += batch_loss
+                if pull:
+                    by_logits.add_(change, alpha=pull)
+                self._accumulate(gradient, by_logits, features)
+                samples += len(features)
         self.passes += 1
-        if samples != self.samples:
-            raise ValueError(f"Expected every pass to read {self.samples} samples, but got {samples}.")
-        point = self._finished(weights, loss, gradient)
+        summed_loss, counted = self.processes.sum_numbers(float(loss), samples)
+        if int(counted) != self.samples:
+            raise ValueError(f"Expected every pass to read {self.samples} samples, but got {int(counted)}.")
+        point = self._finished(weights, summed_loss, gradient)
         return point.loss, point.gradient
 
     def preconditioner(
@@ -176,10 +190,10 @@ class LogisticObjective:
         else:
             gradient.addmm_(by_logits, features)
 
-    def _finished(self, weights: Tensor, loss: Tensor, gradient: Tensor) -> Point:
-        """Turn sums over samples into means, and add the penalty on the weights."""
-        gradient /= self._total_weight
-        mean_loss = float(loss) / self._total_weight
+    def _finished(self, weights: Tensor, loss: float, gradient: Tensor) -> Point:
+        """Turn sums over samples into means, the gradient of this process into that of all; add the penalty."""
+        self.processes.sum(gradient).div_(self._total_weight)
+        mean_loss = loss / self._total_weight
         if self._center == "zero":
             without_bias = weights[:, :-1] if self.has_bias else weights
             mean_loss += 0.5 * self._l2 * float(without_bias.square().sum(dtype=torch.float64))
@@ -196,9 +210,9 @@ class LogisticObjective:
         return features.to(self.start), labels
 
     def _explain_overflow(self) -> None:
-        for features, _ in self.batches:
-            if not bool(features.isfinite().all()):
-                raise ValueError("Expected features to be finite, but got NaN or infinity.")
+        finite = all(bool(features.isfinite().all()) for features, _ in self.batches)
+        if self.processes.sum_numbers(not finite) != [0.0]:
+            raise ValueError("Expected features to be finite, but got NaN or infinity.")
         raise ValueError("Expected a finite loss at the start, but the logits overflow: scale the features or weights.")
 
 
@@ -209,7 +223,7 @@ def linear_logits(weights: Tensor, features: Tensor, *, has_bias: bool) -> Tenso
     return weights @ features.t()
 
 
-def check_labelled(batches: FeatureBatches, weight: Tensor) -> None:
+def check_labelled(batches: FeatureBatches, weight: Tensor, *, processes: Processes) -> None:
     """Check features and labels that ``classification_accuracy`` is to read, against a weight (C, F).
 
     Raises:
@@ -217,12 +231,13 @@ def check_labelled(batches: FeatureBatches, weight: Tensor) -> None:
         ValueError: if there is no sample, or shapes, labels or numbers are not what they have to be.
     """
     samples = 0
-    for features, targets in batches:
-        check_batch(features, targets, num_features=weight.shape[1], num_logits=len(weight))
-        if not bool(features.isfinite().all()):
-            raise ValueError("Expected validation features to be finite, but got NaN or infinity.")
-        samples += len(features)
-    if samples == 0:
+    with processes.failing_together():
+        for features, targets in batches:
+            check_batch(features, targets, num_features=weight.shape[1], num_logits=len(weight))
+            if not bool(features.isfinite().all()):
+                raise ValueError("Expected validation features to be finite, but got NaN or infinity.")
+            samples += len(features)
+    if processes.sum_numbers(samples) == [0.0]:
         raise ValueError("Expected at least one validation sample, but got none.")
 
 
@@ -245,19 +260,22 @@ def check_batch(features: Tensor, targets: Tensor, *, num_features: int, num_log
         raise ValueError("Expected targets of a single logit to be 0 or 1, but got values in between.")
 
 
-def classification_accuracy(weights: Tensor, batches: FeatureBatches, *, has_bias: bool) -> float:
-    """Return the fraction of samples whose largest logit is that of their label.
+def classification_accuracy(weights: Tensor, batches: FeatureBatches, *, has_bias: bool, processes: Processes) -> float:
+    """Return the fraction of samples, of all processes, whose largest logit is that of their label.
 
     Args:
         weights: (C, F), or (C, F + 1) with the bias as the last column; a single logit is positive for class 1.
         batches: features and labels, checked already.
         has_bias: whether the last column of weights is a bias.
+        processes: those that share the samples.
     """
     correct, samples = 0, 0
-    for features, targets in batches:
-        logits = linear_logits(weights, features.to(weights), has_bias=has_bias)
-        labels = targets.reshape(-1).to(logits.device, torch.int64)
-        predicted = (logits[0] > 0).long() if len(logits) == 1 else logits.argmax(0)
-        correct += int((predicted == labels).sum())
-        samples += len(labels)
-    return correct / samples
+    with processes.failing_together():
+        for features, targets in batches:
+            logits = linear_logits(weights, features.to(weights), has_bias=has_bias)
+            labels = targets.reshape(-1).to(logits.device, torch.int64)
+            predicted = (logits[0] > 0).long() if len(logits) == 1 else logits.argmax(0)
+            correct += int((predicted == labels).sum())
+            samples += len(labels)
+    all_correct, all_samples = processes.sum_numbers(correct, samples)
+    return all_correct / all_samples

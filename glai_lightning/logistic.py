@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +18,11 @@ from glai_lightning.cross_entropy import (
 )
 from glai_lightning.linear_solution import LinearSolution, SolveReport, check_linear
 from glai_lightning.preconditioning import CenteredFeatures, CovariancePreconditioner
+from glai_lightning.processes import Processes
 from glai_lightning.quasi_newton import LBFGS, Point
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Steps after which the preconditioner is made anew, once: by then the probabilities are near those of the solution.
 _REFRESH_AFTER = 6
@@ -43,6 +48,7 @@ def solve_logistic(
     tolerance: float = 1e-4,
     patience: int = 2,
     validation: tuple[Tensor, Tensor] | Batches | FeatureBatches | None = None,
+    group: "ProcessGroup | None" = None,
 ) -> LinearSolution:
     """Fit a linear classifier over fixed features: minimise mean cross-entropy + l2 / 2 times a penalty.
 
@@ -62,6 +68,9 @@ def solve_logistic(
     class without samples fall for as long as the solve goes on. Where no minimum exists (separable classes, ``l2=0``)
     the weights grow until the solve stops, and are finite.
 
+    With a ``group``, the samples are those of all its processes, each of which reads its own. All end with the same
+    weights, to the last bit, and where one raises an error all do.
+
     Args:
         features: (N, F), or a re-iterable of batches ((n, F), (n,)).
         targets: class labels (N,), integers in [0, C); for one logit also bool, or 0.0 and 1.0, and of shape (N, 1).
@@ -77,6 +86,7 @@ def solve_logistic(
         patience: with ``validation``, the solve stops after this many steps without a better score.
         validation: another (features, targets), or re-iterable of batches. The weights of the best accuracy are handed
             back, of equals the first, those at the start included.
+        group: the processes that share the samples, those of ``validation`` too; ``None`` for this one alone.
 
     Returns:
         ``weight`` (C, F) and ``bias`` (C,) or ``None``, in the dtype and on the device of those given, and the report.
@@ -85,6 +95,7 @@ def solve_logistic(
         TypeError: if dtypes are wrong, or batches can be read only once.
         ValueError: if a setting is out of range, shapes disagree, a label is out of range, numbers are not finite, or
             there is no sample.
+        RuntimeError: if another process of the group raised an error.
 
     Example:
         >>> features = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
@@ -96,14 +107,17 @@ def solve_logistic(
         (tensor([0, 0, 1, 1]), 'converged')
     """
     began = time.perf_counter()
-    check_logistic_settings(l2, center, label_smoothing, max_passes, tolerance, patience)
-    check_linear(weight, bias)
-    batches = as_batches(features, targets, outputs=len(weight))
-    held_out = held_out_batches(validation, outputs=len(weight))
+    processes = Processes(group, weight.device)
+    with processes.failing_together():
+        check_logistic_settings(l2, center, label_smoothing, max_passes, tolerance, patience)
+        check_linear(weight, bias)
+        batches = as_batches(features, targets, outputs=len(weight))
+        held_out = held_out_batches(validation, outputs=len(weight))
     if held_out is not None:
-        check_labelled(held_out, weight)
-    start = weight.detach().to(_compute_dtype(batches.features, weight))
-    start = start.clone() if bias is None else torch.cat([start, bias.detach().to(start).unsqueeze(1)], dim=1)
+        check_labelled(held_out, weight, processes=processes)
+    start = weight.detach().to(_compute_dtype(batches.features, weight, processes))
+    start = torch.cat([start] if bias is None else [start, bias.detach().to(start).unsqueeze(1)], dim=1)
+    processes.from_first(start)
     objective = LogisticObjective(
         batches,
         start,
@@ -111,14 +125,17 @@ def solve_logistic(
         cross_entropy=CrossEntropy(_class_weights(class_weights, start), label_smoothing),
         l2=l2,
         center=center,
+        processes=processes,
     )
     descent = _Descent(objective, held_out, max_passes=max_passes)
     reason = descent.run(tolerance=tolerance, patience=patience)
     begin, best = descent.begin, descent.best
-    solved = best.weights.to(weight)
+    # The same in all processes, if their arithmetic is.
+    best_weights = processes.from_first(best.weights.clone())
+    solved = best_weights.to(weight)
     return LinearSolution(
         weight=solved if bias is None else solved[:, :-1].contiguous(),
-        bias=None if bias is None else best.weights[:, -1].to(bias, copy=True),
+        bias=None if bias is None else best_weights[:, -1].to(bias, copy=True),
         report=SolveReport(
             loss=best.loss,
             start_loss=begin.loss,
@@ -144,9 +161,11 @@ class _Descent:
         self._held_out = held_out
         self._max_passes = max_passes
         rows = max(1024, _SAMPLED_ROWS_PER_FEATURE * objective.start.shape[1])
-        self._sample = SystematicSample(rows, objective.batches.samples)
+        self._sample = SystematicSample(math.ceil(rows / objective.processes.count), objective.batches.samples)
         self.begin = self.best = objective.begin(self._sample)
-        self._centered = CenteredFeatures.of(self._sample.collect()[0], has_bias=objective.has_bias)
+        self._centered = CenteredFeatures.of(
+            self._sample.collect()[0], has_bias=objective.has_bias, processes=objective.processes
+        )
         preconditioner = self._preconditioner(self.begin, blocks=1)
         self._minimiser = LBFGS(objective, self.begin, preconditioner, memory=min(_MEMORY, max_passes))
         self.steps = self.best_step = 0
@@ -180,7 +199,9 @@ class _Descent:
     def _score(self, point: Point) -> float | None:
         if self._held_out is None:
             return None
-        return classification_accuracy(point.weights, self._held_out, has_bias=self._objective.has_bias)
+        return classification_accuracy(
+            point.weights, self._held_out, has_bias=self._objective.has_bias, processes=self._objective.processes
+        )
 
     def _preconditioner(self, point: Point, *, blocks: int) -> CovariancePreconditioner:
         features, labels = self._sample.collect()
@@ -231,6 +252,6 @@ def _class_weights(given: Sequence[float] | Tensor | None, start: Tensor) -> Ten
     return weights
 
 
-def _compute_dtype(features: object, weight: Tensor) -> torch.dtype:
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.promote_types(dtype, features.dtype) if isinstance(features, Tensor) else dtype
+def _compute_dtype(features: object, weight: Tensor, processes: Processes) -> torch.dtype:
+    doubled = weight.dtype is torch.float64 or (isinstance(features, Tensor) and features.dtype is torch.float64)
+    return torch.float64 if processes.sum_numbers(doubled) != [0.0] else torch.float32

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glai_lightning.processes import Processes
+
 #: Added to a covariance of unit variances before it is factorised, the first that makes it positive definite: float32
 #: products are good to about as much as the smallest.
 _JITTERS = (3e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1.0)
@@ -16,31 +18,38 @@ class CenteredFeatures:
     """A sample of features, shifted and scaled column by column so that products of any columns can be compared.
 
     Args:
-        features: (S, F) in units of the standard deviation; behind them a column of ones where there is a bias.
+        features: (S, F), those of this process, in units of the standard deviation; behind them a column of ones where
+            there is a bias.
+        samples: how many there are in all processes.
         mean: (F,), zero where there is no bias to make up for a shift.
         scale: (F,), positive also where a column is constant.
         has_bias: whether the last column of weights is a bias.
+        processes: those that share the sample.
     """
 
     features: Tensor
+    samples: int
     mean: Tensor
     scale: Tensor
     has_bias: bool
+    processes: Processes
 
     @staticmethod
-    def of(features: Tensor, *, has_bias: bool) -> "CenteredFeatures":
-        """Center and scale features (S, F)."""
-        mean = features.mean(0) if has_bias else torch.zeros_like(features[0])
+    def of(features: Tensor, *, has_bias: bool, processes: Processes) -> "CenteredFeatures":
+        """Center and scale features (S, F), each process its own by the means and deviations of all."""
+        samples = int(processes.sum_numbers(len(features))[0])
+        mean = processes.sum(features.sum(0)) / samples if has_bias else features.new_zeros(features.shape[1])
         centered = features - mean
-        scale = centered.square().mean(0).sqrt()
+        scale = (processes.sum(centered.square().sum(0)) / samples).sqrt()
+        largest = processes.max(torch.cat([features.abs(), features.new_zeros(1, features.shape[1])]).amax(0))
         # What is left of a constant column is the rounding of its mean.
-        rounding = 8.0 * torch.finfo(features.dtype).eps * features.abs().amax(0)
+        rounding = 8.0 * torch.finfo(features.dtype).eps * largest
         scale = torch.where(scale > rounding, scale, torch.inf)
         centered /= scale
         scale = torch.where(scale.isinf(), 1.0, scale)
         if has_bias:
             centered = torch.cat([centered, torch.ones_like(centered[:, :1])], dim=1)
-        return CenteredFeatures(centered, mean, scale, has_bias)
+        return CenteredFeatures(centered, samples, mean, scale, has_bias, processes)
 
     def gradient_for(self, gradient: Tensor) -> Tensor:
         """Turn a gradient by weights of the features as given into one by weights of the centered ones."""
@@ -66,7 +75,7 @@ class CovariancePreconditioner:
     Neighbouring classes share one inverse where there are fewer blocks than classes.
 
     Args:
-        sample: a sample of S features.
+        sample: a sample of features, S of them in this process.
         probabilities: their probabilities (C, S), of the positive class alone (1, S) where there is one logit.
         sample_weights: (S,), what each sample counts in the mean cross-entropy; 1 on average without class weights.
         ridge: l2 of a penalty on the squared weights.
@@ -85,9 +94,9 @@ class CovariancePreconditioner:
         blocks: int,
     ) -> None:
         self._sample = sample
-        classes, samples = probabilities.shape
-        between = (probabilities * sample_weights) @ probabilities.t()
-        within = torch.diag((probabilities * sample_weights).sum(1))
+        classes = len(probabilities)
+        between = sample.processes.sum((probabilities * sample_weights) @ probabilities.t())
+        within = torch.diag(sample.processes.sum((probabilities * sample_weights).sum(1)))
         rotation = torch.linalg.eigh((within - between).double())[1].to(probabilities.dtype)
         variances = rotation.t().square() @ probabilities - (rotation.t() @ probabilities).square()
         variances = variances.clamp_(min=0.0) * sample_weights
@@ -103,7 +112,7 @@ class CovariancePreconditioner:
         self._inverses = []
         for start, end in zip(self._groups[:-1], self._groups[1:], strict=True):
             weights = variances[start:end].sum(0) / (end - max(start, classes - seen)) + logit_ridge
-            self._inverses.append(_inverse_covariance(sample.features, weights / samples, penalty))
+            self._inverses.append(_inverse_covariance(sample, weights / sample.samples, penalty))
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """Multiply the approximate inverse Hessian by a gradient (C, F or F + 1)."""
@@ -115,8 +124,8 @@ class CovariancePreconditioner:
         return self._sample.weights_from(self._rotation @ torch.cat(parts))
 
 
-def _inverse_covariance(features: Tensor, weights: Tensor, penalty: Tensor) -> Tensor:
-    covariance = features.t() @ (features * weights.unsqueeze(1))
+def _inverse_covariance(sample: CenteredFeatures, weights: Tensor, penalty: Tensor) -> Tensor:
+    covariance = sample.processes.sum(sample.features.t() @ (sample.features * weights.unsqueeze(1)))
     covariance.diagonal().add_(penalty)
     deviation = covariance.diagonal().clamp(min=0.0).sqrt()
     # Columns without any curvature are left alone.

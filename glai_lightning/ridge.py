@@ -3,15 +3,23 @@
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from glai_lightning.batches import Batches, FeatureBatches, as_batches, held_out_batches
 from glai_lightning.linear_solution import LinearSolution, SolveReport, check_linear
+from glai_lightning.processes import Processes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Strengths of the penalty to choose from, relative to the mean variance of the features.
 RELATIVE_GRID = tuple(10.0 ** (exponent / 2.0) for exponent in range(-12, 5))
+
+MIXED_TARGETS = "Expected all targets to be class labels (integers) or all to be numbers (floating), but got both."
 
 
 class RidgeTargets:
@@ -42,9 +50,7 @@ class RidgeTargets:
             ValueError: if a shape is wrong, a label out of range or a number not finite.
         """
         if targets.is_floating_point() == self.classification:
-            raise TypeError(
-                "Expected all targets to be class labels (integers) or all to be numbers (floating), but got both."
-            )
+            raise TypeError(MIXED_TARGETS)
         if self.classification:
             return self._encode_labels(targets)
         if targets.ndim == 1 and self.outputs == 1:
@@ -84,23 +90,28 @@ class Moments:
     Sums are taken around the first batch's means: the mean of a column may be far larger than its deviation.
 
     Args:
+        num_features: F.
+        num_targets: C.
         has_bias: whether means are to be taken out, for a bias makes up for them.
+        device: where the sums are held.
     """
 
-    def __init__(self, *, has_bias: bool) -> None:
+    def __init__(
+        self, num_features: int, num_targets: int, *, has_bias: bool, device: torch.device | str = "cpu"
+    ) -> None:
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.samples = 0
         self.has_bias = has_bias
+        self._features_shift, self._targets_shift = zeros(num_features), zeros(num_targets)
+        self._features_sum, self._targets_sum = zeros(num_features), zeros(num_targets)
+        self._features_squares = zeros(num_features, num_features)
+        self._products = zeros(num_features, num_targets)
+        self._targets_squares = zeros(num_targets)
 
     def add(self, features: Tensor, targets: Tensor) -> None:
         """Add features (n, F) and targets (n, C), both float64."""
-        if self.samples == 0:
-            self._features_shift = features.mean(0) if self.has_bias else torch.zeros_like(features[0])
-            self._targets_shift = targets.mean(0) if self.has_bias else torch.zeros_like(targets[0])
-            self._features_sum = torch.zeros_like(features[0])
-            self._targets_sum = torch.zeros_like(targets[0])
-            self._features_squares = features.new_zeros(features.shape[1], features.shape[1])
-            self._products = features.new_zeros(features.shape[1], targets.shape[1])
-            self._targets_squares = torch.zeros_like(targets[0])
+        if self.samples == 0 and self.has_bias:
+            self._features_shift, self._targets_shift = features.mean(0), targets.mean(0)
         features = features - self._features_shift
         targets = targets - self._targets_shift
         self.samples += len(features)
@@ -109,6 +120,33 @@ class Moments:
         self._features_squares.addmm_(features.t(), features)
         self._products.addmm_(features.t(), targets)
         self._targets_squares += targets.square().sum(0)
+
+    def add_up(self, processes: Processes) -> None:
+        """Add up what each process was given, so that all have the moments of everything."""
+        samples = int(processes.sum_numbers(self.samples)[0])
+        share = self.samples / max(samples, 1)
+        self._shift_to(processes.sum(self._features_shift * share), processes.sum(self._targets_shift * share))
+        for sums in (
+            self._features_sum,
+            self._targets_sum,
+            self._features_squares,
+            self._products,
+            self._targets_squares,
+        ):
+            processes.sum(sums)
+        self.samples = samples
+
+    def _shift_to(self, features_shift: Tensor, targets_shift: Tensor) -> None:
+        """Take the sums around other numbers than the first batch's means."""
+        by_feature, by_target = self._features_shift - features_shift, self._targets_shift - targets_shift
+        self._features_shift, self._targets_shift = features_shift, targets_shift
+        # Halfway sums make the corrections of second order symmetric: (x + d)^2 = x^2 + d (x + (x + d)).
+        features_sum = self._features_sum + self.samples * by_feature
+        targets_sum = self._targets_sum + self.samples * by_target
+        self._features_squares += self._features_sum.outer(by_feature) + by_feature.outer(features_sum)
+        self._products += self._features_sum.outer(by_target) + by_feature.outer(targets_sum)
+        self._targets_squares += by_target * (self._targets_sum + targets_sum)
+        self._features_sum, self._targets_sum = features_sum, targets_sum
 
     def features_mean(self) -> Tensor:
         """Return the means of the features, (F,); zeros without a bias."""
@@ -211,6 +249,7 @@ def solve_ridge(
     bias: Tensor | None = None,
     l2: float | Sequence[float] | None = None,
     validation: tuple[Tensor, Tensor] | Batches | FeatureBatches | None = None,
+    group: "ProcessGroup | None" = None,
 ) -> LinearSolution:
     """Fit a linear model over fixed features in closed form: half the mean squared error + l2 / 2 * squared weights.
 
@@ -224,6 +263,9 @@ def solve_ridge(
     directions with less than F times the machine epsilon of the largest variance get no weight. Among columns of
     scales 1e8 apart the small ones are such directions; scale columns if they matter.
 
+    With a ``group``, the samples are those of all its processes, each of which reads its own. All end with the same
+    weights, to the last bit, and where one raises an error all do.
+
     Args:
         features: (N, F), or a re-iterable of batches ((n, F), targets).
         targets: class labels (N,), integers in [0, C); or numbers of a floating dtype (N, C), (N,) for one output.
@@ -233,6 +275,7 @@ def solve_ridge(
             variance of the features.
         validation: another (features, targets), or re-iterable of batches. The given weights are handed back where no
             solution scores better on it.
+        group: the processes that share the samples, those of ``validation`` too; ``None`` for this one alone.
 
     Returns:
         ``weight`` (C, F) and ``bias`` (C,) or ``None``, and the report.
@@ -241,6 +284,7 @@ def solve_ridge(
         TypeError: if dtypes are wrong, or batches can be read only once.
         ValueError: if a strength is out of range, shapes disagree, a label is out of range, numbers are not finite, or
             there is no sample.
+        RuntimeError: if another process of the group raised an error.
 
     Example:
         >>> features = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
@@ -249,11 +293,13 @@ def solve_ridge(
         (2.0, 1.0)
     """
     began = time.perf_counter()
-    strengths = None if l2 is None else check_strengths(l2)
-    check_linear(weight, bias)
-    batches = as_batches(features, targets, outputs=len(weight))
-    held_out = held_out_batches(validation, outputs=len(weight))
-    moments, code = _moments(batches, weight, has_bias=bias is not None)
+    processes = Processes(group, weight.device)
+    with processes.failing_together():
+        strengths = None if l2 is None else check_strengths(l2)
+        check_linear(weight, bias)
+        batches = as_batches(features, targets, outputs=len(weight))
+        held_out = held_out_batches(validation, outputs=len(weight))
+    moments, code = _moments(batches, weight, has_bias=bias is not None, processes=processes)
     path = RidgePath(moments)
     if strengths is None:
         spread = float(path.eigenvalues.clamp(min=0.0).mean())
@@ -263,11 +309,11 @@ def solve_ridge(
     start_bias = None if bias is None else bias.detach().double()
     passes, score, start_score, best = 1, None, None, 0
     if held_out is not None:
-        scores, start_score = _validation_scores(path, code, held_out, candidates, start_weight, start_bias)
+        scores, start_score = _validation_scores(path, code, held_out, candidates, start_weight, start_bias, processes)
         best = int(scores.argmax())
         score = float(scores[best])
     elif len(candidates) > 1:
-        scores = _leave_one_out_scores(path, code, batches, candidates)
+        scores = _leave_one_out_scores(path, code, batches, candidates, processes)
         passes += 1
         best = int(scores.argmax())
         score = float(scores[best])
@@ -275,6 +321,10 @@ def solve_ridge(
     kept = start_score is not None and score is not None and score <= start_score
     found_weight = start_weight if kept else path.weight(chosen)
     found_bias = start_bias if kept or start_bias is None else path.bias(found_weight)
+    # The same in all processes, if their arithmetic is.
+    found_weight = processes.from_first(found_weight.contiguous())
+    if found_bias is not None:
+        found_bias = processes.from_first(found_bias.contiguous())
     loss, gradient_norm = _penalised(moments, found_weight, found_bias, chosen)
     start_loss, start_gradient_norm = _penalised(moments, start_weight, start_bias, chosen)
     return LinearSolution(
@@ -309,17 +359,31 @@ def check_strengths(l2: float | Sequence[float]) -> list[float]:
     return strengths
 
 
-def _moments(batches: FeatureBatches, weight: Tensor, *, has_bias: bool) -> tuple[Moments, RidgeTargets]:
-    moments, code = Moments(has_bias=has_bias), None
-    for features, targets in batches:
-        if code is None:
-            code = RidgeTargets.of(targets, len(weight))
-        moments.add(*_doubled(features, targets, code, weight))
-    if code is None:
-        raise ValueError("Expected at least one sample, but got none.")
+def _moments(
+    batches: FeatureBatches, weight: Tensor, *, has_bias: bool, processes: Processes
+) -> tuple[Moments, RidgeTargets]:
+    moments, code = Moments(weight.shape[1], len(weight), has_bias=has_bias, device=weight.device), None
+    with processes.failing_together():
+        for features, targets in batches:
+            if code is None:
+                code = RidgeTargets.of(targets, len(weight))
+            moments.add(*_doubled(features, targets, code, weight))
+    code = _common_code(code, len(weight), processes)
+    moments.add_up(processes)
     if not bool(moments.covariance().isfinite().all()):
         raise ValueError("Expected features to be finite, and their squares too, but got NaN or infinity.")
     return moments, code
+
+
+def _common_code(code: RidgeTargets | None, outputs: int, processes: Processes) -> RidgeTargets:
+    labels, numbers = processes.sum_numbers(
+        code is not None and code.classification, code is not None and not code.classification
+    )
+    if not labels and not numbers:
+        raise ValueError("Expected at least one sample, but got none.")
+    if labels and numbers:
+        raise TypeError(MIXED_TARGETS)
+    return RidgeTargets(outputs, classification=bool(labels))
 
 
 def _doubled(features: Tensor, targets: Tensor, code: RidgeTargets, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,15 +392,18 @@ def _doubled(features: Tensor, targets: Tensor, code: RidgeTargets, weight: Tens
     return features.to(weight.device, torch.float64), code.encode(targets).to(weight.device)
 
 
-def _leave_one_out_scores(path: RidgePath, code: RidgeTargets, batches: FeatureBatches, l2: Tensor) -> Tensor:
+def _leave_one_out_scores(
+    path: RidgePath, code: RidgeTargets, batches: FeatureBatches, l2: Tensor, processes: Processes
+) -> Tensor:
     total = torch.zeros_like(l2)
-    for features, targets in batches:
-        doubled, encoded = _doubled(features, targets, code, path.rotated.t())
-        outputs, leverages = path.outputs(doubled, l2)
-        # A leverage of 1 leaves nothing to predict the sample from.
-        errors = (encoded - outputs) / (1.0 - leverages).clamp(min=1e-8).unsqueeze(2)
-        total += code.score(encoded - errors, encoded)
-    return total / path.samples
+    with processes.failing_together():
+        for features, targets in batches:
+            doubled, encoded = _doubled(features, targets, code, path.rotated.t())
+            outputs, leverages = path.outputs(doubled, l2)
+            # A leverage of 1 leaves nothing to predict the sample from.
+            errors = (encoded - outputs) / (1.0 - leverages).clamp(min=1e-8).unsqueeze(2)
+            total += code.score(encoded - errors, encoded)
+    return processes.sum(total) / path.samples
 
 
 def _validation_scores(
@@ -346,18 +413,22 @@ def _validation_scores(
     l2: Tensor,
     start_weight: Tensor,
     start_bias: Tensor | None,
+    processes: Processes,
 ) -> tuple[Tensor, float]:
-    total, start_total, samples = torch.zeros_like(l2), 0.0, 0
-    for features, targets in held_out:
-        doubled, encoded = _doubled(features, targets, code, start_weight)
-        total += code.score(path.outputs(doubled, l2)[0], encoded)
-        at_start = doubled @ start_weight.t() if start_bias is None else doubled @ start_weight.t() + start_bias
-        start_total += float(code.score(at_start.unsqueeze(0), encoded))
-        samples += len(encoded)
+    total, own_start_total, own_samples = torch.zeros_like(l2), 0.0, 0
+    with processes.failing_together():
+        for features, targets in held_out:
+            doubled, encoded = _doubled(features, targets, code, start_weight)
+            if not bool(doubled.isfinite().all()):
+                raise ValueError("Expected validation features to be finite, but got NaN or infinity.")
+            total += code.score(path.outputs(doubled, l2)[0], encoded)
+            at_start = doubled @ start_weight.t() if start_bias is None else doubled @ start_weight.t() + start_bias
+            own_start_total += float(code.score(at_start.unsqueeze(0), encoded))
+            own_samples += len(encoded)
+    processes.sum(total)
+    start_total, samples = processes.sum_numbers(own_start_total, own_samples)
     if samples == 0:
         raise ValueError("Expected at least one validation sample, but got none.")
-    if not (bool(total.isfinite().all()) and math.isfinite(start_total)):
-        raise ValueError("Expected validation features to be finite, but got NaN or infinity.")
     return total / samples, start_total / samples
 
 

@@ -1,6 +1,7 @@
 """Solvers that set the path weights of a frozen head, which is linear in them, so that the usual losses are convex."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,7 +11,11 @@ from glai_lightning.cross_entropy import Center
 from glai_lightning.heads import GLAIHead, IndependentPathsHead, OutputPathsHead
 from glai_lightning.linear_solution import LinearSolution, SolveReport
 from glai_lightning.logistic import check_logistic_settings, solve_logistic
+from glai_lightning.processes import Processes
 from glai_lightning.ridge import check_strengths, solve_ridge
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["LogisticSolver", "RidgeSolver", "SolveReport", "solve_logistic", "solve_ridge"]
 
@@ -66,6 +71,7 @@ class LogisticSolver:
         targets: Tensor | None = None,
         *,
         validation: HeadData | None = None,
+        group: "ProcessGroup | None" = None,
     ) -> SolveReport:
         """Set the path weights of a head in place.
 
@@ -75,6 +81,8 @@ class LogisticSolver:
                 every pass, and never held all at once.
             targets: class labels (N,), or ``None`` where ``inputs`` yields them.
             validation: (inputs, targets), or batches of them; with it the head is never worse on them than before.
+            group: the processes of ``torch.distributed`` that share the data, each reading its own part; all end with
+                the same weights. ``None`` for this process alone.
 
         Returns:
             What the solve did.
@@ -83,10 +91,14 @@ class LogisticSolver:
             TypeError: if ``head`` is not frozen, or dtypes are wrong.
             ValueError: if the head is not linear in its path weights, or the data is not what it has to be, see
                 ``solve_logistic``. The head is then as it was.
+            RuntimeError: if another process of the group raised an error.
         """
         path_weights = LinearPathWeights(head)
+        with Processes(group, path_weights.device).failing_together():
+            features = path_weights.features(inputs, targets)
+            held_out = path_weights.validation_features(validation)
         solution = solve_logistic(
-            path_weights.features(inputs, targets),
+            features,
             weight=path_weights.weight(),
             bias=path_weights.bias,
             l2=self.l2,
@@ -96,7 +108,8 @@ class LogisticSolver:
             max_passes=self.max_passes,
             tolerance=self.tolerance,
             patience=self.patience,
-            validation=path_weights.validation_features(validation),
+            validation=held_out,
+            group=group,
         )
         path_weights.set(solution)
         return solution.report
@@ -136,6 +149,7 @@ class RidgeSolver:
         targets: Tensor | None = None,
         *,
         validation: HeadData | None = None,
+        group: "ProcessGroup | None" = None,
     ) -> SolveReport:
         """Set the path weights of a head in place.
 
@@ -145,6 +159,8 @@ class RidgeSolver:
             targets: numbers (N, C) of a floating dtype, or class labels (N,), integers; ``None`` where ``inputs``
                 yields them.
             validation: (inputs, targets), or batches of them; with it the head is never worse on them than before.
+            group: the processes of ``torch.distributed`` that share the data, each reading its own part; all end with
+                the same weights. ``None`` for this process alone.
 
         Returns:
             What the solve did.
@@ -153,14 +169,19 @@ class RidgeSolver:
             TypeError: if ``head`` is not frozen, or dtypes are wrong.
             ValueError: if the head is not linear in its path weights, or the data is not what it has to be, see
                 ``solve_ridge``. The head is then as it was.
+            RuntimeError: if another process of the group raised an error.
         """
         path_weights = LinearPathWeights(head)
+        with Processes(group, path_weights.device).failing_together():
+            features = path_weights.features(inputs, targets)
+            held_out = path_weights.validation_features(validation)
         solution = solve_ridge(
-            path_weights.features(inputs, targets),
+            features,
             weight=path_weights.weight(),
             bias=path_weights.bias,
             l2=self.l2,
-            validation=path_weights.validation_features(validation),
+            validation=held_out,
+            group=group,
         )
         path_weights.set(solution)
         return solution.report
@@ -196,6 +217,11 @@ class LinearPathWeights:
             raise ValueError(
                 f"Expected `paths` to be 'output' or 'independent' to solve for them, but got {head.paths!r}."
             )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the path weights are."""
+        return self._parameters[0].device
 
     def weight(self) -> Tensor:
         """Return the path weights without the output bias, (C, F), in the order of the path activations."""

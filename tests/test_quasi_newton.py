@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from glai_lightning.preconditioning import CenteredFeatures, CovariancePreconditioner
+from glai_lightning.processes import Processes
 from glai_lightning.quasi_newton import LBFGS, Point
 
 
@@ -83,7 +84,7 @@ def test_at_uniform_probabilities_the_preconditioner_is_the_inverse_hessian():
     direction -= direction.mean(0)
     for blocks in (1, 2):
         inverse = CovariancePreconditioner(
-            CenteredFeatures.of(features, has_bias=True),
+            CenteredFeatures.of(features, has_bias=True, processes=Processes()),
             probabilities,
             torch.ones(200, dtype=torch.float64),
             ridge=0.1,

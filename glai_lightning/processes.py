@@ -1,0 +1,85 @@
+"""The processes that share the samples of a solve: sums over all of them, and failures that all of them learn of."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Processes:
+    """The processes of a ``torch.distributed`` group, or the one that runs, of which every sum is its own.
+
+    What is summed is the same in all of them to the last bit, so that whatever follows from sums alone does too. All
+    processes must call the same methods in the same order.
+
+    Args:
+        group: the processes, ``None`` for the one that runs.
+        device: where the backend of the group wants its tensors.
+
+    Example:
+        >>> alone = Processes()
+        >>> alone.count, alone.sum_numbers(2, 0.5)
+        (1, [2.0, 0.5])
+    """
+
+    def __init__(self, group: "ProcessGroup | None" = None, device: torch.device | str = "cpu") -> None:
+        self._group = group
+        self._device = device
+        self.count = 1 if group is None else dist.get_world_size(group)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add a tensor up over all processes, in place, and return it."""
+        if self._group is not None:
+            dist.all_reduce(values, dist.ReduceOp.SUM, group=self._group)
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        """Take the element-wise maximum of a tensor over all processes, in place, and return it."""
+        if self._group is not None:
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
+        return values
+
+    def sum_numbers(self, *numbers: float) -> list[float]:
+        """Return the sum over all processes of each number, in float64."""
+        summed: list[float] = self.sum(torch.tensor(numbers, dtype=torch.float64, device=self._device)).tolist()
+        return summed
+
+    def from_first(self, values: Tensor) -> Tensor:
+        """Give all processes the tensor of the first, in place, and return it."""
+        if self._group is not None:
+            dist.broadcast(values, dist.get_global_rank(self._group, 0), group=self._group)
+        return values
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Context for what each process does by itself: where it raises in one, it raises in all.
+
+        Without, the others would wait for ever for a process that is not going to answer.
+
+        Raises:
+            RuntimeError: if the context raised in another process and not in this one; the message says what.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._tell(error)
+            raise
+        self._tell(None)
+
+    def _tell(self, error: Exception | None) -> None:
+        """Tell the other processes of an error, and raise for one of theirs."""
+        (failures,) = self.sum_numbers(float(error is not None))
+        if self._group is None or not failures:
+            return
+        said: list[str | None] = [None] * self.count
+        own = None if error is None else f"{type(error).__name__}: {error}"
+        dist.all_gather_object(said, own, group=self._group)
+        if error is None:
+            rank, message = next((rank, message) for rank, message in enumerate(said) if message is not None)
+            raise RuntimeError(f"Process {rank} of {self.count} failed. {message}")
