@@ -193,6 +193,15 @@ class BatchLoader(DataLoader[tuple[Tensor, ...]]):
         Args:
             state_dict: from :meth:`state_dict`. The next iteration raises ``ValueError`` if it is of the same
                 epoch and the rows or batches to count in have changed.
+
+        Raises:
+            ValueError: If it is not such a state.
         """
+        for name in ("epoch", "position", "rows", "batches"):
+            value = state_dict.get(name) if isinstance(state_dict, dict) else None
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(
+                    f"Expected the state of the loader to hold `{name}`, an integer of at least 0, but got {value!r}."
+                )
         self._restored = dict(state_dict)
         self._set_epoch(state_dict["epoch"])

@@ -82,6 +82,9 @@ def _sentence_for_users(error: BaseException) -> str | None:
         # Lightning's own sentences for wrong combinations; by name, because most commands get here without Lightning.
         if any(kind.__name__ == "MisconfigurationException" for kind in type(cause).__mro__):
             return str(cause)
+        # torch's own list of what does not fit, for a checkpoint of another module.
+        if isinstance(cause, RuntimeError) and str(cause).startswith("Error(s) in loading state_dict"):
+            return str(cause)
     return None
 
 

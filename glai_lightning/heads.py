@@ -2,13 +2,18 @@
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from glai_lightning.layers import HeadLayout, read_head
+from glai_lightning.loading import check_state_dict, unchanged_on_error
+from glai_lightning.marks import MARK, FreezeMark
+from glai_lightning.paths import (
+    Paths as Paths,
+)
 from glai_lightning.paths import (
     count_path_weights,
     independent_logits,
@@ -19,13 +24,8 @@ from glai_lightning.paths import (
 )
 from glai_lightning.patterns import HiddenUnits, apply_leading, evaluating, hidden_units, patterns_of
 
-Paths = Literal["output", "tangent", "independent"]
-
 #: Independent path weights beyond which a head is refused: 40 MB of float32, and as much for each optimizer state.
 MAX_PATHS = 10_000_000
-
-#: Where a frozen head's mark stands in the metadata of a state dict, which ``weights_only`` loading keeps.
-MARK = "glai"
 
 
 def mlp_head(
@@ -49,7 +49,7 @@ def mlp_head(
         A head from (batch, D) to (batch, C).
 
     Raises:
-        TypeError: if a size is not an integer.
+        TypeError: if a size is not an integer, or ``dropout`` not a number.
         ValueError: if a size is below 1, there is no hidden layer, or ``dropout`` is out of range.
 
     Example:
@@ -66,8 +66,10 @@ def mlp_head(
         *(("hidden_features", width) for width in hidden),
         ("out_features", out_features),
     ):
-        if not isinstance(size, int):
+        if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"Expected `{name}` to be an integer, but got {size!r}.")
+    if not isinstance(dropout, int | float) or isinstance(dropout, bool):
+        raise TypeError(f"Expected `dropout` to be a number, but got {dropout!r}.")
     if not hidden:
         raise ValueError("Expected `hidden_features` to name at least one hidden layer, but got none.")
     for name, size in (("in_features", in_features), ("out_features", out_features)):
@@ -136,7 +138,7 @@ class GLAIHead(nn.Module):
             The frozen head, which computes the same function as ``mlp`` in eval mode.
 
         Raises:
-            TypeError: if ``mlp`` is frozen already.
+            TypeError: if ``mlp`` is not a module or frozen already, or a number is not an integer.
             ValueError: if ``mlp`` cannot be read, ``paths`` is unknown, or there are more than ``max_paths`` paths.
             In either case ``mlp`` is as it was.
 
@@ -147,6 +149,10 @@ class GLAIHead(nn.Module):
             True
         """
         layout = check_convertible(mlp, paths=paths, max_paths=max_paths)
+        if freeze_epoch is not None and (not isinstance(freeze_epoch, int) or isinstance(freeze_epoch, bool)):
+            raise TypeError(f"Expected `freeze_epoch` to be an integer or None, but got {freeze_epoch!r}.")
+        if freeze_epoch is not None and freeze_epoch < 0:
+            raise ValueError(f"Expected `freeze_epoch` to be at least 0, but got {freeze_epoch}.")
         compiled = mlp._compiled_call_impl is not None
         head = _HEADS[paths](mlp, layout, freeze_epoch)
         head.train(mlp.training)
@@ -277,8 +283,28 @@ class GLAIHead(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:
-            epoch = -1 if self.freeze_epoch is None else self.freeze_epoch
-            metadata[prefix[:-1]][MARK] = {"paths": self.paths, "epoch": epoch}
+            metadata[prefix[:-1]][MARK] = FreezeMark(self.paths, self.freeze_epoch).to_metadata()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict of this head, or of the MLP that it was, as torch does, but completely or not at all.
+
+        Args:
+            state_dict: entries and, unless it was copied into a plain dict, the metadata with the mark.
+            strict: whether every key must be there, and no other.
+            assign: whether to take over the tensors instead of copying them.
+
+        Returns:
+            The missing and the unexpected keys.
+
+        Raises:
+            TypeError: if ``state_dict`` is not a mapping.
+            ValueError: if its keys or metadata are not those of a state dict, or its mark is not one.
+            RuntimeError: if keys or shapes are not those of this head, or the mark names other paths.
+            In either case the head is as it was.
+        """
+        check_state_dict(state_dict)
+        with unchanged_on_error(self):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _load_from_state_dict(
         self,
@@ -290,17 +316,17 @@ class GLAIHead(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        mark = local_metadata.get(MARK)
-        if mark is not None and mark["paths"] != self.paths:
-            error_msgs.append(
-                f"Expected the state dict of a head frozen with {self.paths!r} paths at '{prefix[:-1]}', "
-                f"but got one frozen with {mark['paths']!r} paths."
-            )
-            return
-        if mark is not None:
-            self.freeze_epoch = None if mark["epoch"] < 0 else int(mark["epoch"])
-        else:
+        if MARK not in local_metadata:
             self._expect_mlp(state_dict, prefix)
+        else:
+            mark = FreezeMark.from_metadata(local_metadata[MARK])
+            if mark.paths != self.paths:
+                error_msgs.append(
+                    f"Expected the state dict of a head frozen with {self.paths!r} paths at '{prefix[:-1]}', "
+                    f"but got one frozen with {mark.paths!r} paths."
+                )
+                return
+            self.freeze_epoch = mark.freeze_epoch
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -318,7 +344,11 @@ class GLAIHead(nn.Module):
                 entries |= {"running_mean": f"{norm}.running_mean", "running_var": f"{norm}.running_var"}
                 entries |= {"norm_weight": f"{norm}.weight", "norm_bias": f"{norm}.bias"}
             found = {field: state_dict.get(prefix + key) for field, key in entries.items()}
-            units.append(current.with_tensors({field: value for field, value in found.items() if value is not None}))
+            own = current.tensors()
+            # Entries of other shapes are left to torch, which names them.
+            units.append(
+                current.with_tensors({field: value for field, value in found.items() if _fits(value, own.get(field))})
+            )
         return units
 
 
@@ -475,9 +505,9 @@ class IndependentPathsHead(GLAIHead):
 
     def _expect_mlp(self, state_dict: dict[str, Any], prefix: str) -> None:
         output = f"{prefix}{self.layout.output_name}"
-        weight = state_dict.pop(f"{output}.weight", None)
-        if weight is None:
+        if not _fits(state_dict.get(f"{output}.weight"), self.layout.output.weight):
             return
+        weight = state_dict.pop(f"{output}.weight")
         weights, biases = multiply_along_paths(self._units_from(state_dict, prefix), weight)
         state_dict[f"{output}.path_weights"] = weights
         for position, bias in enumerate(biases):
@@ -509,7 +539,7 @@ def freeze_structure(head: nn.Module, *, paths: Paths = "output", max_paths: int
         The frozen head, from (..., D) to (..., C), with the dtype and device of ``head``.
 
     Raises:
-        TypeError: if ``head`` is frozen already.
+        TypeError: if ``head`` is not a module or frozen already, or ``max_paths`` is not an integer.
         ValueError: if ``head`` cannot be read, ``paths`` is unknown, or there are more than ``max_paths`` paths.
 
     Example:
@@ -534,11 +564,15 @@ def check_convertible(head: nn.Module, *, paths: str = "output", max_paths: int 
         The layout of the head.
 
     Raises:
-        TypeError: if ``head`` is frozen already.
+        TypeError: if ``head`` is not a module or frozen already, or ``max_paths`` is not an integer.
         ValueError: if ``head`` cannot be read, ``paths`` is unknown, or there are more than ``max_paths`` paths.
     """
-    if paths not in _HEADS:
+    if not isinstance(paths, str) or paths not in _HEADS:
         raise ValueError(f"Expected `paths` to be 'output', 'tangent' or 'independent', but got {paths!r}.")
+    if not isinstance(max_paths, int) or isinstance(max_paths, bool):
+        raise TypeError(f"Expected `max_paths` to be an integer, but got {max_paths!r}.")
+    if not isinstance(head, nn.Module):
+        raise TypeError(f"Expected the head to be a module, but got {head!r}.")
     if isinstance(head, GLAIHead):
         raise TypeError(
             f"Expected the head to be an MLP, but got one whose structure is frozen already ({head.paths} paths)."
@@ -559,6 +593,10 @@ def _count_paths(layout: HeadLayout) -> int:
 
 def _hidden_bias(layout: HeadLayout) -> list[bool]:
     return [layer.linear.bias is not None or layer.norm is not None for layer in layout.hidden]
+
+
+def _fits(entry: object, own: Tensor | float | None) -> TypeGuard[Tensor]:
+    return isinstance(entry, Tensor) and isinstance(own, Tensor) and entry.shape == own.shape
 
 
 def _moving_tensors(units: HiddenUnits) -> dict[str, Tensor]:

@@ -95,6 +95,13 @@ def read_head(head: nn.Module) -> HeadLayout:
     output_name, output = steps[linears[-1]]
     _check_linear(output_name, output)
     assert isinstance(output, nn.Linear)
+    for layer, (name, following) in zip(hidden, (steps[position] for position in linears[1:]), strict=True):
+        assert isinstance(following, nn.Linear)
+        if following.in_features != layer.linear.out_features:
+            raise ValueError(
+                f"Expected the Linear at '{name}' to take the {layer.linear.out_features} units of the layer before, "
+                f"but got one that takes {following.in_features}."
+            )
     return HeadLayout(
         leading=tuple(module for _, module in steps[: linears[0]] if not isinstance(module, _DropoutNd)),
         hidden=hidden,
@@ -114,9 +121,12 @@ def _read_hidden_layer(steps: Sequence[tuple[str, nn.Module]]) -> HiddenLayer:
             continue
         if activation is None and norm is None and isinstance(module, _BatchNorm):
             _check_norm(name, module)
+            _check_width(name, module.num_features, linear)
             norm = module
         elif activation is None and isinstance(module, nn.ReLU | nn.LeakyReLU | nn.PReLU):
             _check_slope(name, module)
+            if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+                _check_width(name, module.num_parameters, linear)
             activation = module
         else:
             raise ValueError(_unexpected(name, module, after_activation=activation is not None))
@@ -148,6 +158,18 @@ def _check_linear(name: str, module: nn.Module) -> None:
         raise ValueError(
             f"Expected the Linear at '{name}' to compute x W^T + b with a weight that is a parameter of a known shape, "
             f"but got `{type(module).__name__}`."
+        )
+    assert isinstance(module, nn.Linear)
+    if not module.weight.is_floating_point():
+        raise ValueError(f"Expected the Linear at '{name}' to hold real numbers, but got {module.weight.dtype}.")
+
+
+def _check_width(name: str, width: int, linear: nn.Module) -> None:
+    assert isinstance(linear, nn.Linear)
+    if width != linear.out_features:
+        raise ValueError(
+            f"Expected the module at '{name}' to be for the {linear.out_features} units of its layer, "
+            f"but got one for {width}."
         )
 
 
@@ -232,7 +254,8 @@ def _functional_step(node: torch.fx.Node, where: str) -> nn.Module:
         return nn.ReLU()
     if node.target is F.leaky_relu:
         slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-        assert isinstance(slope, float | int)
+        if not isinstance(slope, float | int):
+            raise ValueError(f"Expected the slope of the leaky_relu in {where} to be a number, but got {slope!r}.")
         return nn.LeakyReLU(float(slope))
     if node.target is F.dropout:
         return nn.Dropout()

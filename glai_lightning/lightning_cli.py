@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from glai_lightning.callbacks import FitReport
+from glai_lightning.checkpoints import check_checkpoint
 from glai_lightning.modules import steps_per_batch
 
 _DESCRIPTION = "Fit, validate, test or predict with the modules, data and callbacks that a YAML configuration names."
@@ -30,7 +31,9 @@ class GlaiCLI(LightningCLI):
       last;
     - loggers with the same folder and name share one version;
     - OneCycleLR and CyclicLR from ``--lr_scheduler`` are stepped after every batch;
-    - a scheduler that would be ignored, and a checkpoint that is not there, are errors.
+    - checkpoints are read with ``weights_only=True``, unless ``--weights_only=false`` is given, and it is the
+      configuration that says which classes are made, and not hyper-parameters in a checkpoint;
+    - a scheduler that would be ignored, and a checkpoint that is not there or is none, are errors.
 
     Args:
         arguments: what follows ``glai`` on the command line.
@@ -49,6 +52,26 @@ class GlaiCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments; ``main`` took them from the command line, so there are no others to warn about."""
         self.config = parser.parse_args(args)
+        self._check_checkpoint(self.config[self.config["subcommand"]])
+
+    @staticmethod
+    def _check_checkpoint(config: Any) -> None:
+        checkpoint = config.get("ckpt_path")
+        if config.get("weights_only") is None:
+            config["weights_only"] = True
+        if checkpoint is None:
+            return
+        path = str(checkpoint)
+        if not _is_checkpoint(path):
+            raise MisconfigurationException(
+                f"Expected `--ckpt_path` to be a checkpoint, 'best', 'last' or 'hpc', but got '{path}', "
+                "which does not exist."
+            )
+        if os.path.isfile(path) and config["weights_only"]:
+            check_checkpoint(path)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the hyper-parameters of a checkpoint alone: a file that comes from anywhere is to name no classes."""
 
     def before_instantiate_classes(self) -> None:
         """Refuse what would be ignored, or fail only after minutes."""
@@ -64,12 +87,6 @@ class GlaiCLI(LightningCLI):
             raise MisconfigurationException(
                 "Expected `--optimizer` to come with `--lr_scheduler`, because it replaces both the optimizer and the "
                 "scheduler of the module, but got it alone with a scheduler in the module's arguments."
-            )
-        checkpoint = config.get("ckpt_path")
-        if checkpoint is not None and not _is_checkpoint(str(checkpoint)):
-            raise MisconfigurationException(
-                f"Expected `--ckpt_path` to be a checkpoint, 'best', 'last' or 'hpc', but got '{checkpoint}', "
-                "which does not exist."
             )
 
     def after_instantiate_classes(self) -> None:
@@ -101,7 +118,8 @@ class GlaiCLI(LightningCLI):
         """Test the best checkpoint, or the weights at the end where none was kept, and print the tables."""
         try:
             if self._can_test():
-                self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=self._best_checkpoint())
+                checkpoint = self._best_checkpoint()
+                self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True)
         finally:
             for report in self._fit_reports():
                 report.print_table()

@@ -1,7 +1,9 @@
 """HeadModule: any backbone with a pluggable head."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -9,7 +11,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from glai_lightning.callbacks.conversion import follow_in_fit
+from glai_lightning.checkpoints import check_checkpoint
 from glai_lightning.heads import GLAIHead
+from glai_lightning.loading import check_state_dict, unchanged_on_error
 from glai_lightning.restoring import HeadRestorer
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -79,7 +83,75 @@ class HeadModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Let a resumed fit load a frozen head as the MLP that the optimizer is configured for."""
-        HeadRestorer.of(self, "head").deferred = stage == "fit"
+        restorer = HeadRestorer.of(self, "head")
+        restorer.deferred = stage == "fit"
+        restorer.forget()
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **arguments: Any,
+    ) -> Self:
+        """Make a module from a checkpoint, as Lightning does, but with ``weights_only=True`` unless told otherwise.
+
+        Args:
+            checkpoint_path: a file, an address or a file-like object.
+            map_location: where to put tensors, see ``torch.load``.
+            hparams_file: hyper-parameters to take instead of those in the checkpoint.
+            strict: whether all keys must fit; by default as ``strict_loading`` of the module says.
+            weights_only: ``False`` executes what a checkpoint holds; for files that you trust.
+            **arguments: arguments of the class that a checkpoint does not hold, ``head`` for one.
+
+        Returns:
+            The module, with a frozen head where the checkpoint holds one.
+
+        Raises:
+            ValueError: if the file is no checkpoint, or is cut short, or holds more than tensors and primitives.
+
+        Example:
+            >>> import tempfile
+            >>> from glai_lightning import mlp_head
+            >>> with tempfile.NamedTemporaryFile(suffix=".ckpt") as file:
+            ...     HeadModule.load_from_checkpoint(file.name, head=mlp_head(4, 8, 3))  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            ...
+            ValueError: Expected '...' to be a checkpoint, but it is none, or is cut short.
+        """
+        weights_only = weights_only is None or weights_only
+        if weights_only and isinstance(checkpoint_path, str | PathLike) and os.path.isfile(checkpoint_path):
+            check_checkpoint(checkpoint_path)
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict, weights_only=weights_only, **arguments
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict from either side of the freeze, completely or not at all.
+
+        Args:
+            state_dict: entries and metadata of a module with an MLP head or a frozen one.
+            strict: whether every key must be there, and no other.
+            assign: whether to take over the tensors instead of copying them.
+
+        Returns:
+            The missing and the unexpected keys.
+
+        Raises:
+            TypeError: if ``state_dict`` is not a mapping.
+            ValueError: if it is not built like a state dict, its head is not whole, or is of other sizes.
+            RuntimeError: if other keys or shapes are not those of this module. In either case it is as it was.
+        """
+        check_state_dict(state_dict)
+        try:
+            with unchanged_on_error(self):
+                return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except (TypeError, ValueError, RuntimeError):
+            HeadRestorer.of(self, "head").forget()
+            raise
 
     def on_fit_start(self) -> None:
         """Freeze the head again, where the fit resumes from after the freeze without the callback."""

@@ -9,12 +9,16 @@ input 1. Notation here: ``gates`` (..., Hl) is what the activation of layer l mu
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from glai_lightning.patterns import HiddenUnits
+
+#: What stays trainable of a head once its structure is frozen.
+Paths = Literal["output", "tangent", "independent"]
 
 
 def matched_hidden_features(in_features: int, hidden_features: int, out_features: int) -> int:

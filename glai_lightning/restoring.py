@@ -1,19 +1,12 @@
 """Loading across the freeze: a state dict of a frozen head into a module with an MLP, and the reverse."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from glai_lightning.heads import MARK, GLAIHead, Paths
-
-
-@dataclass(frozen=True)
-class FreezeMark:
-    """What a state dict says of a frozen head: its paths, and the first epoch that trained frozen."""
-
-    paths: Paths
-    freeze_epoch: int | None
+from glai_lightning.heads import GLAIHead
+from glai_lightning.loading import Snapshot, check_state_dict
+from glai_lightning.marks import MARK, FreezeMark
 
 
 def read_mark(state_dict: dict[str, Any], head_name: str) -> FreezeMark | None:
@@ -26,16 +19,22 @@ def read_mark(state_dict: dict[str, Any], head_name: str) -> FreezeMark | None:
     Returns:
         The mark, or ``None`` for an MLP.
 
+    Raises:
+        TypeError: if ``state_dict`` is not a mapping.
+        ValueError: if its keys or its metadata are not those of a state dict, or the mark is not one.
+
     Example:
         >>> from glai_lightning import freeze_structure, mlp_head
         >>> read_mark(freeze_structure(mlp_head(4, 8, 3)).state_dict(), "")
         FreezeMark(paths='output', freeze_epoch=None)
     """
-    mark = getattr(state_dict, "_metadata", {}).get(head_name, {}).get(MARK)
-    if mark is not None:
-        return FreezeMark(mark["paths"], None if mark["epoch"] < 0 else mark["epoch"])
+    check_state_dict(state_dict)
+    metadata = (getattr(state_dict, "_metadata", None) or {}).get(head_name, {})
+    if MARK in metadata:
+        return FreezeMark.from_metadata(metadata[MARK])
     # Metadata is lost where somebody copied the entries into a plain dict; output paths then load as the MLP they are.
-    names = [key.removeprefix(f"{head_name}." if head_name else "") for key in state_dict if key.startswith(head_name)]
+    prefix = f"{head_name}." if head_name else ""
+    names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
     if any(name.split(".")[-1] == "path_weights" for name in names):
         return FreezeMark("independent", None)
     return FreezeMark("tangent", None) if "reference_output_weight" in names else None
@@ -85,7 +84,7 @@ class HeadRestorer:
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Prepare the module, or the state dict, before the weights are read."""
-        self._mark, self._entries = None, {}
+        self.forget()
         head = dict(module.named_modules()).get(self.head_name)
         if head is None:
             return
@@ -94,12 +93,23 @@ class HeadRestorer:
         self._check_sizes(head, state_dict, head_prefix)
         if mark is None or isinstance(head, GLAIHead):
             return
+        before = Snapshot(head)
+        try:
+            frozen = GLAIHead.adopt(head, paths=mark.paths, freeze_epoch=mark.freeze_epoch)
+            self._check_entries(frozen, state_dict, head_prefix)
+        except ValueError:
+            before.put_back()
+            raise
         if self.deferred:
+            before.put_back()
             self._mark = mark
             self._set_aside(head, state_dict, head_prefix)
         else:
-            frozen = GLAIHead.adopt(head, paths=mark.paths, freeze_epoch=mark.freeze_epoch)
             module.set_submodule(self.head_name, frozen)
+
+    def forget(self) -> None:
+        """Let go of a frozen head that waits: the state dict that held it could not be loaded, or is outdated."""
+        self._mark, self._entries = None, {}
 
     def restore(self, module: nn.Module) -> GLAIHead:
         """Convert the head that was loaded as an MLP, and give it the entries that were set aside.
@@ -121,7 +131,7 @@ class HeadRestorer:
         head.load_state_dict({**head.state_dict(), **self._entries})
         head.freeze_epoch = self._mark.freeze_epoch
         module.set_submodule(self.head_name, head)
-        self._mark, self._entries = None, {}
+        self.forget()
         return head
 
     def _set_aside(self, head: nn.Module, state_dict: dict[str, Any], head_prefix: str) -> None:
@@ -131,6 +141,25 @@ class HeadRestorer:
         for key, value in own.items():
             state_dict.setdefault(key, value)
 
+    def _check_entries(self, frozen: GLAIHead, state_dict: dict[str, Any], head_prefix: str) -> None:
+        """Check that the frozen head in a state dict is whole, before any of it is read."""
+        expected = frozen.state_dict(prefix=head_prefix)
+        held = {key: value for key, value in state_dict.items() if key.startswith(head_prefix)}
+        wrong = [
+            *(f"it lacks `{key}`" for key in expected if key not in held),
+            *(f"it also holds `{key}`" for key in held if key not in expected),
+            *(
+                f"got {_describe(held[key])} for `{key}` of shape {tuple(own.shape)}"
+                for key, own in expected.items()
+                if key in held and not (isinstance(held[key], Tensor) and held[key].shape == own.shape)
+            ),
+        ]
+        if wrong:
+            raise ValueError(
+                f"Expected the state dict to hold a head frozen with {frozen.paths!r} paths at '{self.head_name}', "
+                f"but {', and '.join(wrong)}."
+            )
+
     def _check_sizes(self, head: nn.Module, state_dict: dict[str, Any], head_prefix: str) -> None:
         for key, own in head.state_dict(prefix=head_prefix).items():
             loaded = state_dict.get(key)
@@ -139,3 +168,7 @@ class HeadRestorer:
                     f"Expected the checkpoint to hold a head of the same sizes at '{self.head_name}', but got "
                     f"`{key}` of shape {tuple(loaded.shape)} for {tuple(own.shape)}."
                 )
+
+
+def _describe(entry: object) -> str:
+    return f"a tensor of shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else f"`{type(entry).__name__}`"

@@ -1,6 +1,8 @@
 """A file that cannot be used is refused by name, and nothing in a file is executed."""
 
+import io
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +55,43 @@ def write_no_member(path):
     np.savez(path, x=np.ones(1), y=np.ones(1))
 
 
+def write_header(path, shape, content=bytes(24), forged_size=None):
+    """Write an array whose header claims a shape, and a directory of the archive that claims a size."""
+    member = io.BytesIO()
+    header = {"descr": "<f8", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(member, header)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", member.getvalue() + content)
+        if forged_size is not None:
+            archive.getinfo("a.npy").file_size = forged_size
+
+
+def write_larger_than_it_is(path):
+    write_header(path, (10, 10))
+
+
+def write_larger_than_any_memory(path):
+    write_header(path, (2**50,))
+
+
+def write_a_bomb(path):
+    write_header(path, (2**50,), forged_size=2**53)
+
+
+def write_locked(path):
+    np.savez(path, a=np.ones(3))
+    content = bytearray(path.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + flags] |= 1
+    path.write_bytes(content)
+
+
+def write_code_in_the_header(path):
+    member = b"\x93NUMPY\x01\x00\x40\x00" + b"__import__('os').mkdir('harm-was-done')".ljust(63) + b"\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.npy", member)
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -63,15 +102,22 @@ def write_no_member(path):
         (write_flipped_bytes, "Expected `a` in '.*data.npz' to be readable, but it is damaged"),
         (write_objects, "Expected `a` in '.*data.npz' to be an array of numbers, but"),
         (write_foreign_member, "Expected `a` in '.*data.npz' to be an array, but it is some other file"),
+        (write_larger_than_it_is, "Expected `a` in '.*data.npz' to be an array of numbers, but it cannot be read"),
+        (write_larger_than_any_memory, "Expected `a` in '.*data.npz' to "),
+        (write_a_bomb, "Expected '.*data.npz' to fit into memory, .* bytes, but its arrays say that they take"),
+        (write_locked, "Expected `a` in '.*data.npz' to be readable, but it is damaged: .*password"),
+        (write_code_in_the_header, "Expected `a` in '.*data.npz' to be an array of numbers, but it cannot be read"),
         (write_no_member, "Expected '.*data.npz' to hold `a`, but it lacks `a`: it holds `x`, `y`"),
     ],
 )
-def test_unusable_files_are_refused_with_what_is_wrong(tmp_path, write, message):
+def test_unusable_files_are_refused_with_what_is_wrong(tmp_path, monkeypatch, write, message):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "data.npz"
     write(path)
     with pytest.raises(ValueError, match=message) as raised:
         read_archive(path, required=["a"])
     assert raised.value.__suppress_context__ or raised.value.__context__ is None
+    assert not Path("harm-was-done").exists()
 
 
 @pytest.mark.parametrize("name", ["missing.npz", "."])
