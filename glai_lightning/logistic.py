@@ -1,13 +1,14 @@
-"""Multinomial and binary logistic regression over fixed features, by preconditioned quasi-Newton steps."""
+"""Multinomial and binary logistic regression over fixed features, by quasi-Newton or averaged minibatch steps."""
 
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from glai_lightning.averaged_adam import AveragedAdam
 from glai_lightning.batches import Batches, FeatureBatches, SystematicSample, as_batches, held_out_batches
 from glai_lightning.cross_entropy import (
     Center,
@@ -23,6 +24,9 @@ from glai_lightning.quasi_newton import LBFGS, Point
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+#: How the minimum is looked for, see ``solve_logistic``.
+Method = Literal["quasi_newton", "minibatch"]
 
 #: Steps after which the preconditioner is made anew, once: by then the probabilities are near those of the solution.
 _REFRESH_AFTER = 6
@@ -44,6 +48,9 @@ def solve_logistic(
     center: Center = "current",
     class_weights: Sequence[float] | Tensor | None = None,
     label_smoothing: float = 0.0,
+    method: Method = "quasi_newton",
+    learning_rate: float = 5e-3,
+    batch_size: int = 256,
     max_passes: int = 30,
     tolerance: float = 1e-4,
     patience: int = 2,
@@ -59,10 +66,12 @@ def solve_logistic(
     - ``center="current"``: the squared change of the logits from those of the given weights, summed over classes and
       averaged over samples (whatever the class weights). It does not depend on how features are scaled or rotated.
 
-    The steps are those of L-BFGS, see ``LBFGS``, preconditioned by covariances of a sample of the features, see
-    ``CovariancePreconditioner``, from the given weights on. Each reads the data once, more often where the loss does
-    not fall at once. Memory over batches is O(F^2 + F C + batch). The same data in the same order gives the same
-    result.
+    By default the steps are those of L-BFGS, see ``LBFGS``, preconditioned by covariances of a sample of the features,
+    see ``CovariancePreconditioner``, from the given weights on. Each reads the data once, more often where the loss
+    does not fall at once. Memory over batches is O(F^2 + F C + batch). With ``method="minibatch"`` they are steps of
+    Adam, see ``AveragedAdam``, whose average comes near the minimum in three passes or so and then approaches it
+    slowly. With many classes that is cheaper than covariances, and often as good on new data as the minimum is. The
+    same data in the same order gives the same result.
 
     Features may be constant, collinear, fewer or more than the samples, and of scales from 1e-8 to 1e8. The logits of a
     class without samples fall for as long as the solve goes on. Where no minimum exists (separable classes, ``l2=0``)
@@ -81,15 +90,21 @@ def solve_logistic(
         center: ``"zero"`` or ``"current"``.
         class_weights: C numbers of at least 0; two for one logit.
         label_smoothing: in [0, 1).
+        method: ``"quasi_newton"`` or ``"minibatch"``.
+        learning_rate: of the minibatch steps.
+        batch_size: rows of a minibatch, in each process.
         max_passes: most passes over the data, at least 2.
-        tolerance: the solve has converged when the norm of the gradient is this small beside that at the start.
-        patience: with ``validation``, the solve stops after this many steps without a better score.
+        tolerance: quasi-Newton steps have converged when the norm of the gradient is this small beside that at the
+            start.
+        patience: with ``validation``, the solve stops after this many quasi-Newton steps, or passes of minibatch steps,
+            without a better score.
         validation: another (features, targets), or re-iterable of batches. The weights of the best accuracy are handed
             back, of equals the first, those at the start included.
         group: the processes that share the samples, those of ``validation`` too; ``None`` for this one alone.
 
     Returns:
         ``weight`` (C, F) and ``bias`` (C,) or ``None``, in the dtype and on the device of those given, and the report.
+        With minibatches its losses and gradients are those of a sample of the data, spread evenly over it.
 
     Raises:
         TypeError: if dtypes are wrong, or batches can be read only once.
@@ -109,7 +124,9 @@ def solve_logistic(
     began = time.perf_counter()
     processes = Processes(group, weight.device)
     with processes.failing_together():
-        check_logistic_settings(l2, center, label_smoothing, max_passes, tolerance, patience)
+        check_logistic_settings(
+            l2, center, label_smoothing, max_passes, tolerance, patience, method, learning_rate, batch_size
+        )
         check_linear(weight, bias)
         batches = as_batches(features, targets, outputs=len(weight))
         held_out = held_out_batches(validation, outputs=len(weight))
@@ -118,16 +135,33 @@ def solve_logistic(
     start = weight.detach().to(_compute_dtype(batches.features, weight, processes))
     start = torch.cat([start] if bias is None else [start, bias.detach().to(start).unsqueeze(1)], dim=1)
     processes.from_first(start)
-    objective = LogisticObjective(
-        batches,
-        start,
-        has_bias=bias is not None,
-        cross_entropy=CrossEntropy(_class_weights(class_weights, start), label_smoothing),
-        l2=l2,
-        center=center,
-        processes=processes,
-    )
-    descent = _Descent(objective, held_out, max_passes=max_passes)
+    cross_entropy = CrossEntropy(_class_weights(class_weights, start), label_smoothing)
+    has_bias = bias is not None
+    descent: _Descent | _AveragedDescent
+    if method == "minibatch":
+        steps = AveragedAdam(
+            batches,
+            start,
+            has_bias=has_bias,
+            cross_entropy=cross_entropy,
+            l2=l2,
+            center=center,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            processes=processes,
+        )
+        descent = _AveragedDescent(steps, held_out, max_passes=max_passes)
+    else:
+        objective = LogisticObjective(
+            batches,
+            start,
+            has_bias=has_bias,
+            cross_entropy=cross_entropy,
+            l2=l2,
+            center=center,
+            processes=processes,
+        )
+        descent = _Descent(objective, held_out, max_passes=max_passes)
     reason = descent.run(tolerance=tolerance, patience=patience)
     begin, best = descent.begin, descent.best
     # The same in all processes, if their arithmetic is.
@@ -146,7 +180,7 @@ def solve_logistic(
             l2=l2,
             steps=descent.steps,
             best_step=descent.best_step,
-            passes=objective.passes,
+            passes=descent.passes,
             seconds=time.perf_counter() - began,
             reason=reason,
         ),
@@ -191,6 +225,11 @@ class _Descent:
                 return "no_progress"
         return "converged"
 
+    @property
+    def passes(self) -> int:
+        """How many times the data was read."""
+        return self._objective.passes
+
     def _keep_if_better(self) -> None:
         score = self._score(self._minimiser.point)
         if score is None or self.score is None or score > self.score:
@@ -217,13 +256,67 @@ class _Descent:
         return max(classes - 1, 1) if classes <= _CLASSES_WITH_OWN_COVARIANCE else 1
 
 
+class _AveragedDescent:
+    """The averages of one solve after each of its passes, and the best of them."""
+
+    def __init__(self, adam: AveragedAdam, held_out: FeatureBatches | None, *, max_passes: int) -> None:
+        self._adam = adam
+        self._held_out = held_out
+        self._max_passes = max_passes
+        self.best_step = 0
+        self.score = self.start_score = self._score(adam.start)
+
+    def run(self, *, tolerance: float, patience: int) -> str:
+        """Make all passes, fewer if validation says so, and return the reason to stop; there is no ``tolerance``."""
+        best, best_pass, reason = self._adam.start, 1, "max_passes"
+        # The average of the first pass is of weights on their way, and dropped after it.
+        self._adam.make_pass()
+        while self._adam.passes < self._max_passes:
+            average = self._adam.make_pass()
+            score = self._score(average)
+            if score is None or self.score is None or score > self.score:
+                best, best_pass, self.best_step, self.score = average, self._adam.passes, self._adam.steps, score
+            if self._adam.passes - best_pass >= patience:
+                reason = "validation"
+                break
+        objective = self._adam.sampled_objective()
+        self.begin = objective.begin(SystematicSample(1))
+        self.best = Point(best, *objective(best)) if self.best_step else self.begin
+        return reason
+
+    @property
+    def steps(self) -> int:
+        """How many steps were made."""
+        return self._adam.steps
+
+    @property
+    def passes(self) -> int:
+        """How many times the data was read."""
+        return self._adam.passes
+
+    def _score(self, weights: Tensor) -> float | None:
+        if self._held_out is None:
+            return None
+        return classification_accuracy(
+            weights, self._held_out, has_bias=self._adam.has_bias, processes=self._adam.processes
+        )
+
+
 def _is_standstill(before: Point, after: Point) -> bool:
     resolution = 1e-2 * torch.finfo(before.weights.dtype).eps * abs(before.loss)
     return before.loss - after.loss <= resolution and bool(after.gradient.norm() >= before.gradient.norm())
 
 
 def check_logistic_settings(
-    l2: float, center: str, label_smoothing: float, max_passes: int, tolerance: float, patience: int
+    l2: float,
+    center: str,
+    label_smoothing: float,
+    max_passes: int,
+    tolerance: float,
+    patience: int,
+    method: str,
+    learning_rate: float,
+    batch_size: int,
 ) -> None:
     """Check the settings of ``solve_logistic``, and raise ValueError for the first that is out of range."""
     if not 0.0 <= l2 < math.inf:
@@ -238,6 +331,12 @@ def check_logistic_settings(
         raise ValueError(f"Expected `tolerance` to be in [0, 1), but got {tolerance}.")
     if patience < 1:
         raise ValueError(f"Expected `patience` to be at least 1, but got {patience}.")
+    if method not in ("quasi_newton", "minibatch"):
+        raise ValueError(f"Expected `method` to be 'quasi_newton' or 'minibatch', but got {method!r}.")
+    if not 0.0 < learning_rate < math.inf:
+        raise ValueError(f"Expected `learning_rate` to be finite and above 0, but got {learning_rate}.")
+    if batch_size < 1:
+        raise ValueError(f"Expected `batch_size` to be at least 1, but got {batch_size}.")
 
 
 def _class_weights(given: Sequence[float] | Tensor | None, start: Tensor) -> Tensor:

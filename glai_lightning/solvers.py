@@ -10,7 +10,7 @@ from glai_lightning.batches import Batches, FeatureBatches, as_batches
 from glai_lightning.cross_entropy import Center
 from glai_lightning.heads import GLAIHead, IndependentPathsHead, OutputPathsHead
 from glai_lightning.linear_solution import LinearSolution, SolveReport
-from glai_lightning.logistic import check_logistic_settings, solve_logistic
+from glai_lightning.logistic import Method, check_logistic_settings, solve_logistic
 from glai_lightning.processes import Processes
 from glai_lightning.ridge import check_strengths, solve_ridge
 
@@ -34,10 +34,15 @@ class LogisticSolver:
         center: what the penalty pulls to: ``"zero"``, the weights to zero; ``"current"``, the logits to those of the
             head as it is given.
         max_passes: most passes over the data, at least 2.
+        method: ``"quasi_newton"``, or ``"minibatch"``, which costs less where there are many classes.
+        learning_rate: of minibatch steps.
+        batch_size: rows of a minibatch, in each process.
         class_weights: C numbers of at least 0; two for one logit.
         label_smoothing: in [0, 1).
-        tolerance: the solve has converged when the norm of the gradient is this small beside that at the start.
-        patience: with validation data, the solve stops after this many steps without a better score.
+        tolerance: quasi-Newton steps have converged when the norm of the gradient is this small beside that at the
+            start.
+        patience: with validation data, the solve stops after this many quasi-Newton steps, or passes of minibatch
+            steps, without a better score.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -58,10 +63,21 @@ class LogisticSolver:
     label_smoothing: float = 0.0
     tolerance: float = 1e-4
     patience: int = 2
+    method: Method = "quasi_newton"
+    learning_rate: float = 5e-3
+    batch_size: int = 256
 
     def __post_init__(self) -> None:
         check_logistic_settings(
-            self.l2, self.center, self.label_smoothing, self.max_passes, self.tolerance, self.patience
+            self.l2,
+            self.center,
+            self.label_smoothing,
+            self.max_passes,
+            self.tolerance,
+            self.patience,
+            self.method,
+            self.learning_rate,
+            self.batch_size,
         )
 
     def solve(
@@ -105,6 +121,9 @@ class LogisticSolver:
             center=self.center,
             class_weights=self.class_weights,
             label_smoothing=self.label_smoothing,
+            method=self.method,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
             max_passes=self.max_passes,
             tolerance=self.tolerance,
             patience=self.patience,
