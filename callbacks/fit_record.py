@@ -14,7 +14,8 @@ class EpochRecord:
         seconds: wall-clock seconds of training; validation is not in them.
         steps: training batches.
         frozen: whether the epoch trained with frozen structure.
-        churn: fraction of pattern bits that flipped, in [0, 1]; ``None`` where it was not measured.
+        churn: fraction of pattern bits that flipped, in [0, 1]; of several heads the largest; ``None`` where there was
+            no check.
         score: validation score; ``None`` where there was no validation.
         trainable_parameters: numbers that require gradients, at the end of the epoch.
         optimizer_state_bytes: bytes of the tensors that the optimizers keep, at the end of the epoch.

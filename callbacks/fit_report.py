@@ -64,7 +64,7 @@ class FitReport(Callback):
         self._notes: list[str] = []
         self._is_first_process = True
         self._clock_started: float | None = None
-        self._checks_before = 0
+        self._checks_before: dict[str, int] = {}
 
     def print_table(self) -> None:
         """Print the table, in the first process only; nothing if no fit has ended in this process."""
@@ -92,7 +92,7 @@ class FitReport(Callback):
         callback = self._freeze_callback(trainer)
         self.record, self._notes = None, []
         self._clock_started = None
-        self._checks_before = len(callback.churn_history)
+        self._checks_before = _count_checks(callback)
         if not callback.frozen:
             self._mlp_parameters = _count_trainable(pl_module)
         elif not self._epochs:
@@ -100,7 +100,7 @@ class FitReport(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock."""
-        self._checks_before = len(self._freeze_callback(trainer).churn_history)
+        self._checks_before = _count_checks(self._freeze_callback(trainer))
         self._clock_started = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -194,8 +194,10 @@ class FitReport(Callback):
             self._clock_started = None
         callback = self._freeze_callback(trainer)
         epoch.frozen = callback.frozen
-        if len(callback.churn_history) > self._checks_before:
-            epoch.churn = callback.churn_history[-1]
+        checks = _count_checks(callback)
+        checked = [name for name, count in checks.items() if count > self._checks_before.get(name, 0)]
+        if checked:
+            epoch.churn = max(callback.heads[name].churn_history[-1] for name in checked)
         epoch.trainable_parameters = _count_trainable(pl_module)
         epoch.optimizer_state_bytes = sum(_count_bytes(dict(optimizer.state)) for optimizer in trainer.optimizers)
 
@@ -223,6 +225,10 @@ class FitReport(Callback):
                     )
         if folder is None:
             self._notes.append("no plots were written, because the trainer has no logger with a folder")
+
+
+def _count_checks(callback: StructureFreezeCallback) -> dict[str, int]:
+    return {name: len(head.churn_history) for name, head in callback.heads.items()}
 
 
 def _count_trainable(module: torch.nn.Module) -> int:

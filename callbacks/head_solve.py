@@ -68,7 +68,8 @@ class HeadSolve:
                 self.callback.inputs_and_targets(trainer, pl_module, batch, batch_idx, "training")
         else:
             watch_next_step(pl_module, head, self._follow_loss)
-        warn_of_moving_inputs(pl_module, head, trainer.train_dataloader)
+        others = [pl_module.get_submodule(name) for name in self.callback.heads if name != self.head_name]
+        warn_of_moving_inputs(pl_module, head, trainer.train_dataloader, others)
 
     def _follow_loss(self, calls: list[LossCall]) -> None:
         assert self.callback.solver is not None

@@ -1,7 +1,7 @@
 """Solving for the path weights of a head that was just frozen, in the middle of a fit."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -115,10 +115,15 @@ def validates_by_loss(trainer: Any, pl_module: Any, head: nn.Module) -> bool:
     return seen
 
 
-def warn_of_moving_inputs(pl_module: nn.Module, head: nn.Module, loader: Any) -> None:
-    """Warn where what the head is given is not fixed, so that the user knows what the solve means."""
+def warn_of_moving_inputs(
+    pl_module: nn.Module, head: nn.Module, loader: Any, other_heads: Sequence[nn.Module] = ()
+) -> None:
+    """Warn where what the head is given is not fixed, so that the user knows what the solve means.
+
+    Other heads with a loss of their own are beside this one and not before it.
+    """
     inside = {id(module) for module in head.modules()}
-    own = {id(parameter) for parameter in head.parameters()}
+    own = {id(parameter) for one in (head, *other_heads) for parameter in one.parameters()}
     before = [module for module in pl_module.modules() if id(module) not in inside]
     reasons = []
     if any(parameter.requires_grad for parameter in pl_module.parameters() if id(parameter) not in own):

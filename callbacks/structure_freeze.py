@@ -1,6 +1,7 @@
 """The callback that freezes the structure of a head in the middle of a fit."""
 
 import weakref
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,6 +12,7 @@ from torch import Tensor
 from glai_lightning.callbacks.argument_checks import check_least, check_range
 from glai_lightning.callbacks.collection import Stage
 from glai_lightning.callbacks.conversion import check_trainer
+from glai_lightning.callbacks.head_names import as_names, is_pattern, match_heads, stands_alone
 from glai_lightning.callbacks.solving import read_step
 from glai_lightning.callbacks.watched_head import WatchedHead
 from glai_lightning.churn import structure_settled
@@ -30,8 +32,14 @@ class StructureFreezeCallback(Callback):
     It logs, once an epoch from the first on, ``structure/churn`` (0 once frozen), ``structure/frozen`` (0 or 1) and
     ``structure/freeze_epoch`` (-1 until then).
 
+    Several heads of one module have a structure, a churn and a moment of freezing each, and ``/<name>`` behind the
+    keys of what is logged. A solver solves for each head when it freezes, by the loss that is called on that head's
+    outputs; a head without a loss of its own, because another head stands on it, is refused on the first batch. Heads
+    that want different arguments can have a callback each.
+
     Args:
-        head: qualified name of the MLP head in the LightningModule.
+        head: qualified name of the MLP head in the LightningModule, or a pattern such as ``heads.*`` that stands for
+            all MLP heads that it matches, or a list of either.
         paths: what stays trainable, see ``freeze_structure``: 'output', 'tangent' or 'independent'.
         churn_tolerance: largest churn that counts as settled, in [0, 1].
         relative_tolerance: largest churn that counts as settled, as a fraction of the largest so far, in (0, 1].
@@ -45,7 +53,8 @@ class StructureFreezeCallback(Callback):
         solver: minimises the training loss over the path weights once the structure is frozen, by one pass over the
             training data that leaves no trace in the fit. The freeze then is at the end of an epoch, so that validation
             and checkpoint of that epoch are those of the solved head.
-        stop_after_solve: whether the fit stops after the validation of the solved head; else the optimizer goes on.
+        stop_after_solve: whether the fit stops after the validation of the solved head (of several: of the last one);
+            else the optimizer goes on.
         monitor: not built yet.
         mode: not built yet.
         revert_tolerance: not built yet.
@@ -53,17 +62,19 @@ class StructureFreezeCallback(Callback):
         verbose: whether to say when and why the structure was frozen.
 
     Attributes:
-        frozen: whether the head is frozen.
-        freeze_epoch: first epoch that trained frozen, or ``None``.
+        frozen: whether the head is frozen; of several heads, whether all are.
+        freeze_epoch: first epoch that trained frozen, of several heads with all of them; or ``None``.
         freeze_reason: why it was frozen, in a sentence, or ``None``.
-        churn_history: churn at each check until the freeze.
-        solve_report: what the solve did, or ``None``.
-        heads: the head that is watched, by its name, with the state of all of this.
+        churn_history: churn at each check until the freeze; of several heads that of the first.
+        solve_report: what the solve did, or ``None``; of several heads that of the first.
+        heads: every head that is watched, by its name, with ``frozen``, ``freeze_epoch``, ``freeze_reason``,
+            ``churn_history`` and ``solve.report`` of its own.
 
     Raises:
-        MisconfigurationException: if an argument is out of range; at the start of a fit, if the head is not there,
-            cannot be read or is not trained, or if strategy, optimizers or other callbacks rule a conversion out;
-            after the first batch, if the head was not called.
+        MisconfigurationException: if an argument is out of range; at the start of a fit, if a head is not there,
+            cannot be read or is not trained, a pattern matches none, one head lies inside another or has two names, or
+            if strategy, optimizers or other callbacks rule a conversion out; after the first batch, if a head was not
+            called.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -73,7 +84,7 @@ class StructureFreezeCallback(Callback):
 
     def __init__(
         self,
-        head: str = "head",
+        head: str | Sequence[str] = "head",
         paths: Literal["output", "tangent", "independent"] = "output",
         churn_tolerance: float = 0.10,
         relative_tolerance: float = 0.25,
@@ -91,10 +102,7 @@ class StructureFreezeCallback(Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        if not isinstance(head, str) or any(character in head for character in "*?["):
-            raise NotImplementedError(
-                f"Expected `head` to be the name of one module, but got {head!r}: several heads are not built yet."
-            )
+        self._names = as_names("head", head)
         if paths not in ("output", "tangent", "independent"):
             raise MisconfigurationException(
                 f"Expected `paths` to be 'output', 'tangent' or 'independent', but got {paths!r}."
@@ -123,7 +131,7 @@ class StructureFreezeCallback(Callback):
         for name, given in later.items():
             if given:
                 raise NotImplementedError(f"Expected `{name}` to be left at its default, but it is not built yet.")
-        self.head = head
+        self.head = head if isinstance(head, str) else list(head)
         self.paths: Paths = paths
         self.churn_tolerance = churn_tolerance
         self.relative_tolerance = relative_tolerance
@@ -136,7 +144,9 @@ class StructureFreezeCallback(Callback):
         self.stop_after_solve = stop_after_solve
         self.verbose = verbose
 
-        self.heads = {head: WatchedHead(head, self)}
+        #: By name; those that a pattern stands for from ``setup`` on.
+        self.heads = {name: WatchedHead(name, self) for name in self._names if not is_pattern(name)}
+        self._logs_names = not stands_alone(self._names)
         self._restored: dict[str, Any] | None = None
         self._module: weakref.ReferenceType[Any] | None = None
         self._fits = False
@@ -147,33 +157,39 @@ class StructureFreezeCallback(Callback):
         return self._generate_state_key(head=self.head)
 
     @property
-    def _first(self) -> WatchedHead:
-        return next(iter(self.heads.values()))
-
-    @property
     def frozen(self) -> bool:
-        """Whether the head is frozen."""
-        return self._first.frozen
+        """Whether all heads are frozen."""
+        return bool(self.heads) and all(head.frozen for head in self.heads.values())
 
     @property
     def freeze_epoch(self) -> int | None:
-        """First epoch that trained frozen, or ``None``."""
-        return self._first.freeze_epoch
+        """First epoch that trained with all heads frozen; ``None`` if there is none, or it is not known."""
+        epochs = [head.freeze_epoch for head in self.heads.values() if head.frozen]
+        known = [epoch for epoch in epochs if epoch is not None]
+        return max(known) if self.frozen and len(known) == len(epochs) else None
 
     @property
     def freeze_reason(self) -> str | None:
-        """Why the head was frozen, in a sentence, or ``None``."""
-        return self._first.freeze_reason
+        """Why the head was frozen, in a sentence; of several heads the reasons, once all are frozen."""
+        if not self.frozen:
+            return None
+        if stands_alone(self._names):
+            return self._first().freeze_reason
+        return "; ".join(f"{head.name!r}: {head.freeze_reason}" for head in self.heads.values())
 
     @property
     def churn_history(self) -> list[float]:
-        """Churn at each check until the freeze."""
-        return self._first.churn_history
+        """Churn of the (first) head at each check until the freeze."""
+        return self._first().churn_history
 
     @property
     def solve_report(self) -> SolveReport | None:
-        """What the solve did, or ``None``."""
-        return self._first.solve.report
+        """What the solve of the (first) head did, or ``None``."""
+        return self._first().solve.report
+
+    def _first(self) -> WatchedHead:
+        # A pattern that was not looked up yet stands for nothing that was watched.
+        return next(iter(self.heads.values()), WatchedHead(self._names[0], self))
 
     def should_freeze(self, head: WatchedHead) -> bool:
         """Tell, after a check, whether the structure of a head has settled; override to decide otherwise.
@@ -193,7 +209,8 @@ class StructureFreezeCallback(Callback):
     ) -> tuple[Tensor, Tensor]:
         """Return what the head is given for a batch, and what it is to be solved for; override where it cannot be seen.
 
-        By default the step of the module is run up to its loss call, whose arguments say it.
+        By default the step of the module is run up to its loss call, whose arguments say it. An override speaks of one
+        head: of several, each that is to be solved so wants a callback of its own.
 
         Args:
             trainer: the Trainer of the fit.
@@ -208,33 +225,60 @@ class StructureFreezeCallback(Callback):
         Raises:
             MisconfigurationException: if the step calls no known loss on the outputs of the head.
         """
-        return read_step(trainer, pl_module, pl_module.get_submodule(self._first.name), batch, batch_idx, stage)
+        return read_step(trainer, pl_module, pl_module.get_submodule(self._first().name), batch, batch_idx, stage)
 
     @property
     def says_inputs_and_targets(self) -> bool:
         """Whether a subclass says what the head is to be solved for."""
         return type(self).inputs_and_targets is not StructureFreezeCallback.inputs_and_targets
 
-    def freeze(self) -> None:
-        """Freeze the structure of the head now, between fits.
+    def freeze(self, name: str | None = None) -> None:
+        """Freeze the structure of a head now, between fits.
+
+        Args:
+            name: which of several heads; ``None`` for all that are not frozen.
 
         Raises:
-            MisconfigurationException: if the callback has not been part of a fit, or the head is frozen already.
+            MisconfigurationException: if the callback has not been part of a fit, or no such head is left to freeze.
+            ValueError: if a head cannot be read, or has too many independent paths. No head is changed then.
         """
         pl_module = self._fitted_module()
-        for head in self.heads.values():
+        chosen = self._choose(pl_module, name, frozen=False)
+        for head in chosen:
+            head.check_convertible(pl_module)
+        for head in chosen:
             head.freeze(pl_module)
 
-    def unfreeze(self) -> None:
+    def unfreeze(self, name: str | None = None) -> None:
         """Put the MLP back in the place of a head frozen with output paths, all of it trainable, between fits.
 
+        The next fit trains and watches it anew, and may freeze it again.
+
+        Args:
+            name: which of several heads; ``None`` for all that are frozen.
+
         Raises:
-            MisconfigurationException: if the callback has not been part of a fit, or the head is not frozen.
-            ValueError: if the head was frozen with other than output paths.
+            MisconfigurationException: if the callback has not been part of a fit, or no such head is frozen.
+            ValueError: if a head is frozen with other than output paths, which no MLP equals once they are trained.
+                No head is changed then.
         """
         pl_module = self._fitted_module()
-        for head in self.heads.values():
+        chosen = self._choose(pl_module, name, frozen=True)
+        for head in chosen:
+            head.check_thawable(pl_module)
+        for head in chosen:
             head.unfreeze(pl_module)
+
+    def _choose(self, pl_module: Any, name: str | None, *, frozen: bool) -> list[WatchedHead]:
+        if name is not None and name not in self.heads:
+            raise MisconfigurationException(f"Expected `name` to be one of {list(self.heads)}, but got {name!r}.")
+        named = list(self.heads.values()) if name is None else [self.heads[name]]
+        chosen = [head for head in named if head.is_frozen_in(pl_module) is frozen]
+        if not chosen:
+            names = " and ".join(repr(head.name) for head in named)
+            expected, got = ("frozen", "it is an MLP") if frozen else ("an MLP", "it is frozen already")
+            raise MisconfigurationException(f"Expected the head at {names} to be {expected}, but {got}.")
+        return chosen
 
     def _fitted_module(self) -> Any:
         pl_module = None if self._module is None else self._module()
@@ -250,9 +294,23 @@ class StructureFreezeCallback(Callback):
         """Check trainer and module, and prepare for a checkpoint from either side of the freeze."""
         if stage == "fit":
             check_trainer(trainer, pl_module)
+        self._find_heads(trainer, pl_module)
         for head in self.heads.values():
             head.prepare(trainer, pl_module, stage)
         self._restored = None
+
+    def _find_heads(self, trainer: Any, pl_module: Any) -> None:
+        names = match_heads(pl_module, self._names)
+        if len(names) > 1 and self.solver is not None and self.says_inputs_and_targets:
+            raise MisconfigurationException(
+                "Expected one head where `inputs_and_targets` is overridden, which speaks of one, but got "
+                f"{names}. Give every head a callback of its own."
+            )
+        self.heads = {name: self.heads.get(name) or WatchedHead(name, self) for name in names}
+        watching = [other for other in trainer.callbacks if isinstance(other, StructureFreezeCallback)]
+        # Heads that have a callback each are told apart in the logs too.
+        match_heads(pl_module, [name for other in watching for name in match_heads(pl_module, other._names)])
+        self._logs_names = not stands_alone(self._names) or len(watching) > 1
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the heads, and freeze those again that were frozen where the fit resumes from."""
@@ -264,14 +322,14 @@ class StructureFreezeCallback(Callback):
         self._module = weakref.ref(pl_module)
         self._fits = True
         for head in self.heads.values():
-            head.enter_fit(trainer, pl_module, self._restored, continues)
+            head.enter_fit(trainer, pl_module, self._state_of(head), continues)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start to watch."""
         for head in self.heads.values():
-            head.start(trainer, pl_module, self._restored)
+            head.start(trainer, pl_module, self._state_of(head))
         if self._restored is not None and self.stop_after_solve and self._solved:
-            names = ", ".join(repr(name) for name in self.heads)
+            names = " and ".join(repr(name) for name in self.heads)
             self.say(f"The head at {names} was solved before the checkpoint, after which the fit was to stop.")
             trainer.should_stop = True
         self._restored = None
@@ -288,6 +346,9 @@ class StructureFreezeCallback(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep the inputs of the last batches before a check; see, on the first batch, that the loss can be solved."""
         for head in self.heads.values():
+            if batch_idx == 0:
+                # Where a fit resumes from its save after an epoch's last batch, Lightning starts no new epoch.
+                head.start_epoch(trainer, pl_module)
             head.before_batch(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -303,7 +364,11 @@ class StructureFreezeCallback(Callback):
         for head in self.heads.values():
             for key, value in head.metrics().items():
                 # All ranks have the same numbers, and Lightning warns of values that are not synchronised.
-                pl_module.log(f"structure/{key}", value, prog_bar=key == "churn", sync_dist=True)
+                pl_module.log(self.log_key(key, head.name), value, prog_bar=key == "churn", sync_dist=True)
+
+    def log_key(self, key: str, head_name: str) -> str:
+        """Return the name under which something is logged of a head: the head's is in it where there are several."""
+        return f"structure/{key}/{head_name}" if self._logs_names else f"structure/{key}"
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say so if a head is still an MLP."""
@@ -329,11 +394,19 @@ class StructureFreezeCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs; primitives and tensors only, so that ``weights_only`` loading reads it."""
-        return self._first.state_dict()
+        if stands_alone(self._names):
+            return self._first().state_dict()
+        return {"heads": {name: head.state_dict() for name, head in self.heads.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for the start of the fit; a mere test or validation changes nothing."""
         self._restored = state_dict
+
+    def _state_of(self, head: WatchedHead) -> dict[str, Any] | None:
+        if self._restored is None or stands_alone(self._names):
+            return self._restored
+        state: dict[str, Any] | None = self._restored["heads"].get(head.name)
+        return state
 
     def say(self, message: str) -> None:
         """Tell the user, once and not once a process, if the callback is verbose."""

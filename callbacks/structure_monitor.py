@@ -1,6 +1,5 @@
 """The callback that watches the structure of heads, and changes nothing."""
 
-import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from glai_lightning.callbacks.conversion import list_heads
+from glai_lightning.callbacks.head_names import as_names, match_heads, stands_alone
 from glai_lightning.callbacks.reduction import churn_over_processes
+from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
 from glai_lightning.churn import ChurnProbe
 from glai_lightning.heads import GLAIHead
 from glai_lightning.layers import read_head
@@ -18,16 +19,18 @@ from glai_lightning.layers import read_head
 class StructureMonitor(Callback):
     """Logs the churn of any number of MLP blocks, once an epoch, and leaves them as they are.
 
-    It logs ``structure/churn/<name>`` for every module watched (``structure/churn`` for a single one
-    that was named without a wildcard, unless a ``StructureFreezeCallback`` logs under that key).
+    It logs ``structure/churn/<name>`` for every module watched (``structure/churn`` for a single one that was named
+    without a wildcard, unless there is a ``StructureFreezeCallback``), but for those whose churn that callback logs
+    under the same key.
 
     Args:
-        modules: qualified name of a module, or a pattern such as ``encoder.layers.*.ffn``, or several of either.
+        modules: qualified name of an MLP block, or a pattern such as ``encoder.layers.*.ffn`` that stands for all MLP
+            blocks that it matches, or several of either.
         probe_size: number of inputs on which churn is measured, for each module.
 
     Raises:
-        MisconfigurationException: if ``probe_size`` is below 1; at the start of a fit, if a pattern matches no module,
-            or matches one in which no MLP head can be read.
+        MisconfigurationException: if ``probe_size`` is below 1; at the start of a fit, if a pattern matches no MLP
+            block, if in a module that is named none can be read, or if one lies inside another.
 
     Example:
         >>> from glai_lightning.callbacks import StructureMonitor
@@ -40,24 +43,22 @@ class StructureMonitor(Callback):
             raise MisconfigurationException(
                 f"Expected `probe_size` to be an integer of at least 1, but got {probe_size}."
             )
-        self.modules = [modules] if isinstance(modules, str) else list(modules)
+        self.modules = as_names("modules", modules)
         self.probe_size = probe_size
         self.churn_history: dict[str, list[float]] = {}
         self._probes: dict[str, ChurnProbe] = {}
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Find the modules to watch."""
-        for pattern in self.modules:
-            for name in self._matches(pl_module, pattern):
-                self._check_module(pl_module, name)
+        for name in match_heads(pl_module, self.modules, "modules"):
+            self._check_module(pl_module, name)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start to watch."""
         self._close()
-        for pattern in self.modules:
-            for name in self._matches(pl_module, pattern):
-                self._probes[name] = ChurnProbe(pl_module.get_submodule(name), self.probe_size)
-                self.churn_history.setdefault(name, [])
+        for name in match_heads(pl_module, self.modules, "modules"):
+            self._probes[name] = ChurnProbe(pl_module.get_submodule(name), self.probe_size)
+            self.churn_history.setdefault(name, [])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure churn after the last batch of an epoch."""
@@ -73,11 +74,11 @@ class StructureMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the churn of every module watched."""
-        alone = list(self._probes) == self.modules and len(self.modules) == 1
-        alone = alone and not any("StructureFreezeCallback" in type(other).__name__ for other in trainer.callbacks)
+        freezing = [other for other in trainer.callbacks if isinstance(other, StructureFreezeCallback)]
+        logged = {other.log_key("churn", name) for other in freezing for name in other.heads}
         for name in self._probes:
-            key = "structure/churn" if alone else f"structure/churn/{name}"
-            if self.churn_history[name]:
+            key = "structure/churn" if stands_alone(self.modules) and not freezing else f"structure/churn/{name}"
+            if self.churn_history[name] and key not in logged:
                 pl_module.log(key, self.churn_history[name][-1])
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -88,17 +89,13 @@ class StructureMonitor(Callback):
         """Stop watching."""
         self._close()
 
-    def _matches(self, pl_module: Any, pattern: str) -> list[str]:
-        names = [name for name, _ in pl_module.named_modules() if name and fnmatch.fnmatchcase(name, pattern)]
-        if not names:
+    def _check_module(self, pl_module: Any, name: str) -> None:
+        module = dict(pl_module.named_modules()).get(name)
+        if module is None:
             raise MisconfigurationException(
-                f"Expected `modules` to match a module of `{type(pl_module).__name__}`, but got {pattern!r}. "
+                f"Expected `modules` to name a module of `{type(pl_module).__name__}`, but got {name!r}. "
                 f"Modules that look like heads: {list_heads(pl_module) or 'none'}."
             )
-        return names
-
-    def _check_module(self, pl_module: Any, name: str) -> None:
-        module = pl_module.get_submodule(name)
         if isinstance(module, GLAIHead):
             return
         try:

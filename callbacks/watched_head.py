@@ -177,24 +177,46 @@ class WatchedHead:
         """Stop watching."""
         self._watch.close()
 
+    def is_frozen_in(self, pl_module: nn.Module) -> bool:
+        """Tell whether the module holds a frozen head."""
+        return isinstance(find_head(pl_module, self.name), GLAIHead)
+
+    def check_convertible(self, pl_module: nn.Module) -> None:
+        """Check that the MLP could be frozen.
+
+        Raises:
+            ValueError: otherwise.
+        """
+        check_convertible(find_head(pl_module, self.name), paths=self.callback.paths)
+
     def freeze(self, pl_module: nn.Module) -> None:
         """Freeze the structure of the head, between fits."""
-        head = find_head(pl_module, self.name)
-        if isinstance(head, GLAIHead):
-            raise MisconfigurationException(
-                f"Expected the head at {self.name!r} to be an MLP, but it is frozen already."
-            )
-        check_convertible(head, paths=self.callback.paths)
-        pl_module.set_submodule(self.name, GLAIHead.adopt(head, paths=self.callback.paths))
+        head = GLAIHead.adopt(find_head(pl_module, self.name), paths=self.callback.paths)
+        pl_module.set_submodule(self.name, head)
         self._now_frozen(None, "frozen by hand")
+
+    def check_thawable(self, pl_module: nn.Module) -> None:
+        """Check that the frozen head equals an MLP.
+
+        Raises:
+            ValueError: if its paths are not 'output'.
+        """
+        head = self._frozen_head(pl_module)
+        if head.paths != "output":
+            raise ValueError(
+                f"Expected the head at {self.name!r} to be frozen with 'output' paths to be an MLP again, but got "
+                f"{head.paths!r} paths, which no MLP equals once they are trained."
+            )
 
     def unfreeze(self, pl_module: nn.Module) -> None:
         """Put the MLP back in the place of the frozen head, between fits."""
-        head = find_head(pl_module, self.name)
-        if not isinstance(head, GLAIHead):
-            raise MisconfigurationException(f"Expected the head at {self.name!r} to be frozen, but it is an MLP.")
-        pl_module.set_submodule(self.name, head.thaw())
+        pl_module.set_submodule(self.name, self._frozen_head(pl_module).thaw())
         self.start_over()
+
+    def _frozen_head(self, pl_module: nn.Module) -> GLAIHead:
+        head = find_head(pl_module, self.name)
+        assert isinstance(head, GLAIHead)
+        return head
 
     def start_over(self) -> None:
         """Be a head of which nothing is known yet."""

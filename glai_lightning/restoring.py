@@ -73,9 +73,13 @@ class HeadRestorer:
         return cls._find(module, head_name) is not None
 
     @staticmethod
-    def _find(module: nn.Module, head_name: str) -> "HeadRestorer | None":
+    def _all(module: nn.Module) -> "list[HeadRestorer]":
         hooks = (getattr(wrapped, "hook", None) for wrapped in module._load_state_dict_pre_hooks.values())
-        return next((h for h in hooks if isinstance(h, HeadRestorer) and h.head_name == head_name), None)
+        return [hook for hook in hooks if isinstance(hook, HeadRestorer)]
+
+    @classmethod
+    def _find(cls, module: nn.Module, head_name: str) -> "HeadRestorer | None":
+        return next((restorer for restorer in cls._all(module) if restorer.head_name == head_name), None)
 
     @property
     def pending(self) -> bool:
@@ -89,22 +93,17 @@ class HeadRestorer:
         if head is None:
             return
         mark = read_mark(state_dict, f"{prefix}{self.head_name}")
-        head_prefix = f"{prefix}{self.head_name}."
-        self._check_sizes(head, state_dict, head_prefix)
+        # Those of all heads that come after this one too, before this one is converted.
+        restorers = self._all(module)
+        for restorer in restorers[restorers.index(self) :]:
+            restorer._check(module, state_dict, prefix)
         if mark is None or isinstance(head, GLAIHead):
             return
-        before = Snapshot(head)
-        try:
-            frozen = GLAIHead.adopt(head, paths=mark.paths, freeze_epoch=mark.freeze_epoch)
-            self._check_entries(frozen, state_dict, head_prefix)
-        except ValueError:
-            before.put_back()
-            raise
         if self.deferred:
-            before.put_back()
             self._mark = mark
-            self._set_aside(head, state_dict, head_prefix)
+            self._set_aside(head, state_dict, f"{prefix}{self.head_name}.")
         else:
+            frozen = GLAIHead.adopt(head, paths=mark.paths, freeze_epoch=mark.freeze_epoch)
             module.set_submodule(self.head_name, frozen)
 
     def forget(self) -> None:
@@ -140,6 +139,23 @@ class HeadRestorer:
             self._entries[key.removeprefix(head_prefix)] = state_dict.pop(key)
         for key, value in own.items():
             state_dict.setdefault(key, value)
+
+    def _check(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+        """Check that a state dict can be loaded into the head, which is as before in any case."""
+        head = dict(module.named_modules()).get(self.head_name)
+        if head is None:
+            return
+        head_prefix = f"{prefix}{self.head_name}."
+        self._check_sizes(head, state_dict, head_prefix)
+        mark = read_mark(state_dict, f"{prefix}{self.head_name}")
+        if mark is None or isinstance(head, GLAIHead):
+            return
+        before = Snapshot(head)
+        try:
+            frozen = GLAIHead.adopt(head, paths=mark.paths, freeze_epoch=mark.freeze_epoch)
+            self._check_entries(frozen, state_dict, head_prefix)
+        finally:
+            before.put_back()
 
     def _check_entries(self, frozen: GLAIHead, state_dict: dict[str, Any], head_prefix: str) -> None:
         """Check that the frozen head in a state dict is whole, before any of it is read."""

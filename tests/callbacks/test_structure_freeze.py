@@ -510,7 +510,7 @@ def test_arguments_out_of_range_are_refused(arguments, message):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"head": ["a", "b"]}, {"head": "heads.*"}, {"monitor": "val/accuracy"}, {"revert_patience": 3}, {"mode": "min"}],
+    [{"monitor": "val/accuracy"}, {"revert_patience": 3}, {"mode": "min"}],
 )
 def test_what_is_not_built_yet_says_so(arguments):
     with pytest.raises(NotImplementedError, match="not built yet"):
