@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from glai_lightning.callbacks.reduction import churn_over_processes
+from glai_lightning.callbacks.reduction import churn_over_processes, from_all_processes
 from glai_lightning.churn import ChurnProbe
 
 
@@ -35,6 +35,11 @@ class ChurnWatch:
         self._steps_at_check = trainer.global_step
         self._rows_per_batch = None
         self._probe = ChurnProbe(head, self.probe_size)
+
+    def detach(self) -> None:
+        """Stop watching, and keep what was seen."""
+        if self._probe is not None:
+            self._probe.detach()
 
     def close(self) -> None:
         """Stop watching."""
@@ -103,23 +108,46 @@ class ChurnWatch:
         # Right after a check there is nothing to keep: the snapshot then is the head itself.
         if self._probe is None or not self._probe.seen:
             return {}
+        return {"snapshot": [units.tensors() for units in self._probe.snapshot], "processes": [self._seen_here()]}
+
+    def complete_state(self, trainer: Any, state: dict[str, Any]) -> None:
+        """Add to a state what every process saw, for only the first of them writes a checkpoint.
+
+        Args:
+            trainer: the Trainer of the fit; all of its processes must call this together.
+            state: the ``state_dict`` of this process.
+        """
+        processes = from_all_processes(trainer, None if self._probe is None else self._seen_here())
+        if "processes" in state:
+            state["processes"] = processes
+
+    def _seen_here(self) -> dict[str, Any]:
+        assert self._probe is not None
         return {
-            "snapshot": [units.tensors() for units in self._probe.snapshot],
-            "inputs": list(self._probe.inputs),
+            "inputs": [inputs.cpu() for inputs in self._probe.inputs],
             "seen": self._probe.seen,
             "rows_per_batch": self._rows_per_batch,
+            # Weights are the same everywhere; the statistics of a BatchNorm that is not synchronised are not.
+            "running": [
+                {name: value.cpu() for name, value in units.tensors().items() if name.startswith("running_")}
+                for units in self._probe.snapshot
+            ],
         }
 
-    def resume(self, state: dict[str, Any]) -> None:
+    def resume(self, trainer: Any, state: dict[str, Any]) -> None:
         """Go on from where the watch of a checkpoint stood, once started."""
         if self._probe is None or "snapshot" not in state:
             return
-        self._rows_per_batch = state["rows_per_batch"]
+        seen = state["processes"][trainer.global_rank % len(state["processes"])]
+        self._rows_per_batch = seen["rows_per_batch"]
         device = self._probe.snapshot[0].weight.device
         self._probe.resume(
-            [{name: value.to(device) for name, value in tensors.items()} for tensors in state["snapshot"]],
-            [inputs.to(device) for inputs in state["inputs"]],
-            state["seen"],
+            [
+                {name: value.to(device) for name, value in (tensors | running).items()}
+                for tensors, running in zip(state["snapshot"], seen["running"], strict=True)
+            ],
+            [inputs.to(device) for inputs in seen["inputs"]],
+            seen["seen"],
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Churn over all processes of a fit."""
+"""What the processes of a fit tell one another."""
 
 from typing import Any
 
@@ -19,3 +19,16 @@ def churn_over_processes(trainer: Any, flipped: Tensor, bits: int) -> float:
     counts = torch.stack([flipped.double(), flipped.new_tensor(bits, dtype=torch.float64)])
     flipped_everywhere, bits_everywhere = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
     return float(flipped_everywhere / bits_everywhere) if bits_everywhere else 0.0
+
+
+def from_all_processes(trainer: Any, value: Any) -> list[Any]:
+    """Return what each process of a fit has, in the order of their ranks.
+
+    Args:
+        trainer: the Trainer of the fit; all of its processes must call this together.
+        value: what this process has, a nest of primitives and tensors on the CPU.
+    """
+    values = [value] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values

@@ -150,6 +150,7 @@ class StructureFreezeCallback(Callback):
         self._restored: dict[str, Any] | None = None
         self._module: weakref.ReferenceType[Any] | None = None
         self._fits = False
+        self._alone = False
 
     @property
     def state_key(self) -> str:
@@ -321,6 +322,7 @@ class StructureFreezeCallback(Callback):
         continues = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         self._fits = True
+        self._alone = False
         for head in self.heads.values():
             head.enter_fit(trainer, pl_module, self._state_of(head), continues)
 
@@ -376,14 +378,15 @@ class StructureFreezeCallback(Callback):
             head.finish()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Stop watching."""
-        self._leave_fit()
+        """Stop watching; what was seen is kept for the checkpoint that other callbacks may save of the exception."""
+        self._fits = False
+        # A signal reaches all processes, and Lightning stops them together; anything else may have struck one alone.
+        self._alone = type(exception).__name__ != "SIGTERMException"
+        for head in self.heads.values():
+            head.detach()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Stop watching."""
-        self._leave_fit()
-
-    def _leave_fit(self) -> None:
         self._fits = False
         for head in self.heads.values():
             head.close()
@@ -398,15 +401,21 @@ class StructureFreezeCallback(Callback):
             return self._first().state_dict()
         return {"heads": {name: head.state_dict() for name, head in self.heads.items()}}
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint, which one process writes, hold what every process saw in the middle of an epoch."""
+        if trainer.world_size > 1 and not self._alone:
+            for head in self.heads.values():
+                head.complete_state(trainer, self._part_of(checkpoint["callbacks"][self.state_key], head))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for the start of the fit; a mere test or validation changes nothing."""
         self._restored = state_dict
 
     def _state_of(self, head: WatchedHead) -> dict[str, Any] | None:
-        if self._restored is None or stands_alone(self._names):
-            return self._restored
-        state: dict[str, Any] | None = self._restored["heads"].get(head.name)
-        return state
+        return None if self._restored is None else self._part_of(self._restored, head)
+
+    def _part_of(self, state: dict[str, Any], head: WatchedHead) -> Any:
+        return state if stands_alone(self._names) else state["heads"].get(head.name)
 
     def say(self, message: str) -> None:
         """Tell the user, once and not once a process, if the callback is verbose."""

@@ -111,7 +111,7 @@ class WatchedHead:
         if not self.frozen:
             self._watch.start(trainer, find_head(pl_module, self.name))
             if state is not None:
-                self._watch.resume(state)
+                self._watch.resume(trainer, state)
 
     def start_epoch(self, trainer: Any, pl_module: nn.Module) -> None:
         """Convert the head, if its structure settled in the epoch before or this is the epoch to freeze at."""
@@ -127,6 +127,8 @@ class WatchedHead:
 
     def before_batch(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Keep the inputs that the next check is made on; see, on the first batch, that the loss can be solved."""
+        # Lightning calls no `on_train_epoch_start` where it resumes from the last batch of the epoch before.
+        self.start_epoch(trainer, pl_module)
         self._watch.before_batch(trainer, batch_idx)
         self.solve.before_batch(trainer, pl_module, batch, batch_idx)
 
@@ -172,6 +174,10 @@ class WatchedHead:
             state = "settled only in the last epoch" if self._settled else "did not settle"
             self.callback.say(f"The structure of {self.name!r} {state} (last churn {last}): the head stays an MLP.")
         self.close()
+
+    def detach(self) -> None:
+        """Stop watching, and keep what was seen."""
+        self._watch.detach()
 
     def close(self) -> None:
         """Stop watching."""
@@ -238,6 +244,11 @@ class WatchedHead:
             "solved": self.solve.solved,
             **self._watch.state_dict(),
         }
+
+    def complete_state(self, trainer: Any, state: dict[str, Any]) -> None:
+        """Add to a state what the other processes saw since the last check."""
+        if not self.frozen:
+            self._watch.complete_state(trainer, state)
 
     def _load(self, state: dict[str, Any]) -> None:
         self.frozen = state["frozen"]

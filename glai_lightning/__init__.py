@@ -14,7 +14,6 @@ from glai_lightning.patterns import activation_patterns
 
 if TYPE_CHECKING:
     from glai_lightning.modules import HeadModule
-    from glai_lightning.simclr import SimCLRModule
     from glai_lightning.supervised import SupervisedModule
 
 __version__ = "0.1.0"
@@ -23,7 +22,6 @@ __all__ = [
     "ChurnProbe",
     "GLAIHead",
     "HeadModule",
-    "SimCLRModule",
     "SupervisedModule",
     "activation_patterns",
     "freeze_structure",
@@ -35,7 +33,6 @@ __all__ = [
 
 _LOADED_ON_USE = {
     "HeadModule": "glai_lightning.modules",
-    "SimCLRModule": "glai_lightning.simclr",
     "SupervisedModule": "glai_lightning.supervised",
 }
 

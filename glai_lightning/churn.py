@@ -216,9 +216,13 @@ class ChurnProbe:
         self.restart()
         return flipped, bits
 
-    def close(self) -> None:
-        """Stop watching: the hook is removed and inputs are let go."""
+    def detach(self) -> None:
+        """Stop watching, and keep what was seen."""
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
+
+    def close(self) -> None:
+        """Stop watching: the hook is removed and inputs are let go."""
+        self.detach()
         self._forget()

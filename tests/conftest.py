@@ -42,3 +42,12 @@ def pytest_pyfunc_call(pyfuncitem):
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return True
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many cells of the resume matrix ran: each a fit that was cut and resumed."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    noted = [dict(report.user_properties) for report in reports]
+    counts = [[properties.get(f"resume {what}", 0) for properties in noted] for what in ("cells", "mismatches")]
+    if any(counts[0]):
+        terminalreporter.write_line("resume matrix: {} cells ran, {} mismatches".format(*map(sum, counts)))

@@ -65,37 +65,6 @@ def assert_same_end(run_a, run_b):
 
 
 @pytest.mark.parametrize("paths", PATHS)
-@pytest.mark.parametrize("make_module", [somebodys_module, our_module])
-@pytest.mark.parametrize("when", ["after the epoch", "after validation", "in the middle of an epoch"])
-def test_a_resumed_fit_ends_bitwise_where_the_uninterrupted_one_does(tmp_path, paths, make_module, when):
-    name = HEAD if make_module is somebodys_module else "head"
-
-    def freeze():
-        # Settles by itself in the second epoch or later, so that the decision too has to survive the cut.
-        return StructureFreezeCallback(name, paths=paths, churn_tolerance=1.0, relative_tolerance=0.8)
-
-    options = {
-        "after the epoch": {"save_on_train_epoch_end": True},
-        "after validation": {"save_on_train_epoch_end": False},
-        "in the middle of an epoch": {"every_n_train_steps": 3},
-    }[when]
-    checkpoints = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", **options)
-    whole_freeze = freeze()
-    whole = run(make_module, whole_freeze, checkpoints)
-    assert whole_freeze.frozen
-    assert 0 < whole_freeze.freeze_epoch < EPOCHS - 1
-    cuts = sorted(tmp_path.glob("*.ckpt"))
-    assert len(cuts) >= EPOCHS - 1
-    for cut in cuts:
-        resumed_freeze = freeze()
-        resumed = run(make_module, resumed_freeze, ckpt_path=cut)
-        assert_same_end(whole, resumed)
-        assert resumed_freeze.freeze_epoch == whole_freeze.freeze_epoch
-        assert resumed_freeze.churn_history == whole_freeze.churn_history
-        assert resumed_freeze.freeze_reason == whole_freeze.freeze_reason
-
-
-@pytest.mark.parametrize("paths", PATHS)
 def test_our_module_resumes_a_frozen_fit_without_the_callback(tmp_path, paths):
     checkpoints = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
     whole = run(our_module, StructureFreezeCallback(paths=paths, freeze_at_epoch=2), checkpoints)
