@@ -1,8 +1,8 @@
 """Whole batches out of tensors in memory, in an order fixed by (seed, epoch), resumable within an epoch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,10 @@ class TensorRows(Dataset[tuple[Tensor, ...]]):
         # A quarter of the time that tensor[rows] takes.
         index = torch.as_tensor(rows)
         return tuple(tensor.index_select(0, index) for tensor in self.tensors)
+
+    def in_batches(self, sampler: Sampler[int]) -> BatchSampler:
+        """Cut the single rows that a sampler names into batches."""
+        return BatchSampler(sampler, self.batch_size, drop_last=False)
 
 
 class SeededBatchSampler(Sampler[Tensor]):
@@ -96,7 +100,19 @@ def _batch_sizes(num_rows: int, batch_size: int, num_shards: int) -> list[int]:
     return [batch_size] * (full_rounds * num_shards) + last_round
 
 
-class BatchLoader(DataLoader[tuple[Tensor, ...]]):
+class Batches(Protocol):
+    """What a :class:`BatchLoader` takes whole batches from."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any:
+        """Return the batch that a sampler's item stands for."""
+
+    def in_batches(self, sampler: Sampler[int]) -> Iterable[Any]:
+        """Turn a sampler over ``range(len(self))`` into one whose items stand for batches."""
+
+
+class BatchLoader(DataLoader[Any]):
     """A loader that can be resumed in the middle of an epoch: Lightning saves and restores its position.
 
     It reads in the process itself, without workers and without collation: a batch is one ``index_select`` a
@@ -107,10 +123,10 @@ class BatchLoader(DataLoader[tuple[Tensor, ...]]):
     before the first batch is asked for, and a position restored for one epoch means nothing to the next.
 
     Args:
-        dataset: the rows.
-        sampler: yields the rows of each batch. A ``SequentialSampler``, which ``Trainer(overfit_batches=...)``
-            puts in place of the sampler it finds, names single rows, and is cut into batches of
-            ``dataset.batch_size``.
+        dataset: cuts out the batches.
+        sampler: yields what ``dataset`` makes a batch of, such as its rows. A ``SequentialSampler``, which
+            ``Trainer(overfit_batches=...)`` puts in place of the sampler it finds, names single rows, and is left to
+            ``dataset.in_batches``.
         progress: returns the current epoch and the number of its batches that are dealt with, from whoever keeps
             count. Then a batch that was handed out when an exception struck is handed out again. By default the
             sampler knows the epoch, and a batch handed out is dealt with.
@@ -129,24 +145,24 @@ class BatchLoader(DataLoader[tuple[Tensor, ...]]):
         True
     """
 
-    dataset: TensorRows
+    dataset: Any
 
     def __init__(
         self,
-        dataset: TensorRows,
+        dataset: Batches,
         sampler: Any,
         progress: Callable[[], tuple[int, int]] | None = None,
         **options: Any,
     ) -> None:
         if isinstance(sampler, SequentialSampler):
-            sampler = BatchSampler(sampler, dataset.batch_size, drop_last=False)
-        super().__init__(dataset, sampler=sampler, **{**options, "batch_size": None})
+            sampler = dataset.in_batches(sampler)
+        super().__init__(cast(Dataset[Any], dataset), sampler=sampler, **{**options, "batch_size": None})
         self.progress = progress
         self._epoch = 0
         self._position = 0
         self._restored: dict[str, int] | None = None
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: nothing below runs before the first batch is asked for.
         if self.progress is not None:
             self._set_epoch(self.progress()[0])
@@ -205,3 +221,10 @@ class BatchLoader(DataLoader[tuple[Tensor, ...]]):
                 )
         self._restored = dict(state_dict)
         self._set_epoch(state_dict["epoch"])
+
+
+def fit_progress(trainer: Any) -> tuple[int, int]:
+    """Return the epoch of a running fit, and how many of its batches are dealt with, for a :class:`BatchLoader`."""
+    # With max_steps, a fit resumed from the end of an epoch tells samplers an epoch that is one ahead.
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current
+    return trainer.current_epoch, batches.processed

@@ -9,7 +9,8 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from glai_lightning.datamodules.archives import existing_file, read_archive
-from glai_lightning.datamodules.batches import BatchLoader, SeededBatchSampler, TensorRows
+from glai_lightning.datamodules.batches import BatchLoader, SeededBatchSampler, TensorRows, fit_progress
+from glai_lightning.datamodules.checks import check_integer
 from glai_lightning.datamodules.splits import (
     OPTIONAL_KEYS,
     REQUIRED_KEYS,
@@ -81,8 +82,8 @@ class FeaturesDataModule(pl.LightningDataModule):
                 raise TypeError(f"Expected `arrays` to be a mapping of arrays by key, but got {type(arrays).__name__}.")
             require_split_keys(arrays)
             self._read_arrays = partial(dict, arrays)
-        _check_integer("batch_size", batch_size, at_least=1)
-        _check_integer("seed", seed, at_least=0)
+        check_integer("batch_size", batch_size, at_least=1)
+        check_integer("seed", seed, at_least=0)
         if not 0 < val_fraction < 1:
             raise ValueError(f"Expected `val_fraction` to be in (0, 1), but got {val_fraction}.")
         self.batch_size = batch_size
@@ -120,7 +121,7 @@ class FeaturesDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> BatchLoader:
         """Return the training rows, in another order in every epoch."""
         trainer = self.trainer
-        progress = partial(_fit_progress, trainer) if trainer is not None and trainer.training else None
+        progress = partial(fit_progress, trainer) if trainer is not None and trainer.training else None
         return self._loader(
             self.splits.train,
             shuffle_seed=self.seed,
@@ -155,16 +156,3 @@ class FeaturesDataModule(pl.LightningDataModule):
             num_shards=1 if sharding is None else sharding["num_replicas"],
         )
         return BatchLoader(dataset, sampler=sampler, progress=progress)
-
-
-def _fit_progress(trainer: pl.Trainer) -> tuple[int, int]:
-    # With max_steps, a fit resumed from the end of an epoch tells samplers an epoch that is one ahead.
-    batches = trainer.fit_loop.epoch_loop.batch_progress.current
-    return trainer.current_epoch, batches.processed  # type: ignore[attr-defined]
-
-
-def _check_integer(name: str, value: int, *, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"Expected `{name}` to be an int, but got {value!r}.")
-    if value < at_least:
-        raise ValueError(f"Expected `{name}` to be at least {at_least}, but got {value}.")

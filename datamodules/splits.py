@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from glai_lightning.datamodules.archives import require_keys
+from glai_lightning.datamodules.checks import Array, as_tensor, check_finite
 from glai_lightning.datamodules.standardisation import Standardisation
 
 REQUIRED_KEYS = ("x_train", "y_train", "x_test", "y_test")
 OPTIONAL_KEYS = ("x_val", "y_val")
 
-Array = Tensor | np.ndarray
 _Rows = tuple[Tensor, Tensor]
 
 
@@ -84,8 +84,8 @@ def require_split_keys(arrays: Mapping[str, Array]) -> None:
 
 
 def _checked_rows(arrays: Mapping[str, Array], split: str) -> _Rows:
-    inputs = _checked_inputs(f"x_{split}", _as_tensor(f"x_{split}", arrays[f"x_{split}"]))
-    targets = _checked_targets(f"y_{split}", _as_tensor(f"y_{split}", arrays[f"y_{split}"]))
+    inputs = _checked_inputs(f"x_{split}", as_tensor(f"x_{split}", arrays[f"x_{split}"]))
+    targets = _checked_targets(f"y_{split}", as_tensor(f"y_{split}", arrays[f"y_{split}"]))
     if len(inputs) != len(targets):
         raise ValueError(
             f"Expected `x_{split}` and `y_{split}` to be of the same length, but got {len(inputs)} and {len(targets)}."
@@ -93,28 +93,12 @@ def _checked_rows(arrays: Mapping[str, Array], split: str) -> _Rows:
     return inputs, targets
 
 
-def _as_tensor(key: str, array: Array) -> Tensor:
-    if isinstance(array, np.ndarray):
-        if array.dtype.kind not in "biuf":
-            raise TypeError(f"Expected `{key}` to hold real numbers, but got dtype {array.dtype}.")
-        if array.dtype.itemsize > 8:
-            array = array.astype(np.float64)
-        # torch takes native byte order only, and warns of arrays that it may not write to.
-        native = array.dtype.newbyteorder("=")
-        return torch.from_numpy(np.require(array, dtype=native, requirements=["C", "W"]))
-    if not isinstance(array, Tensor):
-        raise TypeError(f"Expected `{key}` to be a torch.Tensor or a numpy.ndarray, but got {type(array).__name__}.")
-    if array.is_complex():
-        raise TypeError(f"Expected `{key}` to hold real numbers, but got dtype {array.dtype}.")
-    return array.detach().cpu()
-
-
 def _checked_inputs(key: str, inputs: Tensor) -> Tensor:
     if inputs.ndim < 2 or inputs.numel() == 0:
         raise ValueError(
             f"Expected `{key}` to have the shape (samples, features...), none of them 0, but got {tuple(inputs.shape)}."
         )
-    _check_finite(key, inputs)
+    check_finite(key, inputs)
     if inputs.dtype in (torch.uint16, torch.uint32, torch.uint64):
         # torch can hold and convert these, but not select rows of them.
         inputs = inputs.double()
@@ -128,7 +112,7 @@ def _checked_targets(key: str, targets: Tensor) -> Tensor:
                 f"Expected `{key}` to have the shape (samples,) or (samples, outputs), but got {tuple(targets.shape)}."
             )
         targets = targets.to(torch.float32, copy=True)
-        _check_finite(key, targets)
+        check_finite(key, targets)
         return targets
     if targets.ndim != 1:
         raise ValueError(
@@ -138,15 +122,6 @@ def _checked_targets(key: str, targets: Tensor) -> Tensor:
     if len(targets) and targets.min() < 0:
         raise ValueError(f"Expected `{key}` to hold class labels of at least 0, but got {int(targets.min())}.")
     return targets
-
-
-def _check_finite(key: str, values: Tensor) -> None:
-    if not values.is_floating_point() or values.isfinite().all():
-        return
-    nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
-    raise ValueError(
-        f"Expected `{key}` to hold finite numbers, but got {nans} NaN and {infinities} infinite among {values.numel()}."
-    )
 
 
 def _check_against_training(split: str, rows: _Rows, train: _Rows) -> None:
