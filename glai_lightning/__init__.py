@@ -14,6 +14,7 @@ from glai_lightning.patterns import activation_patterns
 
 if TYPE_CHECKING:
     from glai_lightning.modules import HeadModule
+    from glai_lightning.prototypical import PrototypicalModule
     from glai_lightning.supervised import SupervisedModule
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "ChurnProbe",
     "GLAIHead",
     "HeadModule",
+    "PrototypicalModule",
     "SupervisedModule",
     "activation_patterns",
     "freeze_structure",
@@ -33,6 +35,7 @@ __all__ = [
 
 _LOADED_ON_USE = {
     "HeadModule": "glai_lightning.modules",
+    "PrototypicalModule": "glai_lightning.prototypical",
     "SupervisedModule": "glai_lightning.supervised",
 }
 

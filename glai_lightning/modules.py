@@ -82,10 +82,20 @@ class HeadModule(LightningModule):
         return self.head(self.embeddings(x))  # type: ignore[no-any-return]
 
     def setup(self, stage: str) -> None:
-        """Let a resumed fit load a frozen head as the MLP that the optimizer is configured for."""
+        """Check that the head fits the data; let a resumed fit load a frozen head as the MLP that is optimized.
+
+        Raises:
+            ValueError: if there is no backbone, and the head takes another number of features than the data module has.
+        """
         restorer = HeadRestorer.of(self, "head")
         restorer.deferred = stage == "fit"
         restorer.forget()
+        features = getattr(getattr(self.trainer, "datamodule", None), "num_features", None)
+        in_features = _count_inputs(self.head)
+        if self.backbone is None and isinstance(features, int) and in_features not in (None, features):
+            raise ValueError(
+                f"Expected the head to take the {features} features of the data, but got a head for {in_features}."
+            )
 
     @classmethod
     def load_from_checkpoint(
@@ -184,3 +194,8 @@ class HeadModule(LightningModule):
         if isinstance(self.head, GLAIHead):
             return [*self.head.optimizer_parameters(), *rest]
         return [*(p for p in self.head.parameters() if p.requires_grad), *rest]
+
+
+def _count_inputs(head: nn.Module) -> int | None:
+    first = next((module for module in head.modules() if isinstance(module, nn.Linear | nn.Flatten)), None)
+    return first.in_features if isinstance(first, nn.Linear) else None

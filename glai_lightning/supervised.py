@@ -58,7 +58,6 @@ class SupervisedModule(HeadModule):
         self.task = task
         outputs = _count_outputs(head) if num_classes is None else num_classes
         self.num_classes = outputs
-        self.in_features = _count_inputs(head)
         if task == "classification" and outputs < 2:
             raise ValueError(f"Expected `num_classes` to be at least 2, but got {outputs}.")
         self.train_loss = MeanMetric()
@@ -76,18 +75,14 @@ class SupervisedModule(HeadModule):
         return MetricCollection(metrics, prefix=prefix)
 
     def setup(self, stage: str) -> None:
-        """Check that the head fits the data, where the data module says what it holds."""
+        """Check that the head has an output for every class, where the data module says how many there are."""
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
-        classes, features = getattr(data, "num_classes", None), getattr(data, "num_features", None)
+        classes = getattr(data, "num_classes", None)
         if self.task == "classification" and isinstance(classes, int) and classes > self.num_classes:
             raise ValueError(
                 f"Expected the head to have an output for each of the {classes} classes of the data, "
                 f"but got {self.num_classes} outputs."
-            )
-        if self.backbone is None and isinstance(features, int) and self.in_features not in (None, features):
-            raise ValueError(
-                f"Expected the head to take the {features} features of the data, but got a head for {self.in_features}."
             )
 
     def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
@@ -124,11 +119,6 @@ class SupervisedModule(HeadModule):
         scores.update(flat, targets)
         self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, prog_bar=True)
         self.log_dict(scores, on_step=False, on_epoch=True, prog_bar=True)
-
-
-def _count_inputs(head: nn.Module) -> int | None:
-    first = next((module for module in head.modules() if isinstance(module, nn.Linear | nn.Flatten)), None)
-    return first.in_features if isinstance(first, nn.Linear) else None
 
 
 def _count_outputs(head: nn.Module) -> int:

@@ -1,0 +1,160 @@
+"""Which classes are trained on, validated on and tested on."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SPLITS = ("train", "val", "test")
+#: For each split a fraction of the classes, or the classes themselves.
+Classes = Mapping[str, Any]
+
+_FRACTIONS = {"train": 0.6, "val": 0.2, "test": 0.2}
+
+
+def check_classes(classes: Classes) -> None:
+    """Raise ``ValueError`` or ``TypeError`` unless ``classes`` has three fractions or three lists."""
+    if not isinstance(classes, Mapping) or set(classes) != set(SPLITS):
+        got = list(classes) if isinstance(classes, Mapping) else type(classes).__name__
+        raise ValueError(f"Expected `classes` to be a mapping with the keys 'train', 'val' and 'test', but got {got}.")
+    numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in classes.values()]
+    lists = [isinstance(value, Sequence | set | range) and not isinstance(value, str) for value in classes.values()]
+    if all(numbers):
+        if min(classes.values()) <= 0 or abs(sum(classes.values()) - 1) > 1e-6:
+            raise ValueError(
+                f"Expected the fractions in `classes` to be above 0 and to add up to 1, but got {classes}."
+            )
+    elif not all(lists):
+        raise TypeError(
+            f"Expected `classes` to hold three fractions or three lists of classes, but got {dict(classes)}."
+        )
+
+
+def rows_of_splits(
+    labels: Tensor, classes: Classes | None = None, *, groups: np.ndarray | None = None, seed: int = 0
+) -> dict[str, Tensor]:
+    """Share out samples by their class.
+
+    Args:
+        labels: class of each sample (N,), int64.
+        classes: for each of 'train', 'val' and 'test' a fraction of the classes (in an order drawn with ``seed``), or
+            the list of them; by default 60, 20 and 20 %.
+        groups: where given, whole groups of classes are shared out, and ``classes`` counts or names groups: the group
+            of each class in ascending order of their labels, or of each sample.
+        seed: of the choice by fractions, and of that of rows where validation and test share classes.
+
+    Returns:
+        For each split the rows of its samples, ascending, int64. Validation and test may be given the same classes: of
+        each shared one, half of the samples are for validation and the other half for testing.
+
+    Raises:
+        ValueError: If validation or test share a class with training (the message names it), a class is not in the
+            data, or ``groups`` does not fit the labels.
+
+    Example:
+        >>> labels = torch.tensor([0, 1, 2, 2, 2, 2])
+        >>> rows_of_splits(labels, {"train": [0, 1], "val": [2], "test": [2]})["train"]
+        tensor([0, 1])
+    """
+    unit_of_row, units = _units(labels, groups)
+    if classes is None or not isinstance(classes["train"], Sequence | set | range):
+        fractions: Any = _FRACTIONS if classes is None else classes
+        chosen = _shared_out(len(units), fractions, seed)
+    else:
+        chosen = {split: _positions(split, classes[split], units) for split in SPLITS}
+    what = "classes" if groups is None else "groups"
+    for split in ("val", "test"):
+        shared = sorted(chosen["train"] & chosen[split])
+        if shared:
+            raise ValueError(
+                f"Expected the {what} of 'train' and '{split}' to be disjoint, "
+                f"but both have {listed(units[position] for position in shared)}."
+            )
+    rows = {split: torch.from_numpy(np.flatnonzero(np.isin(unit_of_row, list(chosen[split])))) for split in SPLITS}
+    both = np.isin(unit_of_row, list(chosen["val"] & chosen["test"]))
+    return _halved(rows, labels, torch.from_numpy(both), seed) if both.any() else rows
+
+
+def check_disjoint(labels: Mapping[str, Iterable[int]]) -> None:
+    """Raise ``ValueError``, naming the classes, if those of validation or test are among those of training."""
+    for split in ("val", "test"):
+        shared = sorted(set(labels["train"]) & set(labels[split]))
+        if shared:
+            raise ValueError(
+                f"Expected the classes of 'train' and '{split}' to be disjoint, but both have {listed(shared)}."
+            )
+
+
+def check_episodes_fit(split: str, labels: Tensor, *, ways: int, shots: int, queries: int) -> None:
+    """Raise ``ValueError`` if a split has too few classes for an episode, or a class of it too few samples."""
+    classes, counts = torch.unique(labels, return_counts=True)
+    if len(classes) < ways:
+        raise ValueError(
+            f"Expected at least {ways} classes in '{split}' for episodes of {ways} ways, but got {len(classes)}: "
+            f"{listed(classes.tolist()) or 'none'}."
+        )
+    short = counts < shots + queries
+    if short.any():
+        named = [f"{label} with {n}" for label, n in zip(classes[short].tolist(), counts[short].tolist(), strict=True)]
+        raise ValueError(
+            f"Expected every class in '{split}' to have at least {shots + queries} samples, {shots} for the support "
+            f"and {queries} for the query, but got class {listed(named)}."
+        )
+
+
+def listed(values: Iterable[Any], most: int = 10) -> str:
+    """Write values in one line, the first few of them where there are many."""
+    values = list(values)
+    rest = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(str(value) for value in values[:most]) + rest
+
+
+def _units(labels: Tensor, groups: np.ndarray | None) -> tuple[np.ndarray, list[Any]]:
+    """Return, for each row, the position of its class or group, and the classes or groups."""
+    names, class_of_row = torch.unique(labels, return_inverse=True)
+    if groups is None:
+        return class_of_row.numpy(), names.tolist()
+    if groups.shape not in ((len(names),), (len(labels),)):
+        raise ValueError(
+            f"Expected `groups` to name the group of each of {len(names)} classes or {len(labels)} samples, but got "
+            f"the shape {groups.shape}."
+        )
+    units, group = np.unique(groups, return_inverse=True)
+    if len(group) == len(names):
+        return group[class_of_row.numpy()], units.tolist()
+    for position, name in enumerate(names.tolist()):
+        of_class = np.unique(group[class_of_row.numpy() == position])
+        if len(of_class) > 1:
+            raise ValueError(
+                f"Expected all samples of a class in one group, but class {name} is in {listed(units[of_class])}."
+            )
+    return group, units.tolist()
+
+
+def _shared_out(number: int, fractions: Mapping[str, float], seed: int) -> dict[str, set[int]]:
+    order = np.random.default_rng(seed).permutation(number)
+    train = round(number * fractions["train"])
+    val = round(number * (fractions["train"] + fractions["val"]))
+    return {"train": set(order[:train]), "val": set(order[train:val]), "test": set(order[val:])}
+
+
+def _positions(split: str, wanted: Sequence[Any], units: list[Any]) -> set[int]:
+    unknown = [unit for unit in wanted if unit not in units]
+    if unknown:
+        raise ValueError(
+            f"Expected `classes` to name classes or groups of the data for '{split}', but {listed(map(repr, unknown))} "
+            f"is not among {listed(map(repr, units))}."
+        )
+    return {units.index(unit) for unit in wanted}
+
+
+def _halved(rows: dict[str, Tensor], labels: Tensor, shared: Tensor, seed: int) -> dict[str, Tensor]:
+    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
+    for_val = torch.zeros(len(labels), dtype=torch.bool)
+    for label in torch.unique(labels[shared]):
+        of_class = generator.permutation(torch.nonzero(labels == label).flatten().numpy())
+        for_val[torch.from_numpy(of_class[: (len(of_class) + 1) // 2])] = True
+    in_val, in_test = ~shared | for_val, ~shared | ~for_val
+    return rows | {"val": rows["val"][in_val[rows["val"]]], "test": rows["test"][in_test[rows["test"]]]}
