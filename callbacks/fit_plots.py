@@ -33,7 +33,7 @@ def churn_figure(record: FitRecord) -> "Figure":
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     measured = [(epoch.epoch + 1, epoch.churn) for epoch in record.epochs if epoch.churn is not None]
     finished = [number for number, _ in measured]
     churn = [100 * value for _, value in measured]
@@ -59,7 +59,7 @@ def churn_figure(record: FitRecord) -> "Figure":
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if record.frozen:
         _mark_freeze(axes, record.freeze_epoch or 0, end)
-    _label(axes, "Churn of the structure", "finished epochs", "pattern bits flipped in the epoch [%]")
+    label_axes(axes, "Churn of the structure", "finished epochs", "pattern bits flipped in the epoch [%]")
     return figure
 
 
@@ -72,7 +72,7 @@ def score_figure(record: FitRecord) -> "Figure":
     Returns:
         A figure.
     """
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     ends = dict(
         zip(
             (epoch.epoch for epoch in record.epochs),
@@ -92,7 +92,7 @@ def score_figure(record: FitRecord) -> "Figure":
     if record.frozen:
         frozen_at = sum(epoch.seconds for epoch in record.epochs if not epoch.frozen)
         _mark_freeze(axes, frozen_at, 1.03 * end)
-    _label(axes, "Score against training time", "training seconds (without validation)", name)
+    label_axes(axes, "Score against training time", "training seconds (without validation)", name)
     return figure
 
 
@@ -108,7 +108,8 @@ def as_image(figure: "Figure") -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _new_figure() -> "tuple[Figure, Axes]":
+def new_figure() -> "tuple[Figure, Axes]":
+    """Return an empty figure with one set of axes, which no global state knows of."""
     # Half a second of imports that only the end of a fit needs.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -118,15 +119,16 @@ def _new_figure() -> "tuple[Figure, Axes]":
     return figure, figure.add_subplot()
 
 
-def _mark_freeze(axes: "Axes", at: float, end: float) -> None:
-    axes.axvspan(at, end, color=_FROZEN, alpha=0.6, linewidth=0, label="structure frozen", zorder=0)
-    axes.axvline(at, color=_LINE, linewidth=1, zorder=1)
-
-
-def _label(axes: "Axes", title: str, x: str, y: str) -> None:
+def label_axes(axes: "Axes", title: str, x: str, y: str) -> None:
+    """Give a plot its title, the names of its axes, a grid and a legend."""
     axes.set_title(title, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+
+
+def _mark_freeze(axes: "Axes", at: float, end: float) -> None:
+    axes.axvspan(at, end, color=_FROZEN, alpha=0.6, linewidth=0, label="structure frozen", zorder=0)
+    axes.axvline(at, color=_LINE, linewidth=1, zorder=1)

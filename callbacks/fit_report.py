@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from glai_lightning.callbacks.fit_plots import as_image, churn_figure, save_png, score_figure
 from glai_lightning.callbacks.fit_record import EpochRecord, FitRecord
 from glai_lightning.callbacks.fit_table import fit_table
+from glai_lightning.callbacks.sizes import count_bytes, count_trainable
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
 
 
@@ -94,7 +95,7 @@ class FitReport(Callback):
         self._clock_started = None
         self._checks_before = _count_checks(callback)
         if not callback.frozen:
-            self._mlp_parameters = _count_trainable(pl_module)
+            self._mlp_parameters = count_trainable(pl_module)
         elif not self._epochs:
             self._mlp_parameters = None
 
@@ -198,8 +199,8 @@ class FitReport(Callback):
         checked = [name for name, count in checks.items() if count > self._checks_before.get(name, 0)]
         if checked:
             epoch.churn = max(callback.heads[name].churn_history[-1] for name in checked)
-        epoch.trainable_parameters = _count_trainable(pl_module)
-        epoch.optimizer_state_bytes = sum(_count_bytes(dict(optimizer.state)) for optimizer in trainer.optimizers)
+        epoch.trainable_parameters = count_trainable(pl_module)
+        epoch.optimizer_state_bytes = sum(count_bytes(dict(optimizer.state)) for optimizer in trainer.optimizers)
 
     def _write_plots(self, trainer: Any, record: FitRecord) -> None:
         # Asked for by all processes, for the first one broadcasts it.
@@ -229,17 +230,3 @@ class FitReport(Callback):
 
 def _count_checks(callback: StructureFreezeCallback) -> dict[str, int]:
     return {name: len(head.churn_history) for name, head in callback.heads.items()}
-
-
-def _count_trainable(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
-def _count_bytes(state: object) -> int:
-    if isinstance(state, torch.Tensor):
-        return state.numel() * state.element_size()
-    if isinstance(state, dict):
-        return sum(_count_bytes(value) for value in state.values())
-    if isinstance(state, list | tuple):
-        return sum(_count_bytes(value) for value in state)
-    return 0
