@@ -1,0 +1,180 @@
+"""The sides of a comparison: the MLP that is never frozen, and what is measured against it."""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
+from glai_lightning.heads import Paths
+from glai_lightning.layers import HeadLayout, HiddenLayer, read_head
+from glai_lightning.paths import count_path_weights, matched_hidden_features
+
+#: The side that all others are compared with.
+REFERENCE = "mlp"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One side of a comparison.
+
+    Args:
+        name: what it is called on the command line and in files.
+        description: what it is, in plain words.
+        paths: what stays trainable once the head is frozen; ``None`` for a head that never is.
+        solves: whether the path weights are solved for at the freeze, after which the fit stops.
+        freeze_at_epoch: epoch (0-based) at whose start the structure is frozen, whatever the churn.
+        matched: whether the head is narrowed until its independent paths have as many weights as the MLP.
+    """
+
+    name: str
+    description: str
+    paths: Paths | None = None
+    solves: bool = False
+    freeze_at_epoch: int | None = None
+    matched: bool = False
+
+
+_VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant(REFERENCE, "the MLP, never frozen"),
+        Variant("output", "output paths, trained on: freezing the inner layers", "output"),
+        Variant("output+solve", "output paths, solved", "output", solves=True),
+        Variant("tangent", "tangent paths, trained on", "tangent"),
+        Variant("independent", "independent paths at matched width, trained on", "independent", matched=True),
+        Variant("independent+solve", "independent paths at matched width, solved", "independent", True, None, True),
+        Variant("random", "a random structure, frozen before the first step, solved after an epoch", "output", True, 0),
+    )
+}
+
+#: What is compared unless told otherwise.
+DEFAULT_VARIANTS = ("mlp", "output", "output+solve", "tangent", "independent", "random")
+
+
+def find_variants(names: str | Sequence[str]) -> list[Variant]:
+    """Return the variants of these names, in their order.
+
+    Args:
+        names: names, or one string of names with commas between them.
+
+    Raises:
+        MisconfigurationException: if a name is unknown or given twice, or the MLP or a side to it is missing.
+
+    Example:
+        >>> [variant.name for variant in find_variants("mlp,output+solve")]
+        ['mlp', 'output+solve']
+    """
+    listed = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    known = ", ".join(map(repr, _VARIANTS))
+    for name in listed:
+        if name not in _VARIANTS:
+            raise MisconfigurationException(f"Expected `variants` to be some of {known}, but got {name!r}.")
+    if len(set(listed)) < len(listed):
+        raise MisconfigurationException(f"Expected every variant to be named once, but got {','.join(listed)!r}.")
+    if REFERENCE not in listed or len(listed) < 2:
+        raise MisconfigurationException(
+            f"Expected `variants` to hold '{REFERENCE}' and at least one to compare with it, of {known}, "
+            f"but got {','.join(listed)!r}."
+        )
+    return [_VARIANTS[name] for name in listed]
+
+
+def find_variant(name: str) -> Variant:
+    """Return the variant of a name."""
+    return _VARIANTS[name]
+
+
+def freeze_callback(variant: Variant, given: StructureFreezeCallback, solver: Any) -> StructureFreezeCallback | None:
+    """Return the callback that makes a variant of a fit, by the freeze rule of the one given.
+
+    Args:
+        variant: the variant.
+        given: the callback whose class and settings are taken over, but for what the variant decides.
+        solver: what a variant that solves solves with.
+
+    Returns:
+        A new callback; ``None`` for the MLP.
+    """
+    if variant.paths is None:
+        return None
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(type(given)).parameters.values()
+    names = [p.name for p in parameters if p.kind not in kinds and hasattr(given, p.name)]
+    settings = {name: getattr(given, name) for name in names}
+    settings |= {"paths": variant.paths, "verbose": False}
+    settings |= {"solver": solver if variant.solves else None, "stop_after_solve": variant.solves}
+    if variant.freeze_at_epoch is not None:
+        settings["freeze_at_epoch"] = variant.freeze_at_epoch
+    return type(given)(**settings)
+
+
+def matched_head(head: nn.Module) -> nn.Sequential:
+    """Return a fresh head like the one given, so narrow that its independent paths have as many weights as that MLP.
+
+    One hidden layer has the width of ``matched_hidden_features``; several are narrowed in proportion, to the widest
+    that have no more path weights than the MLP has weights.
+
+    Args:
+        head: an MLP head that can be read; it is not changed.
+
+    Returns:
+        A head of the same layers: kinds, biases, BatchNorm, activations, and what stands before and behind them.
+
+    Raises:
+        ValueError: if the head cannot be read.
+
+    Example:
+        >>> from glai_lightning import mlp_head
+        >>> matched_head(mlp_head(64, 1024, 10))
+        Sequential(
+          (0): Linear(in_features=64, out_features=118, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=118, out_features=10, bias=True)
+        )
+    """
+    layout = read_head(head)
+    widths = _matched_widths(layout)
+    modules: list[nn.Module] = [copy.deepcopy(module) for module in layout.leading]
+    for layer, before, width in zip(layout.hidden, widths, widths[1:], strict=False):
+        modules += _hidden_modules(layer, before, width)
+    modules.append(_linear(layout.output, widths[-2], widths[-1]))
+    return nn.Sequential(*modules, *(copy.deepcopy(module) for module in layout.trailing))
+
+
+def _hidden_modules(layer: HiddenLayer, before: int, width: int) -> list[nn.Module]:
+    norm = layer.norm
+    if norm is None:
+        return [_linear(layer.linear, before, width), copy.deepcopy(layer.activation)]
+    assert norm.momentum is not None
+    narrowed = type(norm)(width, eps=norm.eps, momentum=norm.momentum, affine=norm.affine)
+    return [_linear(layer.linear, before, width), narrowed, copy.deepcopy(layer.activation)]
+
+
+def _linear(like: nn.Linear, before: int, width: int) -> nn.Linear:
+    return nn.Linear(before, width, bias=like.bias is not None, dtype=like.weight.dtype)
+
+
+def _matched_widths(layout: HeadLayout) -> tuple[int, ...]:
+    inputs, *hidden, outputs = layout.widths
+    if len(hidden) == 1:
+        return inputs, matched_hidden_features(inputs, hidden[0], outputs), outputs
+    hidden_bias = [layer.linear.bias is not None or layer.norm is not None for layer in layout.hidden]
+    output_bias = layout.output.bias is not None
+    linears = [*(layer.linear for layer in layout.hidden), layout.output]
+    weights = sum(parameter.numel() for linear in linears for parameter in linear.parameters())
+
+    def narrowed(first: int) -> tuple[int, ...]:
+        scaled = (max(1, round(width * first / hidden[0])) for width in hidden[1:])
+        return (inputs, first, *scaled, outputs)
+
+    fitting = (
+        narrowed(first)
+        for first in range(hidden[0], 0, -1)
+        if count_path_weights(narrowed(first), hidden_bias, output_bias) <= weights
+    )
+    return next(fitting, narrowed(1))
