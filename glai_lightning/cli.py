@@ -1,4 +1,4 @@
-"""The ``glai`` command: fits, validates, tests and predicts from YAML, and lists and copies the shipped recipes."""
+"""The ``glai`` command: fits, validates, tests, predicts and compares from YAML, and lists and copies recipes."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from glai_lightning.shipped_recipes import copy_recipe, list_recipes
 
-_NOT_BUILT_YET = ("compare", "export")
+_NOT_BUILT_YET = ("export",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             anywhere among them shows the traceback of every error.
 
     Returns:
-        The exit code: 0, or 1 after an error, which is printed as a sentence.
+        The exit code: 0, or 1 after an error, which is printed as a sentence; of ``glai compare`` also 3 and 4, see
+        ``run_comparison``.
 
     Raises:
         SystemExit: after ``--help`` (code 0), and for arguments that cannot be parsed (code 2).
@@ -33,17 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     try:
-        _run(given)
+        return _run(given)
     except Exception as error:
         sentence = _sentence_for_users(error)
         if debug or sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
         return 1
-    return 0
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str]) -> int:
     command = arguments[0] if arguments else None
     if command in _NOT_BUILT_YET:
         raise NotImplementedError(
@@ -51,12 +51,17 @@ def _run(arguments: list[str]) -> None:
         )
     if command == "recipes":
         _recipes(arguments[1:])
-        return
+        return 0
     # Lightning takes seconds to import.
+    if command == "compare":
+        from glai_lightning.comparison.command import run_comparison
+
+        return run_comparison(arguments[1:])
     from glai_lightning.lightning_cli import GlaiCLI
 
     with warnings.catch_warnings():
         GlaiCLI(arguments)
+    return 0
 
 
 def _recipes(arguments: list[str]) -> None:

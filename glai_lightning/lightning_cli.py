@@ -8,17 +8,17 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from glai_lightning.callbacks import FitReport
 from glai_lightning.checkpoints import check_checkpoint
-from glai_lightning.modules import steps_per_batch
+from glai_lightning.modules import has_test, steps_per_batch
 
 _DESCRIPTION = "Fit, validate, test or predict with the modules, data and callbacks that a YAML configuration names."
 _EPILOG = (
-    "Other commands: 'glai recipes' lists the shipped configurations, 'glai recipes NAME' copies one into the current "
-    "folder. '--debug' with any command shows the traceback of every error."
+    "Other commands: 'glai compare' measures a configuration against the same fit that is never frozen; 'glai recipes' "
+    "lists the shipped configurations, 'glai recipes NAME' copies one into the current folder. '--debug' with any "
+    "command shows the traceback of every error."
 )
 
 
@@ -75,7 +75,7 @@ class GlaiCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what would be ignored, or fail only after minutes."""
-        config = self.config[self.subcommand]
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
         given = config.get("optimizer"), config.get("lr_scheduler")
         if given[0] is None and given[1] is not None:
             raise MisconfigurationException(
@@ -117,7 +117,7 @@ class GlaiCLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the best checkpoint, or the weights at the end where none was kept, and print the tables."""
         try:
-            if self._can_test():
+            if has_test(self.model, self.datamodule):
                 checkpoint = self._best_checkpoint()
                 self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True)
         finally:
@@ -126,11 +126,6 @@ class GlaiCLI(LightningCLI):
 
     def _fit_reports(self) -> list[FitReport]:
         return [callback for callback in self.trainer.callbacks if isinstance(callback, FitReport)]  # type: ignore[attr-defined]
-
-    def _can_test(self) -> bool:
-        holders = [holder for holder in (self.datamodule, self.model) if holder is not None]
-        has_data = any(is_overridden("test_dataloader", holder) for holder in holders)
-        return has_data and is_overridden("test_step", self.model)
 
     def _best_checkpoint(self) -> str | None:
         for checkpoint in self.trainer.checkpoint_callbacks:

@@ -6,7 +6,8 @@ from os import PathLike
 from typing import Any, Self
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -23,6 +24,12 @@ SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler | ReduceLROnPla
 def steps_per_batch(scheduler: object) -> bool:
     """Tell whether a learning-rate scheduler is meant to be stepped after every batch, and not every epoch."""
     return isinstance(scheduler, OneCycleLR | CyclicLR)
+
+
+def has_test(module: LightningModule, data: LightningDataModule | None) -> bool:
+    """Tell whether there is a test step, and data to run it on."""
+    holders = [holder for holder in (data, module) if holder is not None]
+    return is_overridden("test_step", module) and any(is_overridden("test_dataloader", h) for h in holders)
 
 
 class HeadModule(LightningModule):

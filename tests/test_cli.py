@@ -267,7 +267,7 @@ def test_debug_shows_the_traceback_of_every_error():
         main(["recipes", "nothing", "--debug"])
 
 
-@pytest.mark.parametrize("command", ["compare", "export"])
+@pytest.mark.parametrize("command", ["export"])
 def test_commands_to_come_say_so(command, capsys):
     assert main([command, "--config", SUPERVISED]) == 1
     assert capsys.readouterr().err == (
