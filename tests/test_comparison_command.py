@@ -16,6 +16,7 @@ from glai_lightning.comparison.command import EXIT_CODES
 
 RECIPE = str(Path(__file__).parent.parent / "recipes" / "supervised.yaml")
 TINY = ["--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--model.head.hidden_features=16"]
+SCORED = ["--score=val/accuracy", "--mode=max"]
 FOLDER = Path("runs/comparison/supervised")
 
 
@@ -103,6 +104,14 @@ def test_a_changed_configuration_is_not_mixed_with_finished_runs(capsys):
         (["--score=val/loss"], "Expected `--mode` to say whether the best 'val/loss' is the largest"),
         (["--score=val/beauty", "--mode=max"], "Expected the validation score 'val/beauty' to be logged"),
         (["--head=heart"], "Expected `head` to name a module of `SupervisedModule`, but got 'heart'."),
+        (
+            [
+                "--trainer.callbacks=glai_lightning.callbacks.StructureFreezeCallback",
+                "--trainer.callbacks.head=h*",
+                *SCORED,
+            ],
+            "Expected `--head` to name the one head of a comparison, but the callback has 'h*'",
+        ),
         (["--trainer.callbacks=null"], "Expected `--score` and `--mode` to name the validation score"),
         (["--ckpt_path=last"], "Expected every fit of a comparison to start from the beginning"),
         (["--model.head.in_features=7"], "Expected the head to take the 64 features of the data"),

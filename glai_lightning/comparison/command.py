@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from glai_lightning.callbacks.head_names import is_pattern
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
 from glai_lightning.comparison.protocol import RUNS_FILE, compare, quiet
 from glai_lightning.comparison.recording import Mode
@@ -197,7 +198,13 @@ def _find_score(config: Namespace, trainer: Any) -> tuple[str, Mode]:
 
 def _find_head(trainer: Any) -> str:
     heads = [callback.head for callback in trainer.callbacks if isinstance(callback, StructureFreezeCallback)]
-    return heads[0] if heads else "head"
+    if not heads:
+        return "head"
+    if not isinstance(heads[0], str) or is_pattern(heads[0]):
+        raise MisconfigurationException(
+            f"Expected `--head` to name the one head of a comparison, but the callback has {heads[0]!r}."
+        )
+    return heads[0]
 
 
 def _default_folder(config: Namespace) -> Path:
