@@ -15,6 +15,7 @@ from glai_lightning.patterns import activation_patterns
 if TYPE_CHECKING:
     from glai_lightning.modules import HeadModule
     from glai_lightning.prototypical import PrototypicalModule
+    from glai_lightning.simclr import SimCLRModule
     from glai_lightning.supervised import SupervisedModule
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "GLAIHead",
     "HeadModule",
     "PrototypicalModule",
+    "SimCLRModule",
     "SupervisedModule",
     "activation_patterns",
     "freeze_structure",
@@ -36,6 +38,7 @@ __all__ = [
 _LOADED_ON_USE = {
     "HeadModule": "glai_lightning.modules",
     "PrototypicalModule": "glai_lightning.prototypical",
+    "SimCLRModule": "glai_lightning.simclr",
     "SupervisedModule": "glai_lightning.supervised",
 }
 
