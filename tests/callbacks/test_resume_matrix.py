@@ -196,7 +196,7 @@ SETTINGS = [
     Setting("somebody's", "SGD", "independent", check_every_n_steps=3),
     Setting("somebody's", "AdamW", "output", loader="torchdata"),
     Setting("somebody's", "Adam", "output", LOGISTIC, check_every_n_steps=3, loader="torchdata"),
-    Setting("our", "AdamW", "output", LOGISTIC, check_every_n_steps=3, processes=2),
+    Setting("our", "AdamW", "output", check_every_n_steps=3, processes=2),
     Setting("somebody's", "Adam", "tangent", processes=2),
 ]
 
