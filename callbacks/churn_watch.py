@@ -9,7 +9,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from glai_lightning.callbacks.reduction import churn_over_processes, from_all_processes
+from glai_lightning.callbacks.restored_state import (
+    COUNT,
+    MAPPINGS,
+    TENSORS,
+    TENSORS_BY_NAME,
+    check_entries,
+    or_none,
+)
 from glai_lightning.churn import ChurnProbe
+
+_STATE = {"snapshot": TENSORS_BY_NAME, "processes": MAPPINGS}
+_SEEN = {"inputs": TENSORS, "seen": COUNT, "rows_per_batch": or_none(COUNT), "running": TENSORS_BY_NAME}
 
 
 class ChurnWatch:
@@ -138,13 +149,16 @@ class ChurnWatch:
         """Go on from where the watch of a checkpoint stood, once started."""
         if self._probe is None or "snapshot" not in state:
             return
+        holder = f"the churn of the head at {self.head_name!r}"
+        check_entries(state, _STATE, holder)
         seen = state["processes"][trainer.global_rank % len(state["processes"])]
+        check_entries(seen, _SEEN, holder)
         self._rows_per_batch = seen["rows_per_batch"]
         device = self._probe.snapshot[0].weight.device
         self._probe.resume(
             [
                 {name: value.to(device) for name, value in (tensors | running).items()}
-                for tensors, running in zip(state["snapshot"], seen["running"], strict=True)
+                for tensors, running in zip(state["snapshot"], seen["running"], strict=False)
             ],
             [inputs.to(device) for inputs in seen["inputs"]],
             seen["seen"],

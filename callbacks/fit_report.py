@@ -14,8 +14,24 @@ from lightning.pytorch import Callback
 from glai_lightning.callbacks.fit_plots import as_image, churn_figure, save_png, score_figure
 from glai_lightning.callbacks.fit_record import EpochRecord, FitRecord
 from glai_lightning.callbacks.fit_table import fit_table
+from glai_lightning.callbacks.restored_state import COUNT, FLAG, NUMBER, Kind, check_entries, or_none
 from glai_lightning.callbacks.sizes import count_bytes, count_trainable
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
+
+_STATE: dict[str, Kind] = {
+    "epochs": ("a list", lambda value: isinstance(value, list)),
+    "mlp_parameters": or_none(COUNT),
+}
+_EPOCH = {
+    "epoch": COUNT,
+    "seconds": NUMBER,
+    "steps": COUNT,
+    "frozen": FLAG,
+    "churn": or_none(NUMBER),
+    "score": or_none(NUMBER),
+    "trainable_parameters": COUNT,
+    "optimizer_state_bytes": COUNT,
+}
 
 
 class FitReport(Callback):
@@ -53,7 +69,7 @@ class FitReport(Callback):
 
     def __init__(self, score: str | None = None, mode: Literal["min", "max"] = "max") -> None:
         super().__init__()
-        if mode not in ("min", "max"):
+        if not isinstance(mode, str) or mode not in ("min", "max"):
             raise MisconfigurationException(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
         self.score = score
         self.mode = mode
@@ -84,7 +100,7 @@ class FitReport(Callback):
         """Begin a record, or go on with that of the fit that is resumed."""
         # A checkpoint's state is read for a mere test as well, which must not touch the record: hence only here.
         if self._restored is not None:
-            epochs = [EpochRecord(**epoch) for epoch in self._restored["epochs"]]
+            epochs = [EpochRecord(**{name: epoch[name] for name in _EPOCH}) for epoch in self._restored["epochs"]]
             self._epochs = {epoch.epoch: epoch for epoch in epochs}
             self._mlp_parameters = self._restored["mlp_parameters"]
             self._restored = None
@@ -163,7 +179,14 @@ class FitReport(Callback):
         return {"epochs": [asdict(epoch) for epoch in self._epochs.values()], "mlp_parameters": self._mlp_parameters}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state for the start of training."""
+        """Keep the state for the start of training.
+
+        Raises:
+            MisconfigurationException: if it is not the state of a report.
+        """
+        check_entries(state_dict, _STATE, "`FitReport`")
+        for epoch in state_dict["epochs"]:
+            check_entries(epoch, _EPOCH, "an epoch of `FitReport`")
         self._restored = state_dict
 
     def _freeze_callback(self, trainer: Any) -> StructureFreezeCallback:

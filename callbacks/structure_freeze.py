@@ -13,8 +13,9 @@ from glai_lightning.callbacks.argument_checks import check_least, check_range
 from glai_lightning.callbacks.collection import Stage
 from glai_lightning.callbacks.conversion import check_trainer
 from glai_lightning.callbacks.head_names import as_names, is_pattern, match_heads, stands_alone
+from glai_lightning.callbacks.restored_state import MAPPING, check_entries
 from glai_lightning.callbacks.solving import read_step
-from glai_lightning.callbacks.watched_head import WatchedHead
+from glai_lightning.callbacks.watched_head import WatchedHead, check_head_state
 from glai_lightning.churn import structure_settled
 from glai_lightning.heads import Paths
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
@@ -412,7 +413,17 @@ class StructureFreezeCallback(Callback):
                 head.complete_state(trainer, self._part_of(checkpoint["callbacks"][self.state_key], head))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state for the start of the fit; a mere test or validation changes nothing."""
+        """Keep the state for the start of the fit; a mere test or validation changes nothing.
+
+        Raises:
+            MisconfigurationException: if it is not what this callback saves for the same ``head``.
+        """
+        if stands_alone(self._names):
+            check_head_state(state_dict, self._names[0])
+        else:
+            check_entries(state_dict, {"heads": MAPPING}, "the heads")
+            for name, state in state_dict["heads"].items():
+                check_head_state(state, name)
         self._restored = state_dict
 
     def _state_of(self, head: WatchedHead) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
+from glai_lightning.callbacks.argument_checks import check_least
 from glai_lightning.callbacks.conversion import list_heads
 from glai_lightning.callbacks.head_names import as_names, match_heads, stands_alone
 from glai_lightning.callbacks.reduction import churn_over_processes
@@ -39,10 +40,7 @@ class StructureMonitor(Callback):
 
     def __init__(self, modules: str | Sequence[str] = "head", probe_size: int = 1024) -> None:
         super().__init__()
-        if probe_size < 1:
-            raise MisconfigurationException(
-                f"Expected `probe_size` to be an integer of at least 1, but got {probe_size}."
-            )
+        check_least("probe_size", probe_size, 1)
         self.modules = as_names("modules", modules)
         self.probe_size = probe_size
         self.churn_history: dict[str, list[float]] = {}

@@ -16,12 +16,31 @@ from glai_lightning.callbacks.conversion import (
     freeze_head_in_fit,
 )
 from glai_lightning.callbacks.head_solve import HeadSolve
+from glai_lightning.callbacks.restored_state import COUNT, FLAG, NUMBERS, TEXT, check_entries, or_none
 from glai_lightning.callbacks.solving import check_solvable
 from glai_lightning.heads import GLAIHead, check_convertible
 from glai_lightning.restoring import HeadRestorer
 
 if TYPE_CHECKING:
     from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
+
+_STATE = {
+    "frozen": FLAG,
+    "freeze_epoch": or_none(COUNT),
+    "freeze_reason": or_none(TEXT),
+    "churn_history": NUMBERS,
+    "settled": FLAG,
+    "solved": FLAG,
+}
+
+
+def check_head_state(state: Any, head_name: str) -> None:
+    """Check that a checkpoint holds the state of a head as ``WatchedHead.state_dict`` returns it.
+
+    Raises:
+        MisconfigurationException: otherwise.
+    """
+    check_entries(state, _STATE, f"the head at {head_name!r}")
 
 
 class WatchedHead:

@@ -58,9 +58,11 @@ def read_archive(
 
 
 def existing_file(path: str | PathLike[str]) -> Path:
-    """Return ``path``, raising ``ValueError`` unless there is a file."""
+    """Return ``path``, raising ``ValueError`` unless there is a file, and ``TypeError`` unless it is a path."""
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"Expected `path` to be a path, but got {path!r}.")
     path = Path(path)
-    if not path.is_file():
+    if "\0" in str(path) or not path.is_file():
         raise ValueError(f"Expected `path` to be an existing file, but got '{path}'.")
     return path
 

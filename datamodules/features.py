@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
+from glai_lightning.argument_checks import expect_number
 from glai_lightning.datamodules.archives import existing_file, read_archive
 from glai_lightning.datamodules.batches import BatchLoader, SeededBatchSampler, TensorRows, fit_progress
 from glai_lightning.datamodules.checks import check_integer
@@ -84,6 +85,7 @@ class FeaturesDataModule(pl.LightningDataModule):
             self._read_arrays = partial(dict, arrays)
         check_integer("batch_size", batch_size, at_least=1)
         check_integer("seed", seed, at_least=0)
+        expect_number("val_fraction", val_fraction)
         if not 0 < val_fraction < 1:
             raise ValueError(f"Expected `val_fraction` to be in (0, 1), but got {val_fraction}.")
         self.batch_size = batch_size

@@ -182,8 +182,20 @@ class ChurnProbe:
             snapshot: for each hidden layer, its tensors at the last measurement.
             inputs: the inputs kept since then, each (batch, D), oldest first.
             seen: number of inputs seen since then.
+
+        Raises:
+            ValueError: if shapes are not those of this head.
         """
         current = hidden_units(self.layout)
+        own = [{name: value.shape for name, value in units.tensors().items()} for units in current]
+        given = [{name: value.shape for name, value in tensors.items()} for tensors in snapshot]
+        if own != given:
+            raise ValueError(f"Expected the snapshot of a head with tensors of shape {own}, but got {given}.")
+        for rows in inputs:
+            if not rows.is_floating_point() or rows.ndim < 2 or (not self.layout.leading and rows.ndim != 2):
+                raise ValueError(f"Expected kept inputs of shape (rows, features), but got {tuple(rows.shape)}.")
+            if not self.layout.leading and rows.shape[1] != self.layout.widths[0]:
+                raise ValueError(f"Expected {self.layout.widths[0]} features in kept inputs, but got {rows.shape[1]}.")
         self.snapshot = [units.with_tensors(tensors) for units, tensors in zip(current, snapshot, strict=True)]
         self.inputs = deque(inputs)
         self._kept = sum(len(rows) for rows in inputs)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from glai_lightning.argument_checks import expect_choice, expect_integer, expect_number
 from glai_lightning.layers import HeadLayout, read_head
 from glai_lightning.loading import check_state_dict, unchanged_on_error
 from glai_lightning.marks import MARK, FreezeMark
@@ -66,10 +67,8 @@ def mlp_head(
         *(("hidden_features", width) for width in hidden),
         ("out_features", out_features),
     ):
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"Expected `{name}` to be an integer, but got {size!r}.")
-    if not isinstance(dropout, int | float) or isinstance(dropout, bool):
-        raise TypeError(f"Expected `dropout` to be a number, but got {dropout!r}.")
+        expect_integer(name, size)
+    expect_number("dropout", dropout)
     if not hidden:
         raise ValueError("Expected `hidden_features` to name at least one hidden layer, but got none.")
     for name, size in (("in_features", in_features), ("out_features", out_features)):
@@ -149,10 +148,10 @@ class GLAIHead(nn.Module):
             True
         """
         layout = check_convertible(mlp, paths=paths, max_paths=max_paths)
-        if freeze_epoch is not None and (not isinstance(freeze_epoch, int) or isinstance(freeze_epoch, bool)):
-            raise TypeError(f"Expected `freeze_epoch` to be an integer or None, but got {freeze_epoch!r}.")
-        if freeze_epoch is not None and freeze_epoch < 0:
-            raise ValueError(f"Expected `freeze_epoch` to be at least 0, but got {freeze_epoch}.")
+        if freeze_epoch is not None:
+            expect_integer("freeze_epoch", freeze_epoch)
+            if freeze_epoch < 0:
+                raise ValueError(f"Expected `freeze_epoch` to be at least 0, but got {freeze_epoch}.")
         compiled = mlp._compiled_call_impl is not None
         head = _HEADS[paths](mlp, layout, freeze_epoch)
         head.train(mlp.training)
@@ -567,10 +566,8 @@ def check_convertible(head: nn.Module, *, paths: str = "output", max_paths: int 
         TypeError: if ``head`` is not a module or frozen already, or ``max_paths`` is not an integer.
         ValueError: if ``head`` cannot be read, ``paths`` is unknown, or there are more than ``max_paths`` paths.
     """
-    if not isinstance(paths, str) or paths not in _HEADS:
-        raise ValueError(f"Expected `paths` to be 'output', 'tangent' or 'independent', but got {paths!r}.")
-    if not isinstance(max_paths, int) or isinstance(max_paths, bool):
-        raise TypeError(f"Expected `max_paths` to be an integer, but got {max_paths!r}.")
+    expect_choice("paths", paths, tuple(_HEADS))
+    expect_integer("max_paths", max_paths)
     if not isinstance(head, nn.Module):
         raise TypeError(f"Expected the head to be a module, but got {head!r}.")
     if isinstance(head, GLAIHead):

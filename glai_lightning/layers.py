@@ -74,6 +74,7 @@ def read_head(head: nn.Module) -> HeadLayout:
         The modules of the head (the very objects) by the part that they play.
 
     Raises:
+        TypeError: if the head is not a module.
         ValueError: if the head is not an MLP of piecewise-linear layers; the message names the module at fault.
 
     Example:
@@ -82,6 +83,8 @@ def read_head(head: nn.Module) -> HeadLayout:
         >>> layout.widths
         (4, 8, 3)
     """
+    if not isinstance(head, nn.Module):
+        raise TypeError(f"Expected the head to be a module, but got {head!r}.")
     steps = [(name, module) for name, module in _chain(head, "") if not _does_nothing(module)]
     linears = [position for position, (_, module) in enumerate(steps) if isinstance(module, nn.Linear)]
     if len(linears) < 2:

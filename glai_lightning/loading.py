@@ -80,9 +80,9 @@ def check_state_dict(state_dict: object) -> None:
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"Expected the state dict to be a mapping, but got `{type(state_dict).__name__}`.")
-    wrong = next((key for key in state_dict if not isinstance(key, str)), None)
-    if wrong is not None:
-        raise ValueError(f"Expected the keys of the state dict to be strings, but got {wrong!r}.")
+    wrong = [key for key in state_dict if not isinstance(key, str)]
+    if wrong:
+        raise ValueError(f"Expected the keys of the state dict to be strings, but got {wrong}.")
     metadata: Any = getattr(state_dict, "_metadata", None)
     if metadata is None:
         return

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from glai_lightning.argument_checks import expect_choice, expect_integer, expect_number
 from glai_lightning.averaged_adam import AveragedAdam
 from glai_lightning.batches import Batches, FeatureBatches, SystematicSample, as_batches, held_out_batches
 from glai_lightning.cross_entropy import (
@@ -318,11 +319,20 @@ def check_logistic_settings(
     learning_rate: float,
     batch_size: int,
 ) -> None:
-    """Check the settings of ``solve_logistic``, and raise ValueError for the first that is out of range."""
+    """Check the settings of ``solve_logistic``.
+
+    Raises:
+        TypeError: for the first that is of the wrong type.
+        ValueError: for the first that is out of range.
+    """
+    numbers = {"l2": l2, "label_smoothing": label_smoothing, "tolerance": tolerance, "learning_rate": learning_rate}
+    for name, number in numbers.items():
+        expect_number(name, number)
+    for name, count in {"max_passes": max_passes, "patience": patience, "batch_size": batch_size}.items():
+        expect_integer(name, count)
     if not 0.0 <= l2 < math.inf:
         raise ValueError(f"Expected `l2` to be finite and at least 0, but got {l2}.")
-    if center not in ("zero", "current"):
-        raise ValueError(f"Expected `center` to be 'zero' or 'current', but got {center!r}.")
+    expect_choice("center", center, ("zero", "current"))
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"Expected `label_smoothing` to be in [0, 1), but got {label_smoothing}.")
     if max_passes < 2:
@@ -331,8 +341,7 @@ def check_logistic_settings(
         raise ValueError(f"Expected `tolerance` to be in [0, 1), but got {tolerance}.")
     if patience < 1:
         raise ValueError(f"Expected `patience` to be at least 1, but got {patience}.")
-    if method not in ("quasi_newton", "minibatch"):
-        raise ValueError(f"Expected `method` to be 'quasi_newton' or 'minibatch', but got {method!r}.")
+    expect_choice("method", method, ("quasi_newton", "minibatch"))
     if not 0.0 < learning_rate < math.inf:
         raise ValueError(f"Expected `learning_rate` to be finite and above 0, but got {learning_rate}.")
     if batch_size < 1:

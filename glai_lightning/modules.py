@@ -45,6 +45,9 @@ class HeadModule(LightningModule):
         optimizer: makes the optimizer from an iterable of parameters.
         lr_scheduler: makes a learning-rate scheduler from the optimizer, if given. It is stepped once an epoch,
             OneCycleLR and CyclicLR once a step; ReduceLROnPlateau follows ``val/loss`` unless it names a ``monitor``.
+
+    Raises:
+        TypeError: if an argument is not what it is to be.
     """
 
     def __init__(
@@ -57,6 +60,12 @@ class HeadModule(LightningModule):
         lr_scheduler: SchedulerFactory | None = None,
     ) -> None:
         super().__init__()
+        for name, module in (("head", head), ("backbone", backbone)):
+            if not isinstance(module, nn.Module) and not (module is None and name == "backbone"):
+                raise TypeError(f"Expected `{name}` to be a module, but got {module!r}.")
+        for name, factory in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
+            if not callable(factory) and not (factory is None and name == "lr_scheduler"):
+                raise TypeError(f"Expected `{name}` to be a function that makes one, but got {factory!r}.")
         # Only what a checkpoint can hold under `weights_only=True`.
         self.save_hyperparameters(ignore=["head", "backbone", "optimizer", "lr_scheduler"])
         self.head = head

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glai_lightning.argument_checks import expect_integer
 from glai_lightning.patterns import HiddenUnits
 
 #: What stays trainable of a head once its structure is frozen.
@@ -36,6 +37,7 @@ def matched_hidden_features(in_features: int, hidden_features: int, out_features
         The number of hidden units, at least 1.
 
     Raises:
+        TypeError: if a size is not an integer.
         ValueError: if a size is below 1.
 
     Example:
@@ -47,6 +49,7 @@ def matched_hidden_features(in_features: int, hidden_features: int, out_features
         ("hidden_features", hidden_features),
         ("out_features", out_features),
     ):
+        expect_integer(name, size)
         if size < 1:
             raise ValueError(f"Expected `{name}` to be at least 1, but got {size}.")
     return max(1, round(hidden_features * (in_features + out_features) / (in_features * out_features)))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from glai_lightning.argument_checks import expect_number
 from glai_lightning.batches import Batches, FeatureBatches, as_batches, held_out_batches
 from glai_lightning.linear_solution import LinearSolution, SolveReport, check_linear
 from glai_lightning.processes import Processes
@@ -351,9 +352,13 @@ def check_strengths(l2: float | Sequence[float]) -> list[float]:
     """Return one or several strengths of a penalty as a list, checked.
 
     Raises:
+        TypeError: if it is neither a number nor a sequence of numbers.
         ValueError: if there is none, or one is negative or not finite.
     """
-    strengths = [float(l2)] if isinstance(l2, int | float) else [float(strength) for strength in l2]
+    given = l2 if isinstance(l2, Sequence) else [l2]
+    for strength in given:
+        expect_number("l2", strength)
+    strengths = [float(strength) for strength in given]
     if not strengths or not all(0.0 <= strength < math.inf for strength in strengths):
         raise ValueError(f"Expected `l2` to be finite and at least 0, or several such numbers, but got {l2}.")
     return strengths

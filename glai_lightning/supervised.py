@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MeanSquaredError, Metric, MetricCollection, R2Score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from glai_lightning.argument_checks import expect_choice, expect_integer
 from glai_lightning.modules import HeadModule, OptimizerFactory, SchedulerFactory
 from glai_lightning.patterns import layout_of
 
@@ -53,10 +54,10 @@ class SupervisedModule(HeadModule):
         super().__init__(
             head, backbone, freeze_backbone=freeze_backbone, optimizer=optimizer, lr_scheduler=lr_scheduler
         )
-        if task not in ("classification", "regression"):
-            raise ValueError(f"Expected `task` to be 'classification' or 'regression', but got {task!r}.")
+        expect_choice("task", task, ("classification", "regression"))
         self.task = task
         outputs = _count_outputs(head) if num_classes is None else num_classes
+        expect_integer("num_classes", outputs)
         self.num_classes = outputs
         if task == "classification" and outputs < 2:
             raise ValueError(f"Expected `num_classes` to be at least 2, but got {outputs}.")

@@ -45,9 +45,14 @@ def pytest_pyfunc_call(pyfuncitem):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say how many cells of the resume matrix ran: each a fit that was cut and resumed."""
+    """Say how many cells of the resume matrix ran, each a fit that was cut and resumed, and how much was fuzzed."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
     noted = [dict(report.user_properties) for report in reports]
-    counts = [[properties.get(f"resume {what}", 0) for properties in noted] for what in ("cells", "mismatches")]
-    if any(counts[0]):
-        terminalreporter.write_line("resume matrix: {} cells ran, {} mismatches".format(*map(sum, counts)))
+    cells, mismatches, examples = (
+        sum(properties.get(name, 0) for properties in noted)
+        for name in ("resume cells", "resume mismatches", "fuzzed examples")
+    )
+    if cells:
+        terminalreporter.write_line(f"resume matrix: {cells} cells ran, {mismatches} mismatches")
+    if examples:
+        terminalreporter.write_line(f"fuzz: {examples:,} malformed arguments, state dicts, states and files")

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from fits import CLASSES, FEATURES, HEAD, HIDDEN, SomebodysModule, make_loader, make_trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from glai_lightning import GLAIHead, HeadModule, SupervisedModule, mlp_head
@@ -205,3 +206,31 @@ def test_a_checkpoint_names_no_class_to_be_imported(monkeypatch):
         )
         == 0
     )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda state: [state], "Expected the state of the head at 'blocks.head' in the checkpoint to be a mapping"),
+        (
+            lambda state: {"frozen_": True},
+            "Expected the state of the head at 'blocks.head' in the checkpoint to hold `frozen`",
+        ),
+        (lambda state: state | {"freeze_epoch": "2"}, "Expected `freeze_epoch` in the state of the head at"),
+        (lambda state: state | {"churn_history": [None]}, "Expected `churn_history` in the state of the head at"),
+    ],
+)
+def test_a_fit_does_not_resume_from_a_state_that_the_callback_did_not_save(spoil, sentence):
+    def callbacks():
+        return [StructureFreezeCallback(HEAD, freeze_at_epoch=1), ModelCheckpoint(dirpath="kept", filename="last")]
+
+    make_trainer(*callbacks(), max_epochs=2).fit(SomebodysModule(), make_loader())
+    checkpoint = torch.load("kept/last.ckpt", weights_only=True)
+    (key,) = [key for key in checkpoint["callbacks"] if "StructureFreezeCallback" in key]
+    checkpoint["callbacks"][key] = spoil(checkpoint["callbacks"][key])
+    torch.save(checkpoint, "spoilt.ckpt")
+    module = SomebodysModule()
+    with pytest.raises(MisconfigurationException) as caught:
+        make_trainer(*callbacks(), max_epochs=3).fit(module, make_loader(), ckpt_path="spoilt.ckpt")
+    assert sentence in str(caught.value)
+    assert not isinstance(module.get_submodule(HEAD), GLAIHead)
