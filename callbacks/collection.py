@@ -12,9 +12,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import Metric
 
+from glai_lightning.callbacks.sharding import WithoutRepeats, leave_out_repeats
 from glai_lightning.loss_watching import LossCall, LossReached, LossWatcher
 
 Stage = Literal["training", "validation"]
@@ -154,12 +155,16 @@ def single_loader(loaders: Any, purpose: str) -> Any:
 
 
 def untouched(loader: Any) -> Iterator[Any]:
-    """Yield the batches of a loader whose own iteration, which may be under way, goes on as if nothing happened."""
+    """Yield the batches of a loader whose own iteration, which may be under way, goes on as if nothing happened.
+
+    Samples that it repeats, so that all processes of a fit read as many, are left out.
+    """
     twin = copy.copy(loader)
     if isinstance(twin, DataLoader):
         # Attributes of a DataLoader refuse to be set once it is built. Persistent workers belong to the original.
         twin.__dict__.update(_iterator=None)
         twin.__dict__["persistent_workers"] = False
+        leave_out_repeats(twin)
     if hasattr(twin, "_restored"):
         twin._restored = None
     with _generators_as_before(loader):
@@ -185,6 +190,8 @@ def draws_at_random(loader: Any) -> bool:
     sampler: Any = getattr(loader, "sampler", None)
     if not hasattr(dataset, "__getitem__") or sampler is None:
         return False
+    if isinstance(sampler, DistributedSampler):
+        sampler = WithoutRepeats(sampler)
     with isolate_rng(), _generators_as_before(loader):
         rows = next(iter(sampler), None)
         if rows is None:

@@ -1,11 +1,13 @@
 """The solve of one head in a fit: from the look at its loss on the first batch to the solved path weights."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from glai_lightning.callbacks.collection import Stage, watch_next_step, without_a_trace
+from glai_lightning.callbacks.reduction import processes_of
 from glai_lightning.callbacks.solving import (
     Solver,
     check_loss,
@@ -67,13 +69,14 @@ class HeadSolve:
             with without_a_trace(pl_module):
                 self.callback.inputs_and_targets(trainer, pl_module, batch, batch_idx, "training")
         else:
-            watch_next_step(pl_module, head, self._follow_loss)
+            watch_next_step(pl_module, head, partial(self._follow_loss, trainer))
         others = [pl_module.get_submodule(name) for name in self.callback.heads if name != self.head_name]
         warn_of_moving_inputs(pl_module, head, trainer.train_dataloader, others)
 
-    def _follow_loss(self, calls: list[LossCall]) -> None:
+    def _follow_loss(self, trainer: Any, calls: list[LossCall]) -> None:
         assert self.callback.solver is not None
-        self._solver = follow_loss(self.callback.solver, check_loss(calls, self.callback.solver))
+        with processes_of(trainer).failing_together():
+            self._solver = follow_loss(self.callback.solver, check_loss(calls, self.callback.solver))
 
     def run(self, trainer: Any, pl_module: Any) -> None:
         """Solve for the path weights over the training data of the fit, and set them."""
@@ -83,9 +86,11 @@ class HeadSolve:
         def read(stage: Stage) -> Any:
             return lambda batch, batch_idx: self._inputs_and_targets(trainer, pl_module, batch, batch_idx, stage)
 
-        validates = has_validation(trainer)
-        if not self.callback.says_inputs_and_targets:
-            validates = validates and validates_by_loss(trainer, pl_module, head)
+        with processes_of(trainer).failing_together():
+            validates = has_validation(trainer)
+            if not self.callback.says_inputs_and_targets:
+                validates = validates and validates_by_loss(trainer, pl_module, head)
+        validates = trainer.strategy.reduce_boolean_decision(validates)
         report = solve_in_fit(trainer, head, self._solver, read, validate=validates)
         # What the optimizer remembers is about weights that are far away by now.
         forget_state(trainer.optimizers[0], (p for p in head.parameters() if p.requires_grad))

@@ -1,9 +1,25 @@
 """What the processes of a fit tell one another."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed
 from torch import Tensor
+
+from glai_lightning.processes import Processes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def process_group(trainer: Any) -> "ProcessGroup | None":
+    """Return the group of all processes of a fit, ``None`` if there is one."""
+    return torch.distributed.group.WORLD if trainer.world_size > 1 else None
+
+
+def processes_of(trainer: Any) -> Processes:
+    """Return the processes of a fit."""
+    return Processes(process_group(trainer), trainer.strategy.root_device)
 
 
 def churn_over_processes(trainer: Any, flipped: Tensor, bits: int) -> float:
@@ -32,3 +48,14 @@ def from_all_processes(trainer: Any, value: Any) -> list[Any]:
     if trainer.world_size > 1:
         torch.distributed.all_gather_object(values, value)
     return values
+
+
+def share_buffers(trainer: Any) -> None:
+    """Give all processes the buffers of the first, as DistributedDataParallel does before its next forward.
+
+    Running statistics that were updated by the last batch differ between processes until then.
+    """
+    if getattr(trainer.strategy.model, "broadcast_buffers", False):
+        processes = processes_of(trainer)
+        for buffer in trainer.lightning_module.buffers():
+            processes.from_first(buffer)

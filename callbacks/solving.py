@@ -20,9 +20,11 @@ from glai_lightning.callbacks.collection import (
     watch_step,
     without_a_trace,
 )
+from glai_lightning.callbacks.reduction import process_group, processes_of, share_buffers
 from glai_lightning.heads import GLAIHead
 from glai_lightning.loss_watching import LossCall
 from glai_lightning.patterns import layout_of
+from glai_lightning.processes import Processes
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
 #: Bytes of head inputs kept in memory for a solve; beyond it every pass of the solve reads the loader anew.
@@ -32,11 +34,11 @@ Solver = LogisticSolver | RidgeSolver
 ReadBatch = Callable[[Any, int], tuple[Tensor, Tensor]]
 
 
-def check_solvable(trainer: Any, head: nn.Module, head_name: str, paths: str) -> None:
+def check_solvable(head: nn.Module, head_name: str, paths: str) -> None:
     """Refuse, before training starts, a solve that could not be done later.
 
     Raises:
-        MisconfigurationException: for tangent paths, modules behind the last Linear, or several processes.
+        MisconfigurationException: for tangent paths, or modules behind the last Linear.
     """
     if paths == "tangent":
         raise MisconfigurationException(
@@ -48,11 +50,6 @@ def check_solvable(trainer: Any, head: nn.Module, head_name: str, paths: str) ->
         raise MisconfigurationException(
             f"Expected the head at {head_name!r} to end with its last Linear, so that it can be solved, "
             f"but got `{type(trailing[0]).__name__}` behind it."
-        )
-    if trainer.world_size > 1:
-        raise MisconfigurationException(
-            f"Expected one process with a solver, but got {trainer.world_size}: "
-            "a solve over several processes is not built yet."
         )
 
 
@@ -177,6 +174,8 @@ def solve_in_fit(
 ) -> SolveReport:
     """Solve for the path weights of a head over the training data of a fit, and set them.
 
+    Each process of the fit reads its own part of the data; all of them must call this together.
+
     Args:
         trainer: the Trainer of the fit.
         head: the frozen head, in its place in the module.
@@ -189,31 +188,37 @@ def solve_in_fit(
 
     Raises:
         MisconfigurationException: if there are several data loaders.
+        RuntimeError: if another process of the fit raised an error.
     """
+    share_buffers(trainer)
+    processes = processes_of(trainer)
     training = _in_memory(
+        processes,
         StepBatches(
             trainer,
             single_loader(trainer.train_dataloader, "training"),
             trainer.num_training_batches,
             read("training"),
-        )
+        ),
     )
     validation = None
     if validate:
         loader = single_loader(trainer.val_dataloaders, "validation")
-        validation = _in_memory(StepBatches(trainer, loader, trainer.num_val_batches[0], read("validation")))
-    if isinstance(training, tuple):
-        return solver.solve(head, *training, validation=validation)
-    return solver.solve(head, training, validation=validation)
+        batches = StepBatches(trainer, loader, trainer.num_val_batches[0], read("validation"))
+        validation = _in_memory(processes, batches)
+    inputs, targets = training if isinstance(training, tuple) else (training, None)
+    return solver.solve(head, inputs, targets, validation=validation, group=process_group(trainer))
 
 
-def _in_memory(batches: StepBatches) -> tuple[Tensor, Tensor] | StepBatches:
-    """Read batches into two tensors, or give them back as they are if that takes too much memory."""
+def _in_memory(processes: Processes, batches: StepBatches) -> tuple[Tensor, Tensor] | StepBatches:
+    """Read batches into two tensors, or give them back as they are if that takes a process too much memory."""
     inputs, targets, held = [], [], 0
-    for batch_inputs, batch_targets in batches:
-        inputs.append(batch_inputs)
-        targets.append(batch_targets)
-        held += batch_inputs.nbytes + batch_targets.nbytes
-        if held > INPUTS_IN_MEMORY:
-            return batches
-    return torch.cat(inputs), torch.cat(targets)
+    with processes.failing_together():
+        for batch_inputs, batch_targets in batches:
+            inputs.append(batch_inputs)
+            targets.append(batch_targets)
+            held += batch_inputs.nbytes + batch_targets.nbytes
+            if held > INPUTS_IN_MEMORY:
+                break
+    too_much = processes.sum_numbers(held > INPUTS_IN_MEMORY) != [0.0]
+    return batches if too_much or not inputs else (torch.cat(inputs), torch.cat(targets))

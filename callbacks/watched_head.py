@@ -88,7 +88,7 @@ class WatchedHead:
                 raise MisconfigurationException(f"The head at {self.name!r} cannot be frozen. {error}") from error
         check_optimizers(trainer, head, self.name)
         if self.callback.solver is not None:
-            check_solvable(trainer, head, self.name, self.callback.paths)
+            check_solvable(head, self.name, self.callback.paths)
 
     def enter_fit(self, trainer: Any, pl_module: nn.Module, state: dict[str, Any] | None, continues: bool) -> None:
         """Take up the state of a checkpoint, and freeze the head again where it was frozen in it.
@@ -157,7 +157,9 @@ class WatchedHead:
         if churn is not None:
             self.churn_history.append(churn)
             finished_epochs = trainer.current_epoch + (1 if trainer.is_last_batch else 0)
-            self._settled = finished_epochs >= self.callback.min_epochs and self.callback.should_freeze(self)
+            settled = finished_epochs >= self.callback.min_epochs and self.callback.should_freeze(self)
+            # An overridden `should_freeze` may go by what only one process knows.
+            self._settled = trainer.strategy.reduce_boolean_decision(settled)
         converted = not self.frozen and self._convert_after_batch(trainer, pl_module)
         if self.frozen and self.solve.pending and (converted or trainer.is_last_batch):
             self.solve.run(trainer, pl_module)

@@ -472,13 +472,6 @@ def test_a_fit_resumed_after_its_solve_stops_where_it_stopped(tmp_path):
         assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in module.state_dict().items())
 
 
-def test_a_solver_over_several_processes_is_not_built_yet(monkeypatch):
-    trainer = make_trainer(solving())
-    monkeypatch.setattr(type(trainer), "world_size", 2)
-    with pytest.raises(MisconfigurationException, match="not built yet"):
-        trainer.fit(fixed_module(), make_loader())
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,184 @@
+"""Fits in several processes, and what each of them ended with.
+
+Run as a script with a folder and a strategy: such a strategy starts the script again, or spawns what imports it.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from fits import CLASSES, FEATURES, make_data, make_trainer
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from glai_lightning import SupervisedModule, mlp_head
+from glai_lightning.callbacks import StructureFreezeCallback
+from glai_lightning.solvers import LogisticSolver
+
+HIDDEN = 12
+
+
+class SyncBatchNormOnCpu(nn.modules.batchnorm._BatchNorm):
+    """PyTorch's own trains on GPUs only."""
+
+    def _check_input_dim(self, x):
+        assert x.ndim == 2
+
+    def forward(self, x):
+        if not self.training:
+            return nn.BatchNorm1d.forward(self, x)
+        samples = len(x) * dist.get_world_size()
+        total, total_square = all_reduce(torch.stack([x.sum(0), x.square().sum(0)]))
+        mean = total / samples
+        variance = total_square / samples - mean.square()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * samples / (samples - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+
+class SyncOnCpu(TorchSyncBatchNorm):
+    def apply(self, model):
+        model = super().apply(model)
+        for module in model.modules():
+            if type(module) is nn.SyncBatchNorm:
+                module.__class__ = SyncBatchNormOnCpu
+        return model
+
+    def revert(self, model):
+        for module in model.modules():
+            if type(module) is SyncBatchNormOnCpu:
+                module.__class__ = nn.SyncBatchNorm
+        return super().revert(model)
+
+
+@dataclass(frozen=True)
+class DistributedFit:
+    """A fit in several processes.
+
+    Args:
+        strategy: name of the strategy, or 'static graph'.
+        count: how many processes.
+        paths: of the head.
+        solver: whether the head is solved once it is frozen.
+        body: whether what is below the head is trained.
+        norm: 'none', 'batch' for BatchNorm in the head and below, 'sync' for one that is synchronised.
+        accumulate: batches before a step of the optimizer.
+        check_every_n_steps: of the callback.
+        optimizer: called with the parameters.
+        samples: of the training data, 191 unless said otherwise: they do not divide evenly among processes.
+        rows: batch size in each process.
+    """
+
+    strategy: str = "ddp_fork"
+    count: int = 2
+    paths: str = "output"
+    solver: bool = False
+    body: bool = True
+    norm: str = "none"
+    accumulate: int = 1
+    check_every_n_steps: int | None = None
+    optimizer: type = torch.optim.AdamW
+    samples: int = 191
+    rows: int = 12
+
+    def __str__(self):
+        changed = {name: value for name, value in vars(self).items() if value != getattr(DistributedFit, name)}
+        return ", ".join(f"{name}={value}" for name, value in changed.items()) or "all defaults"
+
+    def in_one_process(self):
+        """The fit on the same batches, those of all processes put together."""
+        return replace(self, strategy="auto", count=1, rows=self.rows * self.count)
+
+    def run(self, folder, **options):
+        """Fit, and return the module as the process that asked for the fit has it."""
+        seed_everything(0, verbose=False)
+        norms = [nn.BatchNorm1d(FEATURES)] if self.norm != "none" else []
+        module = SupervisedModule(
+            mlp_head(FEATURES, HIDDEN, CLASSES, batch_norm=bool(norms)),
+            nn.Sequential(nn.Linear(FEATURES, FEATURES), *norms, nn.Tanh()),
+            freeze_backbone=not self.body,
+            optimizer=partial(self.optimizer, lr=0.1 if self.optimizer is torch.optim.SGD else 0.01),
+        )
+        freeze = StructureFreezeCallback(
+            paths=self.paths,
+            churn_tolerance=1.0,
+            relative_tolerance=0.95,
+            min_epochs=0,
+            check_every_n_steps=self.check_every_n_steps,
+            probe_size=self.samples,
+            solver=LogisticSolver(center="zero", l2=1e-2, max_passes=8) if self.solver else None,
+        )
+        inputs, targets = make_data(self.samples + 51)
+        training = TensorDataset(inputs[: self.samples], targets[: self.samples])
+        validation = TensorDataset(inputs[self.samples :], targets[self.samples :])
+        defaults = {
+            "max_epochs": 5,
+            "devices": self.count,
+            "strategy": self._strategy(),
+            "accumulate_grad_batches": self.accumulate,
+            "plugins": [SyncOnCpu()] if self.norm == "sync" and self.count > 1 else None,
+        }
+        trainer = make_trainer(freeze, SaveEveryProcess(folder), **{**defaults, **options})
+        # Lightning puts such samplers in place of all others where there are several processes.
+        sampler = DistributedSampler(training, num_replicas=1, rank=0) if self.count == 1 else None
+        trainer.fit(
+            module,
+            DataLoader(training, batch_size=self.rows, sampler=sampler),
+            DataLoader(validation, batch_size=self.rows),
+        )
+        return module
+
+    def _strategy(self):
+        if self.strategy == "static graph":
+            return DDPStrategy(start_method="fork", static_graph=True)
+        return self.strategy
+
+
+class SaveEveryProcess(Callback):
+    """Saves what each process ended with, before the processes end."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def on_train_end(self, trainer, pl_module):
+        freeze = next(c for c in trainer.callbacks if isinstance(c, StructureFreezeCallback))
+        report = freeze.solve_report
+        moments = trainer.optimizers[0].state_dict()["state"]
+        ended = {
+            "weights": dict(pl_module.named_parameters()) | {f"head.{k}": v for k, v in pl_module.head.named_buffers()},
+            "optimizer": {f"{p}.{k}": v for p, state in moments.items() for k, v in state.items() if v is not None},
+            "freeze_epoch": freeze.freeze_epoch,
+            "churn_history": freeze.churn_history,
+            "solved": None if report is None else (report.loss, report.start_loss, report.score, report.passes),
+            "wrapped": type(trainer.strategy.model).__name__,
+        }
+        torch.save(ended, self.folder / f"process{trainer.global_rank}.pt")
+
+
+def read_processes(folder, count):
+    return [torch.load(Path(folder) / f"process{rank}.pt", map_location="cpu") for rank in range(count)]
+
+
+def largest_difference(ended, other, kinds=("weights", "optimizer")):
+    """Return the largest difference between what two processes ended with."""
+    differences = [0.0]
+    for kind in kinds:
+        assert ended[kind].keys() == other[kind].keys()
+        for name, value in ended[kind].items():
+            differences.append((value.double() - other[kind][name].double()).abs().max().item())
+    return max(differences)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, strategy = sys.argv[1:]
+    DistributedFit(strategy, solver=True).run(folder)
