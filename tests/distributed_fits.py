@@ -73,7 +73,10 @@ class DistributedFit:
         norm: 'none', 'batch' for BatchNorm in the head and below, 'sync' for one that is synchronised.
         accumulate: batches before a step of the optimizer.
         check_every_n_steps: of the callback.
-        optimizer: called with the parameters.
+        optimizer: class of the optimizer.
+        lr: its rate.
+        freeze_at_epoch: of the callback.
+        callback: class of the callback.
         samples: of the training data, 191 unless said otherwise: they do not divide evenly among processes.
         rows: batch size in each process.
     """
@@ -87,6 +90,9 @@ class DistributedFit:
     accumulate: int = 1
     check_every_n_steps: int | None = None
     optimizer: type = torch.optim.AdamW
+    lr: float = 0.01
+    freeze_at_epoch: int | None = None
+    callback: type = StructureFreezeCallback
     samples: int = 191
     rows: int = 12
 
@@ -106,13 +112,14 @@ class DistributedFit:
             mlp_head(FEATURES, HIDDEN, CLASSES, batch_norm=bool(norms)),
             nn.Sequential(nn.Linear(FEATURES, FEATURES), *norms, nn.Tanh()),
             freeze_backbone=not self.body,
-            optimizer=partial(self.optimizer, lr=0.1 if self.optimizer is torch.optim.SGD else 0.01),
+            optimizer=partial(self.optimizer, lr=self.lr),
         )
-        freeze = StructureFreezeCallback(
+        freeze = self.callback(
             paths=self.paths,
             churn_tolerance=1.0,
             relative_tolerance=0.95,
             min_epochs=0,
+            freeze_at_epoch=self.freeze_at_epoch,
             check_every_n_steps=self.check_every_n_steps,
             probe_size=self.samples,
             solver=LogisticSolver(center="zero", l2=1e-2, max_passes=8) if self.solver else None,

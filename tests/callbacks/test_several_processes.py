@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import distributed_fits
 import pytest
 import torch
-from distributed_fits import DistributedFit, largest_difference, read_processes
+from distributed_fits import DistributedFit, SaveEveryProcess, largest_difference, read_processes
 
 from glai_lightning import GLAIHead
+from glai_lightning.callbacks import StructureFreezeCallback
 
 pytestmark = pytest.mark.processes
 
@@ -71,7 +73,7 @@ def test_processes_freeze_together_and_stay_identical_to_the_last_bit(tmp_path, 
 def test_two_processes_end_where_one_ends_that_reads_the_batches_of_both(tmp_path):
     # As many samples as make up whole batches of both.
     fits = [
-        replace(fit, optimizer=torch.optim.SGD, samples=192)
+        replace(fit, optimizer=torch.optim.SGD, lr=0.1, samples=192)
         for fit in EVERYTHING_ELSE
         if fit.count == 2 and fit.norm != "batch"
     ]
@@ -87,6 +89,54 @@ def test_two_processes_end_where_one_ends_that_reads_the_batches_of_both(tmp_pat
         assert difference <= 1e-5, fit
         largest = max(largest, difference)
     print(f"cells: {len(fits)} fits in two processes against one, largest difference {largest:.0e}")
+
+
+@pytest.mark.parametrize("memory", [2**30, 0], ids=["held", "read in every pass"])
+def test_samples_that_a_sampler_repeats_count_once_in_a_solve(tmp_path, monkeypatch, memory):
+    monkeypatch.setattr("glai_lightning.callbacks.solving.INPUTS_IN_MEMORY", memory)
+    fit = DistributedFit(solver=True, body=False, lr=0.0, freeze_at_epoch=1, count=4)
+    _, (first, *_) = fit_in(tmp_path / "shared", fit, max_epochs=1)
+    _, (alone,) = fit_in(tmp_path / "alone", fit.in_one_process(), max_epochs=1)
+    assert first["solved"] == pytest.approx(alone["solved"], rel=1e-6)
+    assert largest_difference(first, alone, kinds=["weights"]) <= 1e-5
+
+
+class FailsInOne(StructureFreezeCallback):
+    def inputs_and_targets(self, trainer, pl_module, batch, batch_idx, stage):
+        if trainer.global_rank == 1 and self.frozen:
+            raise LookupError("no such target")
+        return batch[0], batch[1]
+
+    def on_train_batch_end(self, trainer, pl_module, *batch):
+        try:
+            super().on_train_batch_end(trainer, pl_module, *batch)
+        except Exception as error:
+            folder = next(c for c in trainer.callbacks if isinstance(c, SaveEveryProcess)).folder
+            (folder / f"raised{trainer.global_rank}.txt").write_text(f"{type(error).__name__}: {error}")
+            # The first process that ends with an error has the others ended.
+            while len(list(folder.glob("raised*.txt"))) < trainer.world_size:
+                time.sleep(0.01)
+            raise
+
+
+def test_an_error_in_one_process_ends_the_fit_in_all(tmp_path):
+    with pytest.raises(Exception, match="no such target"):
+        DistributedFit(solver=True, callback=FailsInOne).run(tmp_path)
+    raised = "LookupError: no such target"
+    assert (tmp_path / "raised1.txt").read_text() == raised
+    assert (tmp_path / "raised0.txt").read_text() == f"RuntimeError: Process 1 of 2 failed. {raised}"
+
+
+class SettlesInOne(StructureFreezeCallback):
+    def should_freeze(self, head):
+        return len(head.churn_history) > (4 if torch.distributed.get_rank() == 1 else 0)
+
+
+def test_a_rule_that_only_some_processes_find_fulfilled_is_not(tmp_path):
+    DistributedFit(callback=SettlesInOne).run(tmp_path)
+    first, second = read_processes(tmp_path, 2)
+    assert first["freeze_epoch"] is second["freeze_epoch"] is None
+    assert largest_difference(first, second) == 0.0
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
