@@ -2,7 +2,6 @@
 
 import csv
 import os
-import platform
 import re
 import statistics
 import time
@@ -11,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from glai_lightning.comparison import Comparison
+from glai_lightning.comparison.machine import processor_name
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -71,12 +73,7 @@ def median_ratio(numerator: Sequence[Seconds], denominator: Sequence[Seconds]) -
 
 def machine() -> str:
     """Name the hardware for a file name: number and model of the processors."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.MULTILINE)
-        model = named.group(1) if named else model
-    return f"{os.cpu_count()}x{re.sub(r'[^A-Za-z0-9.]+', '-', model).strip('-')}"
+    return f"{os.cpu_count()}x{re.sub(r'[^A-Za-z0-9.]+', '-', processor_name()).strip('-')}"
 
 
 def use_one_thread() -> None:
@@ -106,3 +103,14 @@ def save_results(benchmark: str, rows: Sequence[Mapping[str, object]], folder: P
         print("  ".join(f"{column}={value}" for column, value in row.items()))
     print(f"Written to {path}")
     return path
+
+
+def comparison_rows(comparison: Comparison) -> list[dict[str, object]]:
+    """Return the runs of a comparison as rows, without their epochs."""
+    rows = []
+    for run in comparison.runs:
+        row = run.as_dict()
+        del row["epochs"]
+        flat = {**row, **row.pop("parameters"), "epochs": len(run.epochs)}
+        rows.append({name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in flat.items()})
+    return rows

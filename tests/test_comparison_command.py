@@ -73,6 +73,14 @@ def test_lightnings_own_optimizer_argument_trains_a_head_of_matched_width():
     assert mlp["parameters"]["total"] != independent["parameters"]["total"]
 
 
+def test_the_solver_can_be_chosen(capsys):
+    solver = ["--solver=glai_lightning.solvers.LogisticSolver", "--solver.l2=0.5"]
+    assert run("--seeds=1", "--variants=mlp,random", *solver) == 3
+    assert "LogisticSolver(l2=0.5" in read()["config"]["comparison"]["solver"]
+    mistaken = ["--solver=glai_lightning.solvers.LogisticSolver", "--solver.l2=-1", "--to=there"]
+    assert "Expected `l2`" in error_of(capsys, *mistaken)
+
+
 def test_somebodys_module_is_compared_by_the_score_and_the_head_that_are_named():
     trainer = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
     somebody = {"model": {"class_path": "cli_classes.WithItsOwnData"}, "trainer": trainer}

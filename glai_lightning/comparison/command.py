@@ -16,9 +16,10 @@ from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
 from glai_lightning.comparison.protocol import RUNS_FILE, compare, quiet
 from glai_lightning.comparison.recording import Mode
 from glai_lightning.comparison.report import text_report
-from glai_lightning.comparison.summary import Outcome
+from glai_lightning.comparison.summary import Comparison, Outcome
 from glai_lightning.comparison.variants import DEFAULT_VARIANTS
 from glai_lightning.lightning_cli import GlaiCLI
+from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 #: Exit codes of ``glai compare`` by outcome; errors have 1, arguments that cannot be parsed 2.
 EXIT_CODES: dict[Outcome, int] = {"faster": 0, "no difference": 3, "slower": 4}
@@ -29,7 +30,7 @@ _DESCRIPTION = (
     "comparison that was interrupted. Exit codes: 0 faster, 3 no difference, 4 slower; 1 an error, 2 arguments that "
     "cannot be parsed."
 )
-_SETTINGS = ("seeds", "variants", "score", "mode", "test_score", "head", "patience", "to")
+_SETTINGS = ("seeds", "variants", "score", "mode", "test_score", "head", "patience", "solver", "to")
 
 
 class ComparisonCLI(GlaiCLI):
@@ -75,6 +76,12 @@ class ComparisonCLI(GlaiCLI):
         add("--test_score", type=str | None, default=None, help="test score; by default `score` with 'test' for 'val'")
         add("--head", type=str | None, default=None, help="name of the head; by default that of the callback")
         add("--patience", type=int | None, default=3, help="of early stopping, in validations; null for none")
+        add(
+            "--solver",
+            type=LogisticSolver | RidgeSolver | None,
+            default=None,
+            help="what to solve with; by default the solver of the callback, or one for the loss of the module",
+        )
         add("--to", type=Path | None, default=None, help="folder for the results")
         # A configuration that `glai fit` has saved holds these too.
         parser.add_method_arguments(
@@ -139,11 +146,24 @@ def run_comparison(arguments: Sequence[str]) -> int:
         MisconfigurationException: if the comparison cannot be made.
         SystemExit: for arguments that cannot be parsed, and when the comparison is interrupted.
     """
+    return EXIT_CODES[compare_configuration(arguments).verdict.outcome]
+
+
+def compare_configuration(arguments: Sequence[str]) -> Comparison:
+    """Compare the fit that arguments describe, print the tables, and return the comparison.
+
+    Args:
+        arguments: what follows ``glai compare`` on the command line.
+
+    Raises:
+        MisconfigurationException: if the comparison cannot be made.
+        SystemExit: for arguments that cannot be parsed, and when the comparison is interrupted.
+    """
     with quiet():
-        return _run(ComparisonCLI(arguments))
+        return _compare(ComparisonCLI(arguments))
 
 
-def _run(cli: ComparisonCLI) -> int:
+def _compare(cli: ComparisonCLI) -> Comparison:
     config = cli.config
     if config.get("ckpt_path") is not None:
         raise MisconfigurationException(
@@ -165,6 +185,7 @@ def _run(cli: ComparisonCLI) -> int:
             first_seed=config.seed_everything,
             patience=config.patience,
             test_score=config.test_score,
+            solver=cli.config_init.get("solver"),
             config=cli.configuration(),
         )
     except (KeyboardInterrupt, SystemExit):
@@ -172,7 +193,7 @@ def _run(cli: ComparisonCLI) -> int:
         print(f"Interrupted. Finished runs are in '{runs}': the same command goes on from there.", file=sys.stderr)
         raise
     print(f"{text_report(comparison)}\n\nTables, plots and all runs: {folder}")
-    return EXIT_CODES[comparison.verdict.outcome]
+    return comparison
 
 
 def _find_score(config: Namespace, trainer: Any) -> tuple[str, Mode]:

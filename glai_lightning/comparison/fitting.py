@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from glai_lightning.callbacks.conversion import find_head
+from glai_lightning.callbacks.solving import Solver
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
 from glai_lightning.comparison.recording import Mode, RunRecorder
 from glai_lightning.comparison.variants import Variant, freeze_callback, matched_head
-from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 #: Makes, for a seed, a fresh module, its data module (or None) and a Trainer.
 MakeFit = Callable[[int], tuple[Any, Any, Any]]
@@ -56,9 +56,7 @@ class Fit:
     freeze: StructureFreezeCallback | None
 
 
-def prepare_fit(
-    parts: tuple[Any, Any, Any], variant: Variant, rules: Rules, solver: LogisticSolver | RidgeSolver | None
-) -> Fit:
+def prepare_fit(parts: tuple[Any, Any, Any], variant: Variant, rules: Rules, solver: Solver | None) -> Fit:
     """Make the fit of a variant out of the parts of a fit.
 
     Args:
@@ -67,7 +65,7 @@ def prepare_fit(
             are taken out; other callbacks stay.
         variant: the variant.
         rules: what holds for every fit.
-        solver: what to solve with, where the Trainer's callback has no solver.
+        solver: what to solve with.
 
     Raises:
         MisconfigurationException: if the Trainer uses several processes or has several such callbacks, or the head is
@@ -80,7 +78,7 @@ def prepare_fit(
         )
     given = find_freeze(trainer, rules.head)
     head = find_head(module, rules.head)
-    freeze = freeze_callback(variant, given, given.solver or solver)
+    freeze = freeze_callback(variant, given, solver)
     if variant.matched:
         try:
             module.set_submodule(rules.head, matched_head(head))

@@ -15,6 +15,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from glai_lightning.callbacks.solving import Solver
 from glai_lightning.comparison.energy import EnergyMeter, find_meter
 from glai_lightning.comparison.fitting import MakeFit, Rules, prepare_fit, record_fit, score_best
 from glai_lightning.comparison.machine import describe_machine
@@ -41,6 +42,7 @@ def compare(
     first_seed: int = 0,
     patience: int | None = 3,
     test_score: str | None = None,
+    solver: Solver | None = None,
     config: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Comparison:
@@ -70,6 +72,7 @@ def compare(
             solves nothing run to its end, as under a schedule that decays to it.
         test_score: name under which the module logs the test score; by default that of the validation score with 'test'
             for 'val', or the same.
+        solver: what to solve with; by default the solver of the Trainer's callback, or one for the module's loss.
         config: what says what is fitted, in what JSON can hold: runs of another configuration are not gone on with.
         progress: whether to show a progress bar.
 
@@ -101,7 +104,14 @@ def compare(
     chosen = find_variants(variants)
     _check(seeds=seeds, mode=mode, patience=patience)
     rules = Rules(score, mode, head, patience)
-    settings = {"score": score, "mode": mode, "head": head, "patience": patience, "test_score": test_score}
+    settings: dict[str, Any] = {
+        "score": score,
+        "mode": mode,
+        "head": head,
+        "patience": patience,
+        "test_score": test_score,
+    }
+    settings["solver"] = None if solver is None else repr(solver)
     configuration = {"fit": dict(config or {}), "comparison": settings}
     machine = describe_machine()
     file = RunsFile(Path(to) / RUNS_FILE, {"config": configuration, "machine": machine})
@@ -109,7 +119,7 @@ def compare(
     pending = [(variant, seed) for variant, seed in order if (variant.name, seed) not in file.runs]
     with isolate_rng(), quiet():
         waiting = [variant for variant in chosen if any(variant is other for other, _ in pending)]
-        findings = rehearse(make_fit, waiting, rules, seed=first_seed, test_score=test_score)
+        findings = rehearse(make_fit, waiting, rules, seed=first_seed, test_score=test_score, solver=solver)
         meter = find_meter()
         with tqdm(total=len(order), initial=len(order) - len(pending), unit="run", disable=not progress) as bar:
             for variant, seed in pending:

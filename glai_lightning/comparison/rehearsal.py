@@ -9,7 +9,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from glai_lightning.callbacks.collection import watch_next_step
-from glai_lightning.comparison.fitting import Fit, MakeFit, Rules, prepare_fit
+from glai_lightning.callbacks.solving import Solver
+from glai_lightning.comparison.fitting import Fit, MakeFit, Rules, find_freeze, prepare_fit
 from glai_lightning.comparison.variants import REFERENCE, Variant, find_variant
 from glai_lightning.loss_watching import LossCall
 from glai_lightning.modules import has_test
@@ -27,17 +28,23 @@ class Findings:
 
     Args:
         test_score: name of the test score; ``None`` without test data.
-        solver: what solves for the loss of the module.
+        solver: what variants that solve solve with.
         device: where the fits run, such as 'cpu' or 'cuda'.
     """
 
     test_score: str | None
-    solver: LogisticSolver | RidgeSolver
+    solver: Solver
     device: str
 
 
 def rehearse(
-    make_fit: MakeFit, variants: Iterable[Variant], rules: Rules, *, seed: int, test_score: str | None
+    make_fit: MakeFit,
+    variants: Iterable[Variant],
+    rules: Rules,
+    *,
+    seed: int,
+    test_score: str | None,
+    solver: Solver | None,
 ) -> Findings:
     """Fit, validate and test a few batches of each variant, the MLP always.
 
@@ -47,6 +54,7 @@ def rehearse(
         rules: what holds for every fit.
         seed: a seed of the comparison.
         test_score: name of the test score; by default that of the validation score, with 'test' for 'val'.
+        solver: what to solve with; by default the solver of the Trainer's callback, or one for the module's loss.
 
     Returns:
         What every run needs to know.
@@ -58,14 +66,16 @@ def rehearse(
     # Early stopping would fail on a score that is not logged, in words of its own.
     rules = replace(rules, patience=None)
     with isolate_rng():
-        findings = _rehearse_mlp(prepare_fit(make_fit(seed), find_variant(REFERENCE), rules, None), rules, test_score)
+        parts = make_fit(seed)
+        given = solver or find_freeze(parts[2], rules.head).solver
+        findings = _rehearse_mlp(prepare_fit(parts, find_variant(REFERENCE), rules, None), rules, test_score, given)
         for variant in variants:
             if variant.paths is not None:
                 _run(prepare_fit(make_fit(seed), variant, rules, findings.solver))
     return findings
 
 
-def _rehearse_mlp(fit: Fit, rules: Rules, test_score: str | None) -> Findings:
+def _rehearse_mlp(fit: Fit, rules: Rules, test_score: str | None, solver: Solver | None) -> Findings:
     watcher = _LossKind(rules.head)
     _run(fit, watcher)
     metrics = fit.trainer.callback_metrics
@@ -74,7 +84,7 @@ def _rehearse_mlp(fit: Fit, rules: Rules, test_score: str | None) -> Findings:
             f"Expected the validation score {rules.score!r} to be logged by the module, but it logs "
             f"{_listed(metrics)}. Name one of them with `--score` and `--mode`."
         )
-    solver = RidgeSolver() if watcher.kind == "mse" else DEFAULT_SOLVER
+    solver = solver or (RidgeSolver() if watcher.kind == "mse" else DEFAULT_SOLVER)
     return Findings(_find_test_score(fit, rules.score, test_score), solver, fit.trainer.strategy.root_device.type)
 
 
