@@ -160,8 +160,11 @@ class RunRecorder(Callback):
         """Sum up the fit, which must have ended."""
         solved = self.freeze.solve_report if self.freeze is not None else None
         validations = sum(epoch.val_score is not None for epoch in self._epochs)
-        # The solver looks at the validation data before its first step and after each.
-        looks = solved.steps + 1 if solved is not None and solved.score is not None else 0
+        looks = 0
+        if solved is not None and solved.score is not None:
+            # Before the first step, and after each: of minibatch steps after each pass.
+            by_pass = getattr(self.freeze.solver if self.freeze else None, "method", None) == "minibatch"
+            looks = 1 + (solved.passes if by_pass else solved.steps)
         steps = [seconds for _, seconds in self._step_seconds]
         frozen_steps = [seconds for frozen, seconds in self._step_seconds if frozen]
         best = self._best
