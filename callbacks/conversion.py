@@ -1,13 +1,14 @@
 """Finding a head in a LightningModule, and converting it while a Trainer is fitting."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from glai_lightning.heads import GLAIHead, Paths
 from glai_lightning.layers import read_head
-from glai_lightning.optimizers import follow_conversion, trains_any
+from glai_lightning.optimizers import follow_conversion, follow_thaw, trains_any
 from glai_lightning.patterns import layout_of
 from glai_lightning.restoring import HeadRestorer
 
@@ -144,6 +145,31 @@ def follow_in_fit(trainer: Any, head: GLAIHead) -> None:
     """Let the optimizers and the strategy of a fit follow a head that was just converted."""
     for optimizer in trainer.optimizers:
         follow_conversion(optimizer, head)
+    rewrap(trainer)
+
+
+def thaw_head_in_fit(
+    trainer: Any,
+    pl_module: nn.Module,
+    head_name: str,
+    weights: Mapping[str, Tensor],
+    optimizer_state: Mapping[str, dict[str, Any]],
+) -> None:
+    """Put back the MLP that a frozen head was, and let optimizer and strategy follow.
+
+    Args:
+        trainer: the Trainer of the fit.
+        pl_module: its module.
+        head_name: qualified name of the frozen head.
+        weights: state dict of the MLP to go back to.
+        optimizer_state: what ``copy_state`` copied of it.
+    """
+    head = pl_module.get_submodule(head_name)
+    assert isinstance(head, GLAIHead)
+    mlp = head.thaw(weights)
+    pl_module.set_submodule(head_name, mlp)
+    for optimizer in trainer.optimizers:
+        follow_thaw(optimizer, head, mlp, optimizer_state)
     rewrap(trainer)
 
 

@@ -1,5 +1,6 @@
 """The callback that freezes the structure of a head in the middle of a fit."""
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from glai_lightning.callbacks.collection import Stage
 from glai_lightning.callbacks.conversion import check_trainer
 from glai_lightning.callbacks.head_names import as_names, is_pattern, match_heads, stands_alone
 from glai_lightning.callbacks.restored_state import MAPPING, check_entries
+from glai_lightning.callbacks.revert_guard import monitored_score
 from glai_lightning.callbacks.solving import read_step
 from glai_lightning.callbacks.watched_head import WatchedHead, check_head_state
 from glai_lightning.churn import structure_settled
@@ -42,6 +44,15 @@ class StructureFreezeCallback(Callback):
     outputs; a head without a loss of its own, because another head stands on it, is refused on the first batch. Heads
     that want different arguments can have a callback each.
 
+    With ``monitor`` a freeze has to prove itself. The MLP and its optimizer state are kept until a validation of the
+    frozen head is no worse, by more than ``revert_tolerance``, than the last one before the freeze (and before the
+    solve). If ``revert_patience`` validations in a row are worse, the head goes back to that MLP, with that optimizer
+    state, at the start of the next epoch (with ``check_every_n_steps`` after the next step), and structural training
+    goes on; layers outside the head stay as they are. NaN is worse than any score, and so is a freeze before which
+    there was no validation to hold it against. After it went back a head must settle anew, whatever
+    ``freeze_at_epoch`` says, and may freeze again after ``revert_patience`` validations, twice as many after the second
+    time, and so on. ``structure/reverts`` counts how often it went back; ``stop_after_solve`` waits for the proof.
+
     Args:
         head: qualified name of the MLP head in the LightningModule, or a pattern such as ``heads.*`` that stands for
             all MLP heads that it matches, or a list of either.
@@ -60,10 +71,10 @@ class StructureFreezeCallback(Callback):
             and checkpoint of that epoch are those of the solved head.
         stop_after_solve: whether the fit stops after the validation of the solved head (of several: of the last one);
             else the optimizer goes on.
-        monitor: not built yet.
-        mode: not built yet.
-        revert_tolerance: not built yet.
-        revert_patience: not built yet.
+        monitor: metric of the validation by which a freeze is judged; ``None`` for no judge.
+        mode: whether the largest ('max') or the smallest ('min') value of ``monitor`` is best.
+        revert_tolerance: how much worse than before the freeze, in units of ``monitor``, still counts as good.
+        revert_patience: number of validations in a row after which a head that was worse in all of them goes back.
         verbose: whether to say when and why the structure was frozen.
 
     Attributes:
@@ -127,15 +138,7 @@ class StructureFreezeCallback(Callback):
             )
         if stop_after_solve and solver is None:
             raise MisconfigurationException("Expected `solver` to be given with `stop_after_solve`, but got None.")
-        later = {
-            "monitor": monitor is not None,
-            "mode": mode != "max",
-            "revert_tolerance": revert_tolerance != 0.005,
-            "revert_patience": revert_patience != 2,
-        }
-        for name, given in later.items():
-            if given:
-                raise NotImplementedError(f"Expected `{name}` to be left at its default, but it is not built yet.")
+        _check_monitor(monitor, mode, revert_tolerance, revert_patience)
         self.head = head if isinstance(head, str) else list(head)
         self.paths: Paths = paths
         self.churn_tolerance = churn_tolerance
@@ -147,6 +150,10 @@ class StructureFreezeCallback(Callback):
         self.probe_size = probe_size
         self.solver = solver
         self.stop_after_solve = stop_after_solve
+        self.monitor = monitor
+        self.mode = mode
+        self.revert_tolerance = revert_tolerance
+        self.revert_patience = revert_patience
         self.verbose = verbose
 
         #: By name; those that a pattern stands for from ``setup`` on.
@@ -305,6 +312,17 @@ class StructureFreezeCallback(Callback):
             head.prepare(trainer, pl_module, stage)
         self._restored = None
 
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Judge what is frozen by the score of this validation."""
+        if self.monitor is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        to_finish = not self._finished
+        score = monitored_score(trainer, self.monitor)
+        for head in self.heads.values():
+            head.after_validation(trainer, score)
+        if self.stop_after_solve and to_finish and self._finished:
+            trainer.should_stop = True
+
     def _find_heads(self, trainer: Any, pl_module: Any) -> None:
         names = match_heads(pl_module, self._names)
         if len(names) > 1 and self.solver is not None and self.says_inputs_and_targets:
@@ -333,17 +351,22 @@ class StructureFreezeCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start to watch."""
+        if self.monitor is not None and not trainer.enable_validation:
+            raise MisconfigurationException(
+                f"Expected a fit with validation, so that a freeze can be judged by `monitor`, {self.monitor!r}, "
+                "but there is none."
+            )
         for head in self.heads.values():
             head.start(trainer, pl_module, self._state_of(head))
-        if self._restored is not None and self.stop_after_solve and self._solved:
+        if self._restored is not None and self.stop_after_solve and self._finished:
             names = " and ".join(repr(name) for name in self.heads)
             self.say(f"The head at {names} was solved before the checkpoint, after which the fit was to stop.")
             trainer.should_stop = True
         self._restored = None
 
     @property
-    def _solved(self) -> bool:
-        return all(head.solve.solved for head in self.heads.values())
+    def _finished(self) -> bool:
+        return all(head.finished for head in self.heads.values())
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Convert what settled in the epoch before, or was asked for this one."""
@@ -360,10 +383,10 @@ class StructureFreezeCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure churn after the last batch of an epoch, before validation and its checkpoint, or every n steps."""
-        to_solve = not self._solved
+        to_finish = not self._finished
         for head in self.heads.values():
             head.after_batch(trainer, pl_module)
-        if self.stop_after_solve and to_solve and self._solved:
+        if self.stop_after_solve and to_finish and self._finished:
             trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -378,9 +401,9 @@ class StructureFreezeCallback(Callback):
         return f"structure/{key}/{head_name}" if self._logs_names else f"structure/{key}"
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say so if a head is still an MLP."""
+        """Say so if a head is still an MLP, and go back to it if that was decided in the last epoch."""
         for head in self.heads.values():
-            head.finish()
+            head.finish(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Stop watching; what was seen is kept for the checkpoint that other callbacks may save of the exception."""
@@ -436,3 +459,16 @@ class StructureFreezeCallback(Callback):
         """Tell the user, once and not once a process, if the callback is verbose."""
         if self.verbose:
             rank_zero_info(message)
+
+
+def _check_monitor(monitor: str | None, mode: str, revert_tolerance: float, revert_patience: int) -> None:
+    if monitor is not None and (not isinstance(monitor, str) or not monitor):
+        raise MisconfigurationException(f"Expected `monitor` to be the name of a metric, but got {monitor!r}.")
+    if mode not in ("min", "max"):
+        raise MisconfigurationException(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
+    check_range("revert_tolerance", revert_tolerance, 0.0, math.inf)
+    check_least("revert_patience", revert_patience, 1)
+    changed = {"mode": mode != "max", "revert_tolerance": revert_tolerance != 0.005}
+    changed |= {"revert_patience": revert_patience != 2}
+    for name in [name for name, differs in changed.items() if differs and monitor is None]:
+        raise MisconfigurationException(f"Expected `monitor` to be given with `{name}`, but got None.")

@@ -17,6 +17,7 @@ from glai_lightning.callbacks.conversion import (
 )
 from glai_lightning.callbacks.head_solve import HeadSolve
 from glai_lightning.callbacks.restored_state import COUNT, FLAG, NUMBERS, TEXT, check_entries, or_none
+from glai_lightning.callbacks.revert_guard import RevertGuard, check_guard_state
 from glai_lightning.callbacks.solving import check_solvable
 from glai_lightning.heads import GLAIHead, check_convertible
 from glai_lightning.restoring import HeadRestorer
@@ -41,6 +42,9 @@ def check_head_state(state: Any, head_name: str) -> None:
         MisconfigurationException: otherwise.
     """
     check_entries(state, _STATE, f"the head at {head_name!r}")
+    if "guard" in state:
+        check_entries(state, {"checks_before_revert": COUNT}, f"the head at {head_name!r}")
+        check_guard_state(state["guard"], head_name)
 
 
 class WatchedHead:
@@ -65,8 +69,10 @@ class WatchedHead:
         self.freeze_reason: str | None = None
         self.churn_history: list[float] = []
         self.solve = HeadSolve(name, callback)
+        self.guard = RevertGuard(name, callback)
         self._watch = ChurnWatch(name, callback.probe_size, callback.check_every_n_steps)
         self._settled = False
+        self._checks_before_revert = 0
 
     def prepare(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         """Prepare for a checkpoint from either side of the freeze."""
@@ -103,7 +109,10 @@ class WatchedHead:
         restorer.deferred = False
         if state is not None:
             self._load(state)
-        elif not continues:
+        elif continues:
+            # What the guard keeps is for the optimizer of another fit.
+            self.guard.start_over()
+        else:
             self.start_over()
         if restorer.pending:
             follow_in_fit(trainer, restorer.restore(pl_module))
@@ -133,15 +142,17 @@ class WatchedHead:
                 self._watch.resume(trainer, state)
 
     def start_epoch(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Convert the head, if its structure settled in the epoch before or this is the epoch to freeze at."""
+        """Take the head back to the MLP, or convert it, as was decided in the epoch before or asked for this one."""
         # At the start of an epoch, so that the checkpoint of the epoch just ended holds the MLP, and a resume from it
         # converts once more, to the same weights.
+        if self.guard.lost:
+            self._revert(trainer, pl_module)
         if self.frozen:
             return
         epoch = trainer.current_epoch
         if self._is_asked(epoch):
             self._convert(trainer, pl_module, epoch, self._describe_asked())
-        elif self._settled:
+        elif self._may_settle():
             self._convert(trainer, pl_module, epoch, self._describe_settled())
 
     def before_batch(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
@@ -152,45 +163,84 @@ class WatchedHead:
         self.solve.before_batch(trainer, pl_module, batch, batch_idx)
 
     def after_batch(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Make the check that is due, and convert and solve where that is done here."""
+        """Make the check that is due, and convert, solve and go back where that is done here."""
         churn = self._watch.after_batch(trainer)
         if churn is not None:
             self.churn_history.append(churn)
-            finished_epochs = trainer.current_epoch + (1 if trainer.is_last_batch else 0)
-            settled = finished_epochs >= self.callback.min_epochs and self.callback.should_freeze(self)
             # An overridden `should_freeze` may go by what only one process knows.
-            self._settled = trainer.strategy.reduce_boolean_decision(settled)
+            self._settled = trainer.strategy.reduce_boolean_decision(self._has_settled(trainer))
         converted = not self.frozen and self._convert_after_batch(trainer, pl_module)
         if self.frozen and self.solve.pending and (converted or trainer.is_last_batch):
             self.solve.run(trainer, pl_module)
+        if self.callback.check_every_n_steps is not None and self.guard.lost_before(trainer.global_step):
+            self._revert(trainer, pl_module)
+
+    def _has_settled(self, trainer: Any) -> bool:
+        finished_epochs = trainer.current_epoch + (1 if trainer.is_last_batch else 0)
+        checks = len(self.churn_history) - self._checks_before_revert
+        return (
+            finished_epochs >= self.callback.min_epochs
+            and checks >= self.callback.patience
+            and self.callback.should_freeze(self)
+        )
+
+    def _may_settle(self) -> bool:
+        return self._settled and self.guard.allows_freeze
+
+    def after_validation(self, trainer: Any, score: float) -> None:
+        """Judge the freeze by the score of the validation that just ended."""
+        self.guard.judge(trainer, score, solved=self.solve.solved)
+
+    def _revert(self, trainer: Any, pl_module: nn.Module) -> None:
+        self.guard.revert(trainer, pl_module)
+        self.frozen = False
+        self.freeze_epoch = None
+        self.freeze_reason = None
+        self.solve.start_over()
+        self._settled = False
+        # Earlier checks still say how large churn can be, and no longer that it has settled.
+        self._checks_before_revert = len(self.churn_history)
+        self._watch.start(trainer, pl_module.get_submodule(self.name))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the head is solved, and not about to be judged for it."""
+        return self.solve.solved and self.guard.trial is None
 
     def _convert_after_batch(self, trainer: Any, pl_module: nn.Module) -> bool:
         """Convert in the middle of an epoch where checks are made there, and at its end where a solve follows."""
         epoch = trainer.current_epoch
         if not trainer.is_last_batch:
-            due = self._settled and self.callback.check_every_n_steps is not None
+            due = self._may_settle() and self.callback.check_every_n_steps is not None
         else:
             epoch += 1
-            due = self.callback.solver is not None and (self._settled or self._is_asked(epoch))
+            due = self.callback.solver is not None and (self._may_settle() or self._is_asked(epoch))
         if due:
-            reason = self._describe_settled() if self._settled else self._describe_asked()
+            reason = self._describe_settled() if self._may_settle() else self._describe_asked()
             self._convert(trainer, pl_module, epoch, reason)
         return due
 
     def _is_asked(self, epoch: int) -> bool:
-        return self.callback.freeze_at_epoch is not None and epoch >= self.callback.freeze_at_epoch
+        asked = self.callback.freeze_at_epoch
+        # What went back once is not forced again: churn decides from then on.
+        return asked is not None and epoch >= asked and self.guard.reverts == 0
 
     def metrics(self) -> dict[str, float]:
         """Return what is logged of the head at the end of an epoch."""
-        return {
+        metrics = {
             "churn": self.churn_history[-1] if self.churn_history and not self.frozen else 0.0,
             "frozen": float(self.frozen),
             "freeze_epoch": float(-1 if self.freeze_epoch is None else self.freeze_epoch),
         }
+        return metrics if self.callback.monitor is None else {**metrics, "reverts": float(self.guard.reverts)}
 
-    def finish(self) -> None:
-        """Say so if the head is still an MLP, and stop watching."""
-        if not self.frozen:
+    def finish(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Go back to the MLP if that was decided last; say so if the head ends as an MLP or unproven; stop watching."""
+        if self.guard.lost:
+            self._revert(trainer, pl_module)
+        elif self.guard.trial is not None:
+            self.callback.say(f"The fit ends before the freeze of {self.name!r} is proven: {self.guard.describe()}.")
+        elif not self.frozen:
             last = f"{self.churn_history[-1]:.2%}" if self.churn_history else "not measured"
             state = "settled only in the last epoch" if self._settled else "did not settle"
             self.callback.say(f"The structure of {self.name!r} {state} (last churn {last}): the head stays an MLP.")
@@ -252,11 +302,13 @@ class WatchedHead:
         self.freeze_reason = None
         self.churn_history = []
         self.solve.start_over()
+        self.guard.start_over()
         self._settled = False
+        self._checks_before_revert = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs; primitives and tensors only, so that ``weights_only`` loading reads it."""
-        return {
+        state = {
             "frozen": self.frozen,
             "freeze_epoch": self.freeze_epoch,
             "freeze_reason": self.freeze_reason,
@@ -265,6 +317,10 @@ class WatchedHead:
             "solved": self.solve.solved,
             **self._watch.state_dict(),
         }
+        if self.callback.monitor is not None:
+            state["guard"] = self.guard.state_dict()
+            state["checks_before_revert"] = self._checks_before_revert
+        return state
 
     def complete_state(self, trainer: Any, state: dict[str, Any]) -> None:
         """Add to a state what the other processes saw since the last check."""
@@ -278,6 +334,10 @@ class WatchedHead:
         self.churn_history = list(state["churn_history"])
         self._settled = state["settled"]
         self.solve.solved = state["solved"]
+        self.guard.start_over()
+        if self.callback.monitor is not None and "guard" in state:
+            self.guard.load_state_dict(state["guard"])
+        self._checks_before_revert = state.get("checks_before_revert", 0)
 
     def _convert(self, trainer: Any, pl_module: nn.Module, epoch: int, reason: str) -> None:
         paths = self.callback.paths
@@ -286,6 +346,7 @@ class WatchedHead:
             isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
             for module in pl_module.get_submodule(self.name).modules()
         )
+        self.guard.begin(trainer, pl_module.get_submodule(self.name))
         freeze_head_in_fit(trainer, pl_module, self.name, paths=paths, freeze_epoch=epoch)
         self._now_frozen(epoch, reason)
         self.callback.say(

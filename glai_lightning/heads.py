@@ -212,16 +212,36 @@ class GLAIHead(nn.Module):
         """
         raise ValueError(f"Expected `paths` to be 'output' to convert back to an MLP, but got {self.paths!r}.")
 
-    def thaw(self) -> nn.Module:
+    def thaw(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Return the MLP that was adopted, its inner parameters trainable again, in the place of this head.
 
+        Args:
+            weights: state dict of the MLP to go back to; ``None`` for the weights as they are now.
+
         Returns:
-            The very module that was given to ``adopt``, with the weights as they are now.
+            The very module that was given to ``adopt``.
 
         Raises:
-            ValueError: if the paths are not 'output', see ``to_mlp``.
+            ValueError: if the paths are not 'output', see ``to_mlp``, and no weights are given.
+
+        Example:
+            >>> mlp = mlp_head(4, 8, 3)
+            >>> before = {name: value.clone() for name, value in mlp.state_dict().items()}
+            >>> GLAIHead.adopt(mlp, paths="tangent").thaw(before) is mlp
+            True
         """
-        raise ValueError(f"Expected `paths` to be 'output' to thaw the structure, but got {self.paths!r}.")
+        if weights is None and self.paths != "output":
+            raise ValueError(f"Expected `paths` to be 'output' to thaw the structure, but got {self.paths!r}.")
+        mlp: nn.Module = self.__dict__["_mlp"]
+        if weights is not None:
+            # What independent paths replaced is no part of this head, and was not moved along with it.
+            own = next(self.parameters())
+            mlp.to(own.device, own.dtype).load_state_dict(weights)
+        for parameter in self.__dict__["_was_trainable"]:
+            parameter.requires_grad_(True)
+        for parameter in mlp.parameters():
+            parameter.grad = None
+        return mlp.train(self.training)
 
     def train(self, mode: bool = True) -> "GLAIHead":
         """Set the mode of everything but the frozen structure, which stays in eval mode."""
@@ -379,13 +399,6 @@ class OutputPathsHead(GLAIHead):
         output = self.layout.output
         modules += [_plain_linear(output.weight, output.bias)]
         mlp = nn.Sequential(*modules, *(copy.deepcopy(module) for module in self.layout.trailing))
-        return mlp.train(self.training)
-
-    def thaw(self) -> nn.Module:
-        """Return the MLP that was adopted, trainable again, see ``GLAIHead.thaw``."""
-        mlp: nn.Module = self.__dict__["_mlp"]
-        for parameter in self.__dict__["_was_trainable"]:
-            parameter.requires_grad_(True)
         return mlp.train(self.training)
 
 

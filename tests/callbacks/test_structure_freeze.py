@@ -506,12 +506,3 @@ def test_arguments_out_of_range_are_refused(arguments, message):
     with pytest.raises(MisconfigurationException) as caught:
         StructureFreezeCallback(**arguments)
     assert str(caught.value) == message
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [{"monitor": "val/accuracy"}, {"revert_patience": 3}, {"mode": "min"}],
-)
-def test_what_is_not_built_yet_says_so(arguments):
-    with pytest.raises(NotImplementedError, match="not built yet"):
-        StructureFreezeCallback(**arguments)
