@@ -29,8 +29,9 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP_INSTALL) -e .
 	touch $@
 
-$(VENV)/installed-for-tests: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/installed-for-tests: $(VENV)/bin/python pyproject.toml constraints.txt tests/install_learn2learn.sh
 	$(PIP_INSTALL) -e '.[test]'
+	tests/install_learn2learn.sh $(BIN)/python
 	touch $@ $(VENV)/installed
 
 clean:

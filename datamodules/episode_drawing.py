@@ -103,7 +103,7 @@ class NumberedEpisodes(Dataset[Episode]):
         queries: int,
         seeds: tuple[int, int] = (0, 0),
     ) -> None:
-        self.inputs, self.mean, self.scale = inputs, mean, scale
+        self.inputs, self.labels, self.mean, self.scale = inputs, labels, mean, scale
         self.episodes, self.ways, self.shots, self.queries = episodes, ways, shots, queries
         self.seeds = seeds
         by_class = rows[torch.argsort(labels[rows], stable=True)]
