@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: after ``--help`` (code 0), and for arguments that cannot be parsed (code 2).
 
     Example:
-        >>> main(["recipes"])
+        >>> main(["recipes"])  # doctest: +ELLIPSIS
+        prototypical  Few-shot classification by class prototypes, with a head that freezes its own structure...
         supervised    A classifier on feature vectors that freezes its own structure, here on scikit-learn's digits.
         0
     """

@@ -11,7 +11,7 @@ def list_recipes() -> dict[str, str]:
 
     Example:
         >>> list(list_recipes())
-        ['supervised']
+        ['prototypical', 'supervised']
     """
     names = sorted(file.name for file in _RECIPES.iterdir() if file.name.endswith(".yaml"))
     return {name.removesuffix(".yaml"): _first_comment(_read(name)) for name in names}

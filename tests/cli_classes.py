@@ -28,3 +28,11 @@ class Fails(Callback):
 
     def on_train_start(self, trainer, pl_module):
         raise ValueError("Expected something else.")
+
+
+class SaysTrainingClasses(Callback):
+    """Prints the classes of the training episodes."""
+
+    def on_train_start(self, trainer, pl_module):
+        episodes = trainer.datamodule.episodes["train"]
+        print("trained on classes", *sorted({int(y) for n in range(40) for y in episodes[n]["query_labels"]}))
