@@ -111,6 +111,7 @@ def comparison_rows(comparison: Comparison) -> list[dict[str, object]]:
     for run in comparison.runs:
         row = run.as_dict()
         del row["epochs"]
-        flat = {**row, **row.pop("parameters"), "epochs": len(run.epochs)}
+        parameters = row.pop("parameters")
+        flat = {**row, **parameters, "epochs": len(run.epochs)}
         rows.append({name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in flat.items()})
     return rows
