@@ -126,21 +126,33 @@ def multiply_along_paths(units: Sequence[HiddenUnits], output_weight: Tensor) ->
         The weights of the paths that start at an input, (C, P, D) with P = H1 * ... * HL, and for each hidden layer l
         those of the paths that start at its bias, (C, Hl * ... * HL), or ``None`` where it has none.
     """
+    # All products are made in float32 at least. An output at a time: beside the result, by far the largest tensor,
+    # nothing of its size is held.
     dtype = torch.promote_types(output_weight.dtype, torch.float32)
-    onward = output_weight.detach().to(dtype)
-    biases: list[Tensor | None] = []
-    for position in range(len(units) - 1, -1, -1):
-        weight, bias = (None if t is None else t.detach().to(dtype) for t in units[position].folded())
-        assert weight is not None
-        by_unit = onward.reshape(len(onward), len(weight), -1)
-        starting = None if bias is None else (by_unit * bias.reshape(1, -1, 1)).flatten(1)
-        biases.insert(0, None if starting is None else starting.to(output_weight.dtype))
-        # (C, Hl, rest) becomes (C, H(l-1), Hl * rest), or (C, P, D) with the inputs last at the first layer.
-        if position > 0:
-            onward = (weight.t().reshape(1, weight.shape[1], len(weight), 1) * by_unit.unsqueeze(1)).flatten(2)
+    layers = [[None if t is None else t.detach().to(dtype) for t in layer.folded()] for layer in units]
+    weights = [weight for weight, _ in layers if weight is not None]
+    joint_widths = [math.prod(len(weight) for weight in weights[layer:]) for layer in range(len(units))]
+    path_weights = output_weight.new_empty(len(output_weight), joint_widths[0], weights[0].shape[1])
+    path_biases = [
+        None if bias is None else output_weight.new_empty(len(output_weight), width)
+        for width, (_, bias) in zip(joint_widths, layers, strict=True)
+    ]
+    for output, onward in enumerate(output_weight.detach().to(dtype)):
+        for position in range(len(units) - 1, -1, -1):
+            by_unit = onward.reshape(len(weights[position]), -1)
+            bias, into = layers[position][1], path_biases[position]
+            if bias is not None and into is not None:
+                into[output] = (by_unit * bias.unsqueeze(-1)).flatten()
+            if position > 0:
+                # (Hl, rest) becomes (H(l-1), Hl * rest).
+                onward = (weights[position].t().unsqueeze(-1) * by_unit).flatten(1)
+        products = path_weights[output].view(*by_unit.shape, -1)
+        if products.dtype == dtype:
+            torch.mul(by_unit.unsqueeze(-1), weights[0].unsqueeze(1), out=products)
         else:
-            onward = (by_unit.unsqueeze(-1) * weight.reshape(1, len(weight), 1, -1)).flatten(1, 2)
-    return onward.to(output_weight.dtype), biases
+            for row, factors, weight in zip(products, by_unit, weights[0], strict=True):
+                row.copy_(factors.unsqueeze(-1) * weight)
+    return path_weights, path_biases
 
 
 def independent_logits(
