@@ -12,6 +12,7 @@ import torch
 from fits import CLASSES, FEATURES, HEAD, HIDDEN, SomebodysModule, make_loader, make_trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from glai_lightning import GLAIHead, HeadModule, SupervisedModule, mlp_head
 from glai_lightning.callbacks import FitReport, StructureFreezeCallback, StructureMonitor
@@ -234,3 +235,30 @@ def test_a_fit_does_not_resume_from_a_state_that_the_callback_did_not_save(spoil
         make_trainer(*callbacks(), max_epochs=3).fit(module, make_loader(), ckpt_path="spoilt.ckpt")
     assert sentence in str(caught.value)
     assert not isinstance(module.get_submodule(HEAD), GLAIHead)
+
+
+def test_names_of_heads_lead_out_of_no_folder():
+    # No module is called '..', for names of modules hold no dots; but they may be absolute paths.
+    name = f"{Path.cwd()}/escaped"
+
+    class Module(SomebodysModule):
+        def __init__(self):
+            super().__init__()
+            self.blocks[name] = self.blocks.pop("head")
+
+        def forward(self, x):
+            return self.blocks[name](self.body(x))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    inner = Path("one/two")
+    inner.mkdir(parents=True)
+    freeze = StructureFreezeCallback([f"blocks.{name}"], freeze_at_epoch=1)
+    keep = ModelCheckpoint(dirpath=inner / "kept")
+    loggers = [CSVLogger(inner, name="logs"), TensorBoardLogger(inner, name="logs")]
+    monitor = StructureMonitor("blocks.*")
+    make_trainer(freeze, monitor, FitReport(), keep, logger=loggers, max_epochs=2).fit(Module(), make_loader())
+    assert len(list(inner.rglob("*.png"))) == 1
+    assert [path.name for path in Path().iterdir()] == ["one"]
+    assert [path.name for path in Path("one").iterdir()] == ["two"]
