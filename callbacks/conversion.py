@@ -14,6 +14,8 @@ from glai_lightning.restoring import HeadRestorer
 
 # Compared by name: a project may import the `pytorch_lightning` twin of `lightning.pytorch`, whose classes are others.
 _WORKING_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+#: Parts of the names of strategies that derive from those, and shard what they hold or compile what they run.
+_OTHER_STRATEGIES = ("DeepSpeed", "FSDP", "XLA", "HPU", "Bagua", "ColossalAI")
 _COPYING_CALLBACKS = ("WeightAveraging", "StochasticWeightAveraging")
 
 
@@ -81,10 +83,16 @@ def check_trainer(trainer: Any, pl_module: Any) -> None:
             "freezing the structure under manual optimization is not supported."
         )
     strategy = _class_names(trainer.strategy)
-    if not any(name in strategy for name in _WORKING_STRATEGIES) or any("FSDP" in name for name in strategy):
+    works = any(name in strategy for name in _WORKING_STRATEGIES)
+    if not works or any(other in name for name in strategy for other in _OTHER_STRATEGIES):
         raise MisconfigurationException(
             "Expected the strategy to be a single device or one of 'ddp', 'ddp_spawn', 'ddp_fork' and 'ddp_notebook', "
             f"but got `{strategy[0]}`, under which a head cannot be replaced in the middle of a fit."
+        )
+    if getattr(trainer.strategy, "_model_averaging_period", None) is not None:
+        raise MisconfigurationException(
+            "Expected a strategy that gives all processes the same weights in every step, but got one with "
+            f"`model_averaging_period={trainer.strategy._model_averaging_period}`."
         )
     for callback in trainer.callbacks:
         copying = [name for name in _class_names(callback) if name in _COPYING_CALLBACKS]
@@ -117,8 +125,15 @@ def check_optimizers(trainer: Any, head: nn.Module, head_name: str) -> None:
     """Check that an optimizer trains what goes on being trained once the head is frozen.
 
     Raises:
-        MisconfigurationException: if none holds a parameter of its last Linear, or of the paths in the place of it.
+        MisconfigurationException: if none holds a parameter of its last Linear, or of the paths in the place of it, or
+            if one shares its state out among processes.
     """
+    for optimizer in trainer.optimizers:
+        if "ZeroRedundancyOptimizer" in _class_names(optimizer):
+            raise MisconfigurationException(
+                "Expected optimizers that hold the state of all parameters in every process, but got "
+                f"`{type(optimizer).__name__}`, which cannot follow a head that is replaced in the middle of a fit."
+            )
     output = head.get_submodule(layout_of(head).output_name)
     if not any(trains_any(optimizer, output) for optimizer in trainer.optimizers):
         raise MisconfigurationException(
