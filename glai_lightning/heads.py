@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from glai_lightning.argument_checks import expect_choice, expect_integer, expect_number
 from glai_lightning.layers import HeadLayout, read_head
@@ -101,7 +102,6 @@ class GLAIHead(nn.Module):
 
     paths: ClassVar[Paths]
 
-    layout: HeadLayout
     freeze_epoch: int | None
 
     def __init__(self, mlp: nn.Module, layout: HeadLayout, freeze_epoch: int | None) -> None:
@@ -112,7 +112,8 @@ class GLAIHead(nn.Module):
         self.__dict__.update(kept)
         for registry in ("_parameters", "_buffers", "_modules"):
             self.__dict__[registry] = dict(kept[registry])
-        self.__dict__["layout"] = layout
+        self.__dict__["_layout"] = layout
+        self.__dict__["_norms"] = []
         self.__dict__["freeze_epoch"] = freeze_epoch
         self.__dict__["_mlp"] = mlp
         self.__dict__["_was_trainable"] = [p for p in layout.structure_parameters() if p.requires_grad]
@@ -154,10 +155,37 @@ class GLAIHead(nn.Module):
                 raise ValueError(f"Expected `freeze_epoch` to be at least 0, but got {freeze_epoch}.")
         compiled = mlp._compiled_call_impl is not None
         head = _HEADS[paths](mlp, layout, freeze_epoch)
+        head.__dict__["_norms"] = [
+            (parent, name, child)
+            for parent in head.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, _BatchNorm) and child in layout.norms()
+        ]
         head.train(mlp.training)
         if compiled:
             head.compile()
         return head
+
+    @property
+    def layout(self) -> HeadLayout:
+        """The modules of the head, by the part that they play."""
+        # Trainers put SyncBatchNorm in the place of BatchNorm when a fit starts, and new BatchNorm when it ends.
+        found = {norm: parent._modules.get(name) for parent, name, norm in self.__dict__["_norms"]}
+        replaced = {norm: now for norm, now in found.items() if now is not norm and isinstance(now, _BatchNorm)}
+        if replaced:
+            self._follow_norms(replaced)
+        layout: HeadLayout = self.__dict__["_layout"]
+        return layout
+
+    def _follow_norms(self, replaced: dict[_BatchNorm, _BatchNorm]) -> None:
+        layout = self.__dict__["_layout"].with_norms(replaced)
+        self.__dict__["_layout"] = layout
+        for place, (parent, name, norm) in enumerate(self.__dict__["_norms"]):
+            self.__dict__["_norms"][place] = (parent, name, replaced.get(norm, norm))
+            if parent is self:
+                self.__dict__["_mlp"]._modules[name] = replaced.get(norm, norm)
+        for module in layout.frozen_modules():
+            module.eval()
 
     @property
     def num_paths(self) -> int:
@@ -246,11 +274,7 @@ class GLAIHead(nn.Module):
     def train(self, mode: bool = True) -> "GLAIHead":
         """Set the mode of everything but the frozen structure, which stays in eval mode."""
         super().train(mode)
-        frozen = [
-            *self.layout.leading,
-            *(layer.norm for layer in self.layout.hidden if layer.norm is not None),
-        ]
-        for module in frozen:
+        for module in self.layout.frozen_modules():
             module.eval()
         return self
 

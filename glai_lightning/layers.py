@@ -1,8 +1,8 @@
 """Reading a head: which Linear, normalisation and activation follow one another, whatever class wraps them."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.fx
@@ -53,6 +53,32 @@ class HeadLayout:
         """Inputs, units of every hidden layer, outputs: (D, H1, ..., C)."""
         hidden = tuple(layer.linear.out_features for layer in self.hidden)
         return (self.hidden[0].linear.in_features, *hidden, self.output.out_features)
+
+    def norms(self) -> list[_BatchNorm]:
+        """List the modules that are a BatchNorm."""
+        hidden = [layer.norm for layer in self.hidden]
+        return [module for module in (*self.leading, *hidden, *self.trailing) if isinstance(module, _BatchNorm)]
+
+    def with_norms(self, replaced: Mapping[_BatchNorm, _BatchNorm]) -> "HeadLayout":
+        """Return the layout with others in the place of some BatchNorms."""
+
+        def follow(module: nn.Module) -> nn.Module:
+            return replaced.get(module, module) if isinstance(module, _BatchNorm) else module
+
+        hidden = (
+            layer if layer.norm is None else replace(layer, norm=replaced.get(layer.norm, layer.norm))
+            for layer in self.hidden
+        )
+        return replace(
+            self,
+            leading=tuple(follow(module) for module in self.leading),
+            hidden=tuple(hidden),
+            trailing=tuple(follow(module) for module in self.trailing),
+        )
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """List the modules before the last Linear that compute otherwise in training, unless they are in eval mode."""
+        return [*self.leading, *(layer.norm for layer in self.hidden if layer.norm is not None)]
 
     def structure_parameters(self) -> list[nn.Parameter]:
         """List the parameters on which the activation patterns depend, leading modules included."""

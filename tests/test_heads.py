@@ -7,6 +7,7 @@ import torch
 from heads import HEADS, C, D, H, trained
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import nn
 
 from glai_lightning import GLAIHead, activation_patterns, freeze_structure, mlp_head
@@ -288,3 +289,34 @@ def test_mlp_head_orders_its_modules():
     head = mlp_head(D, [H, 5], C, batch_norm=True, dropout=0.1)
     block = [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Dropout]
     assert [type(module) for module in head] == [*block, *block, nn.Linear]
+
+
+def synchronised_and_back(head):
+    """What Lightning does to the modules of a fit with ``sync_batchnorm=True``."""
+    return TorchSyncBatchNorm().revert(torch.nn.SyncBatchNorm.convert_sync_batchnorm(head))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("paths", ["output", "tangent", "independent"])
+def test_a_head_follows_batch_norms_that_are_put_in_the_place_of_its_own(paths, nested):
+    mlp = trained(nn.Sequential(nn.BatchNorm1d(D), *mlp_head(D, [H, 5], C, batch_norm=True), nn.BatchNorm1d(C)))
+    head = freeze_structure(nn.Sequential(mlp) if nested else mlp, paths=paths)
+    x = torch.randn(6, D)
+    before = head.eval()(x)
+    synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(head).train()
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in synchronised.layout.norms())
+    assert len(synchronised.layout.norms()) == 4
+    assert not any(norm.training for norm in synchronised.layout.norms()[:-1])
+    head = synchronised_and_back(synchronised).eval()
+    inside = set(head.modules())
+    assert all(norm in inside for norm in head.layout.norms())
+    assert torch.equal(head(x), before)
+    # Buffers are new tensors from here on, of the modules that are in the head.
+    assert torch.allclose(head.double()(x.double()), before.double(), atol=1e-5)
+    head.load_state_dict(freeze_structure(nn.Sequential(mlp) if nested else mlp, paths=paths).double().state_dict())
+
+
+def test_a_thawed_mlp_has_the_batch_norms_that_were_put_in_the_place_of_its_own():
+    head = synchronised_and_back(freeze_structure(trained(mlp_head(D, H, C, batch_norm=True))))
+    assert head.layout.norms()[0] is head[1]
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in head.thaw().modules())
