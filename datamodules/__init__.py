@@ -1,7 +1,16 @@
 """Data in memory for heads: whole batches cut out of tensors, resumable and sharded."""
 
+from glai_lightning.datamodules.digit_views import DigitViewsDataModule
 from glai_lightning.datamodules.digits import DigitEpisodesDataModule, DigitsDataModule
 from glai_lightning.datamodules.episodes import EpisodesDataModule
 from glai_lightning.datamodules.features import FeaturesDataModule
+from glai_lightning.datamodules.views import ViewsDataModule
 
-__all__ = ["DigitEpisodesDataModule", "DigitsDataModule", "EpisodesDataModule", "FeaturesDataModule"]
+__all__ = [
+    "DigitEpisodesDataModule",
+    "DigitViewsDataModule",
+    "DigitsDataModule",
+    "EpisodesDataModule",
+    "FeaturesDataModule",
+    "ViewsDataModule",
+]

@@ -88,7 +88,48 @@ class SeededBatchSampler(Sampler[Tensor]):
             # A spawn key, unlike a sum of seed and epoch, gives neighbouring seeds unrelated orders.
             seeds = np.random.SeedSequence(self.shuffle_seed, spawn_key=(self.epoch,))
             order = torch.from_numpy(np.random.default_rng(seeds).permutation(self.num_rows))
-        yield from torch.split(order, self._batch_sizes)
+        yield from torch.split(order[: sum(self._batch_sizes)], self._batch_sizes)
+
+
+class EqualBatchSampler(SeededBatchSampler):
+    """Batches of sizes that differ by one at most, and in every round not at all between processes.
+
+    For losses that compare the samples of a batch, gather them from all processes, and mean nothing for the one or two
+    samples that a last batch may be left with. Shared between processes, batches that are shuffled are all of one size,
+    because Lightning shuffles them once more before it deals them out. Fewer rows than there are batches, others in
+    every epoch, are then left out; fewer than W where nothing is shuffled, and none where nothing is shared.
+
+    Args:
+        num_rows: N, rows in the data.
+        batch_size: most rows in a batch, at least 2.
+        shuffle_seed: seed of the order, see :class:`SeededBatchSampler`.
+        num_shards: W, processes that share the batches.
+
+    Raises:
+        ValueError: If there are fewer than two rows for each process.
+
+    Example:
+        >>> [len(rows) for rows in EqualBatchSampler(9, batch_size=4)]
+        [3, 3, 3]
+        >>> [len(rows) for rows in EqualBatchSampler(15, batch_size=4, num_shards=2)]
+        [4, 4, 3, 3]
+        >>> [len(rows) for rows in EqualBatchSampler(15, batch_size=4, num_shards=2, shuffle_seed=0)]
+        [3, 3, 3, 3]
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, *, shuffle_seed: int | None = None, num_shards: int = 1) -> None:
+        if num_rows < 2 * num_shards:
+            raise ValueError(
+                f"Expected at least two rows for each of {num_shards} processes, but got {num_rows} rows: a batch of "
+                "one has nothing to be compared with."
+            )
+        super().__init__(num_rows, batch_size, shuffle_seed=shuffle_seed, num_shards=num_shards)
+        share = num_rows // num_shards
+        # For batches of at most three rows, a round more could leave one of them with a single row.
+        rounds = min(-(-share // batch_size), share // 2)
+        surplus = share % rounds if num_shards == 1 or shuffle_seed is None else 0
+        sizes = [share // rounds + (turn < surplus) for turn in range(rounds)]
+        self._batch_sizes = [size for size in sizes for _ in range(num_shards)]
 
 
 def _batch_sizes(num_rows: int, batch_size: int, num_shards: int) -> list[int]:
@@ -115,15 +156,15 @@ class Batches(Protocol):
 class BatchLoader(DataLoader[Any]):
     """A loader that can be resumed in the middle of an epoch: Lightning saves and restores its position.
 
-    It reads in the process itself, without workers and without collation: a batch is one ``index_select`` a
-    tensor.
+    It reads in the process itself, without collation: a batch is one ``index_select`` a tensor. Where making a batch
+    takes longer than that, ``num_workers`` processes, started anew for every epoch, make batches ahead.
 
     The position belongs to an epoch. Lightning asks for the iterator of a resumed fit before it says which
     epoch it resumes, and restores no position from a checkpoint taken between epochs. So nothing is decided
     before the first batch is asked for, and a position restored for one epoch means nothing to the next.
 
     Args:
-        dataset: cuts out the batches.
+        dataset: cuts out the batches. If it has a method ``set_epoch``, it is told the epoch before the first batch.
         sampler: yields what ``dataset`` makes a batch of, such as its rows. A ``SequentialSampler``, which
             ``Trainer(overfit_batches=...)`` puts in place of the sampler it finds, names single rows, and is left to
             ``dataset.in_batches``.
@@ -167,10 +208,27 @@ class BatchLoader(DataLoader[Any]):
         if self.progress is not None:
             self._set_epoch(self.progress()[0])
         self._epoch = getattr(self.sampler, "epoch", 0)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(self._epoch)
         start = self._restored_position()
-        for position, rows in enumerate(islice(self.sampler, start, None), start + 1):
+        for position, batch in enumerate(self._batches(start), start + 1):
             self._position = position
-            yield self.dataset[rows]
+            yield batch
+
+    def _batches(self, start: int) -> Iterator[Any]:
+        rest = islice(self.sampler, start, None)
+        if self.num_workers == 0:
+            return (self.dataset[rows] for rows in rest)
+        ahead: DataLoader[Any] = DataLoader(
+            self.dataset,
+            sampler=list(rest),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            multiprocessing_context=self.multiprocessing_context,
+        )
+        return iter(ahead)
 
     def _set_epoch(self, epoch: int) -> None:
         # Lightning's sampler for several processes passes the epoch on to ours; the one for overfitting has none.
@@ -221,6 +279,10 @@ class BatchLoader(DataLoader[Any]):
                 )
         self._restored = dict(state_dict)
         self._set_epoch(state_dict["epoch"])
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def fit_progress(trainer: Any) -> tuple[int, int]:

@@ -10,8 +10,8 @@ def list_recipes() -> dict[str, str]:
     """Return the description of every shipped recipe, by name.
 
     Example:
-        >>> list(list_recipes())
-        ['prototypical', 'supervised']
+        >>> "supervised" in list_recipes()
+        True
     """
     names = sorted(file.name for file in _RECIPES.iterdir() if file.name.endswith(".yaml"))
     return {name.removesuffix(".yaml"): _first_comment(_read(name)) for name in names}
