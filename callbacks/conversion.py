@@ -1,5 +1,6 @@
 """Finding a head in a LightningModule, and converting it while a Trainer is fitting."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ _WORKING_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 #: Parts of the names of strategies that derive from those, and shard what they hold or compile what they run.
 _OTHER_STRATEGIES = ("DeepSpeed", "FSDP", "XLA", "HPU", "Bagua", "ColossalAI")
 _COPYING_CALLBACKS = ("WeightAveraging", "StochasticWeightAveraging")
+_NAMING_CALLBACKS = ("BaseFinetuning",)
 
 
 def find_head(pl_module: nn.Module, head_name: str) -> nn.Module:
@@ -101,6 +103,24 @@ def check_trainer(trainer: Any, pl_module: Any) -> None:
                 f"Expected no callback that averages weights beside the structure freeze, but got "
                 f"`{type(callback).__name__}`: its copy of the head would keep the old structure."
             )
+
+
+def check_order(trainer: Any, callback: object, paths: str) -> None:
+    """Refuse an order of callbacks in which a fit could not be resumed.
+
+    ``BaseFinetuning`` keeps the names of the parameters in the optimizer's groups, and looks them up when a fit is
+    resumed, before or after the head is frozen again. Independent paths have other names than the MLP.
+
+    Raises:
+        MisconfigurationException: for a finetuning callback behind this one, with independent paths.
+    """
+    behind = list(itertools.dropwhile(lambda other: other is not callback, trainer.callbacks))
+    naming = [other for other in behind if any(name in _class_names(other) for name in _NAMING_CALLBACKS)]
+    if naming and paths == "independent":
+        raise MisconfigurationException(
+            f"Expected `{type(naming[0]).__name__}` to stand before the structure freeze in the list of callbacks with "
+            "`paths='independent'`, but got it behind: a resumed fit would not find the parameters by their names."
+        )
 
 
 def check_launcher(trainer: Any, pl_module: nn.Module, head_name: str, paths: str) -> None:

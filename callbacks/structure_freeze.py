@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glai_lightning.callbacks.argument_checks import check_least, check_range
 from glai_lightning.callbacks.collection import Stage
-from glai_lightning.callbacks.conversion import check_trainer
+from glai_lightning.callbacks.conversion import check_order, check_trainer
 from glai_lightning.callbacks.head_names import as_names, is_pattern, match_heads, stands_alone
 from glai_lightning.callbacks.restored_state import MAPPING, check_entries
 from glai_lightning.callbacks.revert_guard import monitored_score
@@ -307,6 +307,7 @@ class StructureFreezeCallback(Callback):
         """Check trainer and module, and prepare for a checkpoint from either side of the freeze."""
         if stage == "fit":
             check_trainer(trainer, pl_module)
+            check_order(trainer, self, self.paths)
         self._find_heads(trainer, pl_module)
         for head in self.heads.values():
             head.prepare(trainer, pl_module, stage)

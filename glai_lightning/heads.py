@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from glai_lightning.argument_checks import expect_choice, expect_integer, expect_number
+from glai_lightning.compilation import compile_like
 from glai_lightning.layers import HeadLayout, read_head
 from glai_lightning.loading import check_state_dict, unchanged_on_error
 from glai_lightning.marks import MARK, FreezeMark
@@ -153,7 +154,6 @@ class GLAIHead(nn.Module):
             expect_integer("freeze_epoch", freeze_epoch)
             if freeze_epoch < 0:
                 raise ValueError(f"Expected `freeze_epoch` to be at least 0, but got {freeze_epoch}.")
-        compiled = mlp._compiled_call_impl is not None
         head = _HEADS[paths](mlp, layout, freeze_epoch)
         head.__dict__["_norms"] = [
             (parent, name, child)
@@ -162,8 +162,7 @@ class GLAIHead(nn.Module):
             if isinstance(child, _BatchNorm) and child in layout.norms()
         ]
         head.train(mlp.training)
-        if compiled:
-            head.compile()
+        compile_like(head, mlp)
         return head
 
     @property

@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from fits import CLASSES, FEATURES, HEAD, HIDDEN, SomebodysModule, make_data, make_loader, make_trainer
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -342,25 +340,6 @@ def test_sanity_checking_is_not_an_epoch():
     assert len(callback.churn_history) == 1
 
 
-def test_the_tuner_finds_a_rate_without_a_freeze():
-    class Module(SomebodysModule):
-        lr = 1e-3
-
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), self.lr)
-
-    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=1)
-    module, trainer = Module(), make_trainer(callback, max_epochs=3)
-    untouched = copy.deepcopy(module.state_dict())
-    Tuner(trainer).lr_find(module, make_loader(), num_training=20)
-    assert type(module.blocks["head"]) is nn.Sequential
-    assert not callback.frozen
-    assert callback.churn_history == []
-    assert all(torch.equal(value, untouched[key]) for key, value in module.state_dict().items())
-    trainer.fit(module, make_loader())
-    assert callback.freeze_epoch == 1
-
-
 def test_works_under_the_pytorch_lightning_twin():
     class Module(pytorch_lightning.LightningModule):
         def __init__(self):
@@ -465,11 +444,6 @@ def test_too_many_independent_paths_are_refused_before_training_starts():
     module = SomebodysModule(mlp_head(FEATURES, [3000, 1000], CLASSES))
     with pytest.raises(MisconfigurationException, match="but the head has 81,003,003"):
         make_trainer(StructureFreezeCallback(HEAD, paths="independent")).fit(module, make_loader())
-
-
-def test_weight_averaging_beside_it_is_refused_by_name():
-    with pytest.raises(MisconfigurationException, match="`WeightAveraging`"):
-        make_trainer(StructureFreezeCallback(HEAD), WeightAveraging()).fit(SomebodysModule(), make_loader())
 
 
 @pytest.mark.processes
