@@ -207,3 +207,21 @@ def test_somebodys_plain_loader_meets_the_frozen_fit_too(tmp_path):
     trainer = make_trainer(StructureFreezeCallback(HEAD, freeze_at_epoch=1), max_epochs=4)
     trainer.fit(resumed, make_loader(), ckpt_path=tmp_path / "epoch=2.ckpt")
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in module.state_dict().items())
+
+
+def test_without_the_callback_somebodys_module_goes_on_as_the_mlp_and_is_told_of_the_callback(tmp_path):
+    checkpoints = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    frozen, *_ = run(somebodys_module, StructureFreezeCallback(HEAD, freeze_at_epoch=1), checkpoints)
+    with pytest.warns(UserWarning, match="Please add the following callbacks: .*StructureFreezeCallback"):
+        module, *_ = run(somebodys_module, None, ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert type(module.blocks["head"]) is nn.Sequential
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert not torch.equal(module.blocks["head"][0].weight, frozen.blocks["head"][0].weight)
+
+
+@pytest.mark.parametrize(("paths", "key"), [("tangent", "reference_0_weight"), ("independent", "path_weights")])
+def test_without_the_callback_somebodys_module_refuses_what_is_no_mlp(tmp_path, paths, key):
+    checkpoints = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    run(somebodys_module, StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=1), checkpoints)
+    with pytest.raises(RuntimeError, match=key):
+        run(somebodys_module, None, ckpt_path=tmp_path / "epoch=2.ckpt")
