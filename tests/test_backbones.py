@@ -1,0 +1,143 @@
+"""Backbones of the real libraries, small and randomly initialised: nothing is downloaded."""
+
+import sys
+
+import pytest
+import timm
+import torch
+from fits import make_trainer
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+
+from glai_lightning import SupervisedModule, mlp_head
+from glai_lightning.backbones import (
+    SentenceTransformersBackbone,
+    TimmBackbone,
+    TorchvisionBackbone,
+    TransformersBackbone,
+)
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "very", "film", "."]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=12, **sizes)
+    BertModel(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sentence_encoder(encoder, tmp_path_factory):
+    from sentence_transformers import SentenceTransformer, models
+
+    folder = tmp_path_factory.mktemp("sentences")
+    modules = [models.Transformer(str(encoder), max_seq_length=12), models.Pooling(16), models.Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder))
+    return folder
+
+
+def test_timm_images_are_preprocessed_as_its_evaluation_transform_does():
+    backbone = TimmBackbone("test_resnet").eval()
+    pixels = torch.randint(0, 256, (3, 200, 240), dtype=torch.uint8)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone.model))
+    expected = transform(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+    # Pillow rounds to whole pixel values after resizing.
+    assert (backbone.preprocess(pixels[None])[0] - expected).abs().max() < 0.05
+    assert backbone(pixels[None]).shape == (1, backbone.num_features)
+
+
+def test_torchvision_images_are_preprocessed_as_its_weights_say():
+    from torchvision.models import ResNet18_Weights
+
+    backbone = TorchvisionBackbone("resnet18").eval()
+    images = torch.randint(0, 256, (2, 3, 260, 300), dtype=torch.uint8)
+    assert torch.equal(backbone.preprocess(images), ResNet18_Weights.DEFAULT.transforms()(images))
+    assert backbone(images).shape == (2, 512)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(TimmBackbone, "test_resnet"), (TorchvisionBackbone, "mobilenet_v3_small")])
+def test_weights_come_from_a_local_file_with_or_without_a_classifier(kind, name, tmp_path):
+    source = kind(name)
+    torch.save(source.model.state_dict(), tmp_path / "weights.pt")
+    loaded = kind(name, weights=tmp_path / "weights.pt")
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in source.state_dict().items())
+    whole = timm.create_model(name) if kind is TimmBackbone else __import__("torchvision").models.get_model(name)
+    torch.save(whole.state_dict(), tmp_path / "whole.pt")
+    kind(name, weights=tmp_path / "whole.pt")
+
+
+@pytest.mark.parametrize(("kind", "near"), [(TimmBackbone, "resnet18"), (TorchvisionBackbone, "resnet18")])
+def test_an_unknown_model_is_answered_with_those_near(kind, near):
+    with pytest.raises(ValueError, match=f"but got 'resnet19'. Near it are .*'{near}'"):
+        kind("resnet19")
+
+
+@pytest.mark.parametrize("kind", [TimmBackbone, TorchvisionBackbone])
+def test_weights_from_two_places_or_none_are_refused(kind, tmp_path):
+    with pytest.raises(ValueError, match="Expected `weights` to be None with `pretrained`"):
+        kind("resnet18", pretrained=True, weights=tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="Expected `path` to be an existing file"):
+        kind("resnet18", weights=tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_texts_are_pooled_whatever_they_are_padded_to(encoder, pooling):
+    backbone = TransformersBackbone(str(encoder), pooling=pooling).eval()
+    texts = ["good film .", "very very bad film . . . . . . . . . . . ."]
+    together = backbone(texts)
+    assert together.shape == (2, 16) == (2, backbone.num_features)
+    torch.testing.assert_close(together[:1], backbone(texts[:1]))
+    torch.testing.assert_close(together, backbone(backbone.tokenize(texts)))
+
+
+def test_sentences_are_embedded_as_the_library_does(sentence_encoder):
+    backbone = SentenceTransformersBackbone(str(sentence_encoder)).eval()
+    texts = ["good film .", "very bad"]
+    torch.testing.assert_close(backbone(texts), torch.tensor(backbone.model.encode(texts)))
+    torch.testing.assert_close(backbone(backbone.tokenize(texts)), backbone(texts))
+    assert backbone.num_features == 16
+
+
+def test_an_unknown_pooling_is_refused(encoder):
+    with pytest.raises(ValueError, match="Expected `pooling` to be 'mean' or 'cls', but got 'max'"):
+        TransformersBackbone(str(encoder), pooling="max")
+
+
+@pytest.mark.parametrize(
+    ("make", "module", "extra"),
+    [
+        (lambda: TimmBackbone("resnet18"), "timm", "vision"),
+        (lambda: TorchvisionBackbone("resnet18"), "torchvision.models", "vision"),
+        (lambda: TransformersBackbone("bert"), "transformers", "text"),
+        (lambda: SentenceTransformersBackbone("bert"), "sentence_transformers", "text"),
+    ],
+)
+def test_a_library_that_is_missing_is_named_with_the_line_that_installs_it(make, module, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'glai-lightning\[{extra}\]'"):
+        make()
+
+
+def test_a_head_is_trained_on_texts_and_the_frozen_backbone_stands_still(encoder):
+    backbone = TransformersBackbone(str(encoder))
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    module = SupervisedModule(mlp_head(16, 32, 2), backbone)
+    texts = [(["good film", "very bad film"][label], label) for label in (0, 1) * 16]
+
+    def collate(batch):
+        return [text for text, _ in batch], torch.tensor([label for _, label in batch])
+
+    make_trainer(max_epochs=30).fit(module, DataLoader(texts, batch_size=8, collate_fn=collate))
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+    assert not any(child.training for child in backbone.modules())
+    logits = module.eval()(["good film", "very bad film"])
+    assert nn.functional.cross_entropy(logits, torch.tensor([0, 1])) < 0.6
