@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Example:
         >>> main(["recipes"])  # doctest: +ELLIPSIS
+        multi_gpu     Laid over another recipe, runs it on all GPUs of the machine: one process each, in step.
         prototypical  Few-shot classification by class prototypes, with a head that freezes its own structure...
         simclr        Contrastive learning (SimCLR) with a projection head that freezes its own structure, on digits.
         supervised    A classifier on feature vectors that freezes its own structure, here on scikit-learn's digits.

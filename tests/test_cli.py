@@ -33,7 +33,10 @@ def fit(*arguments):
     assert main(["fit", "--config", SUPERVISED, *SHORT, *arguments]) == 0
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+OVERLAY = RECIPES / "multi_gpu.yaml"
+
+
+@pytest.mark.parametrize("recipe", sorted(set(RECIPES.glob("*.yaml")) - {OVERLAY}), ids=lambda path: path.stem)
 def test_every_shipped_recipe_freezes_itself_and_is_tested(recipe, capsys):
     assert main(["fit", "--config", str(recipe), *QUIET]) == 0
     table = capsys.readouterr().out.split("Fit report")[1]
@@ -380,3 +383,16 @@ def test_the_installed_command_answers_a_wrong_value_without_a_traceback():
 def test_listing_recipes_does_not_load_lightning():
     code = "import sys; from glai_lightning.cli import main; main(['recipes']); sys.exit('lightning' in sys.modules)"
     assert run(sys.executable, "-c", code).returncode == 0
+
+
+@pytest.mark.parametrize("recipe", ["supervised", "simclr"])
+def test_the_overlay_runs_a_recipe_in_two_processes(recipe):
+    # The command itself, because `ddp` starts it again for the second process.
+    glai = os.path.join(os.path.dirname(sys.executable), "glai")
+    cpu = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.sync_batchnorm=false"]
+    short = ["--trainer.max_epochs=1", *QUIET[:2]]
+    configs = ["--config", str(RECIPES / f"{recipe}.yaml"), "--config", str(OVERLAY)]
+    done = run(glai, "fit", *configs, *cpu, *short)
+    assert done.returncode == 0, done.stderr
+    assert "Multiplied the learning rate of `AdamW` by the 2 processes" in done.stderr
+    assert "structure/churn" in Path(f"runs/{recipe}/version_0/metrics.csv").read_text()
