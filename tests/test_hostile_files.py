@@ -164,7 +164,7 @@ def test_every_checkpoint_of_a_fit_loads_with_weights_only(paths, ours):
         assert "state_dict" in torch.load(file, weights_only=True)
 
 
-PACKAGE = [path for folder in ("glai_lightning", "callbacks", "datamodules") for path in (ROOT / folder).glob("*.py")]
+PACKAGE = [path for folder in ("glai_lightning", "callbacks", "datamodules") for path in (ROOT / folder).rglob("*.py")]
 
 #: Modules that execute what they read, or hand it to a shell.
 _EXECUTING_MODULES = {"marshal", "shelve", "dill", "cloudpickle", "joblib", "subprocess", "code", "runpy"}
