@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from glai_lightning.callbacks.reduction import churn_over_processes, from_all_processes
+from glai_lightning.callbacks.reduction import churn_over_processes, from_all_processes, share_buffers
 from glai_lightning.callbacks.restored_state import (
     COUNT,
     MAPPINGS,
@@ -101,6 +101,7 @@ class ChurnWatch:
         return bool(stepped and trainer.global_step % self.every_n_steps == 0)
 
     def _measure(self, trainer: Any, probe: ChurnProbe) -> float:
+        share_buffers(trainer, probe.head)
         finite = probe.is_finite()
         flipped, bits = probe.measure()
         if not finite:

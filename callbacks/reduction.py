@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 from glai_lightning.processes import Processes
 
@@ -50,12 +50,17 @@ def from_all_processes(trainer: Any, value: Any) -> list[Any]:
     return values
 
 
-def share_buffers(trainer: Any) -> None:
+def share_buffers(trainer: Any, module: nn.Module) -> None:
     """Give all processes the buffers of the first, as DistributedDataParallel does before its next forward.
 
-    Running statistics that were updated by the last batch differ between processes until then.
+    Running statistics that were updated by the last batch differ between processes until then, and a checkpoint holds
+    those of the first.
+
+    Args:
+        trainer: the Trainer of the fit; all of its processes must call this together.
+        module: the module of the fit, or a part of it.
     """
     if getattr(trainer.strategy.model, "broadcast_buffers", False):
         processes = processes_of(trainer)
-        for buffer in trainer.lightning_module.buffers():
+        for buffer in module.buffers():
             processes.from_first(buffer)

@@ -190,7 +190,7 @@ def solve_in_fit(
         MisconfigurationException: if there are several data loaders.
         RuntimeError: if another process of the fit raised an error.
     """
-    share_buffers(trainer)
+    share_buffers(trainer, trainer.lightning_module)
     processes = processes_of(trainer)
     training = _in_memory(
         processes,

@@ -68,7 +68,7 @@ class StructureFreezeCallback(Callback):
         probe_size: number of inputs on which churn is measured.
         solver: minimises the training loss over the path weights once the structure is frozen, by one pass over the
             training data that leaves no trace in the fit. The freeze then is at the end of an epoch, so that validation
-            and checkpoint of that epoch are those of the solved head.
+            and checkpoint of that epoch are those of the solved head. Of several processes each reads its own part.
         stop_after_solve: whether the fit stops after the validation of the solved head (of several: of the last one);
             else the optimizer goes on.
         monitor: metric of the validation by which a freeze is judged; ``None`` for no judge.
@@ -78,7 +78,8 @@ class StructureFreezeCallback(Callback):
         verbose: whether to say when and why the structure was frozen.
 
     Attributes:
-        frozen: whether the head is frozen; of several heads, whether all are.
+        frozen: whether the head is frozen; of several heads, whether all are. Where a strategy starts the processes
+            that fit (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``), this object is not told; ask the module.
         freeze_epoch: first epoch that trained frozen, of several heads with all of them; or ``None``.
         freeze_reason: why it was frozen, in a sentence, or ``None``.
         churn_history: churn at each check until the freeze; of several heads that of the first.

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ settings.register_profile("project", deadline=None, max_examples=30)
 settings.load_profile("project")
 
 FRESH = "GLAI_TESTS_IN_A_FRESH_PROCESS"
+#: Begins a line of the output of a fresh process that says what its test recorded.
+PROPERTIES = "properties: "
 
 
 @pytest.fixture(autouse=True)
@@ -41,17 +44,29 @@ def pytest_pyfunc_call(pyfuncitem):
         check=False,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    for line in ran.stdout.splitlines():
+        if line.startswith(PROPERTIES):
+            pyfuncitem.user_properties += json.loads(line.removeprefix(PROPERTIES)).items()
     return True
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say how many cells of the resume matrix ran, each a fit that was cut and resumed, and how much was fuzzed."""
+    """Say how many cells of the matrices ran (fits cut and resumed, fits in several processes), how much was fuzzed."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
     noted = [dict(report.user_properties) for report in reports]
+    if FRESH in os.environ:
+        for properties in noted:
+            terminalreporter.write_line(PROPERTIES + json.dumps(properties))
+        return
     cells, mismatches, examples = (
         sum(properties.get(name, 0) for properties in noted)
         for name in ("resume cells", "resume mismatches", "fuzzed examples")
     )
+    for kind in ("identical processes", "processes as one"):
+        fits = sum(properties.get(f"{kind}: cells", 0) for properties in noted)
+        largest = max((properties.get(f"{kind}: difference", 0.0) for properties in noted), default=0.0)
+        if fits:
+            terminalreporter.write_line(f"{kind}: {fits} fits, largest difference {largest:.2g}")
     if cells:
         terminalreporter.write_line(f"resume matrix: {cells} cells ran, {mismatches} mismatches")
     if examples:

@@ -1,8 +1,10 @@
 """Fits in several processes, and what each of them ended with.
 
-Run as a script with a folder and a strategy: such a strategy starts the script again, or spawns what imports it.
+Run as a script, with a folder, a strategy, the kind of BatchNorm and an accelerator, it makes a fit under a strategy
+that starts the script again, or spawns what imports it.
 """
 
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,6 +78,7 @@ class DistributedFit:
         optimizer: class of the optimizer.
         lr: its rate.
         freeze_at_epoch: of the callback.
+        revert: whether every freeze is judged a failure, by each process with a score of its own.
         callback: class of the callback.
         samples: of the training data, 191 unless said otherwise: they do not divide evenly among processes.
         rows: batch size in each process.
@@ -92,6 +95,7 @@ class DistributedFit:
     optimizer: type = torch.optim.AdamW
     lr: float = 0.01
     freeze_at_epoch: int | None = None
+    revert: bool = False
     callback: type = StructureFreezeCallback
     samples: int = 191
     rows: int = 12
@@ -123,6 +127,7 @@ class DistributedFit:
             check_every_n_steps=self.check_every_n_steps,
             probe_size=self.samples,
             solver=LogisticSolver(center="zero", l2=1e-2, max_passes=8) if self.solver else None,
+            **({"monitor": "worse", "mode": "min", "revert_patience": 1} if self.revert else {}),
         )
         inputs, targets = make_data(self.samples + 51)
         training = TensorDataset(inputs[: self.samples], targets[: self.samples])
@@ -132,8 +137,10 @@ class DistributedFit:
             "devices": self.count,
             "strategy": self._strategy(),
             "accumulate_grad_batches": self.accumulate,
-            "plugins": [SyncOnCpu()] if self.norm == "sync" and self.count > 1 else None,
         }
+        if self.norm == "sync" and self.count > 1:
+            on_gpus = options.get("accelerator") == "cuda"
+            defaults |= {"sync_batchnorm": True} if on_gpus else {"plugins": [SyncOnCpu()]}
         trainer = make_trainer(freeze, SaveEveryProcess(folder), **{**defaults, **options})
         # Lightning puts such samplers in place of all others where there are several processes.
         sampler = DistributedSampler(training, num_replicas=1, rank=0) if self.count == 1 else None
@@ -150,11 +157,18 @@ class DistributedFit:
         return self.strategy
 
 
+def run_as_script(folder, strategy, norm="none", accelerator="cpu"):
+    subprocess.run([sys.executable, __file__, str(folder), strategy, norm, accelerator], check=True, timeout=200)
+
+
 class SaveEveryProcess(Callback):
     """Saves what each process ended with, before the processes end."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("worse", float(trainer.current_epoch + trainer.global_rank))
 
     def on_train_end(self, trainer, pl_module):
         freeze = next(c for c in trainer.callbacks if isinstance(c, StructureFreezeCallback))
@@ -164,6 +178,7 @@ class SaveEveryProcess(Callback):
             "weights": dict(pl_module.named_parameters()) | {f"head.{k}": v for k, v in pl_module.head.named_buffers()},
             "optimizer": {f"{p}.{k}": v for p, state in moments.items() for k, v in state.items() if v is not None},
             "freeze_epoch": freeze.freeze_epoch,
+            "reverts": freeze.heads["head"].guard.reverts,
             "churn_history": freeze.churn_history,
             "solved": None if report is None else (report.loss, report.start_loss, report.score, report.passes),
             "wrapped": type(trainer.strategy.model).__name__,
@@ -187,5 +202,5 @@ def largest_difference(ended, other, kinds=("weights", "optimizer")):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, strategy = sys.argv[1:]
-    DistributedFit(strategy, solver=True).run(folder)
+    folder, strategy, norm, accelerator = sys.argv[1:]
+    DistributedFit(strategy, solver=True, norm=norm).run(folder, accelerator=accelerator)

@@ -198,6 +198,7 @@ SETTINGS = [
     Setting("somebody's", "Adam", "output", LOGISTIC, check_every_n_steps=3, loader="torchdata"),
     Setting("our", "AdamW", "output", check_every_n_steps=3, processes=2),
     Setting("somebody's", "Adam", "tangent", processes=2),
+    Setting("our", "AdamW", "output", LOGISTIC, processes=2),
 ]
 
 
