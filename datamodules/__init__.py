@@ -1,9 +1,10 @@
-"""Data in memory for heads: whole batches cut out of tensors, resumable and sharded."""
+"""Data for heads, and for backbones with them: whole batches, resumable and sharded."""
 
 from glai_lightning.datamodules.digit_views import DigitViewsDataModule
 from glai_lightning.datamodules.digits import DigitEpisodesDataModule, DigitsDataModule
 from glai_lightning.datamodules.episodes import EpisodesDataModule
 from glai_lightning.datamodules.features import FeaturesDataModule
+from glai_lightning.datamodules.images import ImageFolderDataModule
 from glai_lightning.datamodules.views import ViewsDataModule
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "DigitsDataModule",
     "EpisodesDataModule",
     "FeaturesDataModule",
+    "ImageFolderDataModule",
     "ViewsDataModule",
 ]

@@ -83,6 +83,58 @@ def require_split_keys(arrays: Mapping[str, Array]) -> None:
         require_keys(arrays, (*REQUIRED_KEYS, *OPTIONAL_KEYS), "`arrays`")
 
 
+def check_fractions(val_fraction: float, test_fraction: float) -> None:
+    """Raise ``ValueError`` unless the parts to validate and to test on leave something to train on."""
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"Expected `val_fraction` to be in (0, 1), but got {val_fraction}.")
+    if not 0 <= test_fraction < 1 - val_fraction:
+        raise ValueError(
+            f"Expected `test_fraction` to be in [0, 1 - `val_fraction`), but got {test_fraction} with a "
+            f"`val_fraction` of {val_fraction}."
+        )
+
+
+def split_samples(
+    num_samples: int, *, val_fraction: float, test_fraction: float, seed: int, at_least: int = 1
+) -> dict[str, Tensor]:
+    """Draw which samples are validated, tested and trained on.
+
+    Args:
+        num_samples: samples to share out.
+        val_fraction: part to validate on, rounded to whole samples; 0 for no such split.
+        test_fraction: part to test on, likewise.
+        seed: of the draw, at least 0.
+        at_least: samples that each split is to have, 1 or 2.
+
+    Returns:
+        For each split the numbers of its samples, ascending, int64.
+
+    Raises:
+        ValueError: If a split has too few.
+
+    Example:
+        >>> {name: len(rows) for name, rows in split_samples(10, val_fraction=0.2, test_fraction=0, seed=0).items()}
+        {'val': 2, 'train': 8}
+    """
+    num_val, num_test = (round(num_samples * part) for part in (val_fraction, test_fraction))
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(num_samples))
+    rows = {
+        "val": order[:num_val],
+        "test": order[num_val : num_val + num_test],
+        "train": order[num_val + num_test :],
+    }
+    for split, fraction in (("val", val_fraction), ("test", test_fraction)):
+        if fraction == 0:
+            del rows[split]
+    for split, chosen in rows.items():
+        if len(chosen) < at_least:
+            wanted = {1: "one sample", 2: "two samples"}[at_least]
+            raise ValueError(
+                f"Expected at least {wanted} in each split, but got {len(chosen)} of {num_samples} for {split!r}."
+            )
+    return {split: chosen.sort().values for split, chosen in rows.items()}
+
+
 def _checked_rows(arrays: Mapping[str, Array], split: str) -> _Rows:
     inputs = _checked_inputs(f"x_{split}", as_tensor(f"x_{split}", arrays[f"x_{split}"]))
     targets = _checked_targets(f"y_{split}", as_tensor(f"y_{split}", arrays[f"y_{split}"]))

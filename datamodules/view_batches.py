@@ -140,7 +140,7 @@ class AugmentedViews(_ViewBatches):
             samples = [self._read(int(self.rows[row])) for row in torch.as_tensor(rows)]
         shapes = {tuple(view.shape) for views, _ in samples for view in views}
         if len(shapes) > 1:
-            raise ValueError(f"Expected all views to have the same shape, but got {sorted(shapes)}.")
+            raise ValueError(f"Expected all that `transform` returns to have the same shape, but got {sorted(shapes)}.")
         views = torch.stack([torch.stack(list(views)) for views, _ in samples], dim=1)
         if samples[0][1] is None:
             return views, None

@@ -7,7 +7,6 @@ from os import PathLike
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset
 from glai_lightning.datamodules.archives import existing_file, read_archive, require_keys
 from glai_lightning.datamodules.batches import BatchLoader, EqualBatchSampler, fit_progress
 from glai_lightning.datamodules.checks import as_tensor, check_finite, check_integer
+from glai_lightning.datamodules.splits import check_fractions, split_samples
 from glai_lightning.datamodules.standardisation import Standardisation
 from glai_lightning.datamodules.view_batches import AugmentedViews, CachedViews
 from glai_lightning.heads import GLAIHead
@@ -97,13 +97,7 @@ class ViewsDataModule(pl.LightningDataModule):
         check_integer("num_views", num_views, at_least=2)
         check_integer("seed", seed, at_least=0)
         check_integer("num_workers", num_workers, at_least=0)
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"Expected `val_fraction` to be in (0, 1), but got {val_fraction}.")
-        if not 0 <= test_fraction < 1 - val_fraction:
-            raise ValueError(
-                f"Expected `test_fraction` to be in [0, 1 - `val_fraction`), but got {test_fraction} with a "
-                f"`val_fraction` of {val_fraction}."
-            )
+        check_fractions(val_fraction, test_fraction)
         if path is not None:
             read = partial(read_archive, existing_file(path), required=("views",), optional=("y",))
             self._read_arrays: Callable[[], Mapping[str, Any]] = read
@@ -207,22 +201,9 @@ class ViewsDataModule(pl.LightningDataModule):
         return BatchLoader(batches, sampler=sampler, progress=progress, num_workers=self.num_workers)
 
     def _split(self, num_samples: int) -> dict[str, Tensor]:
-        num_val, num_test = (round(num_samples * part) for part in (self.val_fraction, self.test_fraction))
-        order = torch.from_numpy(np.random.default_rng(self.seed).permutation(num_samples))
-        rows = {
-            "val": order[:num_val],
-            "test": order[num_val : num_val + num_test],
-            "train": order[num_val + num_test :],
-        }
-        if self.test_fraction == 0:
-            del rows["test"]
-        for split, chosen in rows.items():
-            if len(chosen) < 2:
-                raise ValueError(
-                    "Expected at least two samples in each split, but got "
-                    f"{len(chosen)} of {num_samples} for {split!r}."
-                )
-        return {split: chosen.sort().values for split, chosen in rows.items()}
+        return split_samples(
+            num_samples, val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed, at_least=2
+        )
 
     def _make_live(self, dataset: Dataset[Any]) -> dict[str, AugmentedViews | CachedViews]:
         assert self.transform is not None

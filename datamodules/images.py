@@ -1,0 +1,180 @@
+"""Images in folders, one for each class, for backbones that read pixels."""
+
+import struct
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from glai_lightning.argument_checks import expect_choice
+from glai_lightning.datamodules.class_splits import SPLITS, listed
+from glai_lightning.datamodules.labelled import LabelledDataModule
+from glai_lightning.datamodules.splits import split_samples
+from glai_lightning.datamodules.view_batches import AugmentedViews
+from glai_lightning.optional import import_optional
+
+
+class ImageFolderDataModule(LabelledDataModule):
+    """Batches ``(images, labels)`` out of torchvision's ``ImageFolder``: ``root/train/cat/1.jpg`` is of class 'cat'.
+
+    Where there is no ``root/val`` or no ``root/test``, images of ``root/train`` are set apart for it. Images are read,
+    in RGB, and transformed when their batch is made. Order and transformation follow from the seed, the epoch and the
+    image, so that a fit resumed in the middle of an epoch goes on with what it would have had.
+
+    Args:
+        root: the folder that holds ``train`` and, if you like, ``val`` and ``test``, with the same classes.
+        transform: from a PIL image to a tensor or another image, all of one size; an image becomes a tensor
+            (3, height, width), uint8, as the backbones take it. By default images are left as they are.
+        batch_size: images in a batch, in each process.
+        val_fraction: part of ``train`` to validate on, in (0, 1); without effect where there is ``val``.
+        test_fraction: part of ``train`` to test on, in [0, 1 - ``val_fraction``), 0 for no test; without effect where
+            there is ``test``.
+        seed: of the splits, of the order and of random transformations, at least 0.
+        num_workers: processes that read images ahead; 0 for none.
+        unreadable: 'stop' with an error where an image cannot be read; or 'skip' such images, which reads all of them
+            once beforehand, and names them in one warning.
+
+    Raises:
+        ModuleNotFoundError: If torchvision is not installed.
+        TypeError: If ``batch_size``, ``seed`` or ``num_workers`` is no int.
+        ValueError: If there are no such folders, or an argument is out of its range; from :meth:`setup`, if there are
+            fewer than two classes, a class without images, classes in ``val`` or ``test`` that are not those of
+            ``train``, or too few images; from a loader, if images cannot be read or differ in size.
+    """
+
+    def __init__(
+        self,
+        root: str | PathLike[str],
+        transform: Callable[[Any], Any] | None = None,
+        batch_size: int = 64,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.2,
+        seed: int = 0,
+        num_workers: int = 0,
+        unreadable: Literal["stop", "skip"] = "stop",
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            seed=seed,
+            num_workers=num_workers,
+        )
+        expect_choice("unreadable", unreadable, ("stop", "skip"))
+        for folder, what in ((Path(root), "an existing folder"), (Path(root, "train"), "a folder that holds 'train'")):
+            if not folder.is_dir():
+                raise ValueError(f"Expected `root` to be {what}, but got '{root}'.")
+        _imported("torchvision.datasets")
+        self.root = Path(root)
+        self.transform = transform
+        self.unreadable = unreadable
+
+    def _read(self) -> tuple[Mapping[str, AugmentedViews], list[str]]:
+        folders = {split: self._read_folder(split) for split in SPLITS if (self.root / split).is_dir()}
+        train = folders["train"]
+        for folder in folders.values():
+            if folder.classes != train.classes:
+                raise ValueError(
+                    f"Expected the classes in '{folder.root}' to be those of 'train', {listed(train.classes)}, but got "
+                    f"{listed(folder.classes) or 'none'}."
+                )
+        absent = [train.classes[label] for label in set(range(len(train.classes))) - set(train.targets)]
+        if absent:
+            raise ValueError(f"Expected images of every class in '{train.root}', but got none of {listed(absent)}.")
+        rows = split_samples(
+            len(train),
+            val_fraction=0 if "val" in folders else self.val_fraction,
+            test_fraction=0 if "test" in folders else self.test_fraction,
+            seed=self.seed,
+        )
+        rows |= {split: torch.arange(len(folder)) for split, folder in folders.items() if split != "train"}
+        return {split: self._images(split, folders.get(split, train), rows[split]) for split in rows}, train.classes
+
+    def _read_folder(self, split: str) -> Any:
+        path = self.root / split
+        classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+        if len(classes) < 2:
+            raise ValueError(
+                f"Expected folders of at least two classes in '{path}', but got {listed(classes) or 'none'}."
+            )
+        folder = _imported("torchvision.datasets").ImageFolder(str(path), loader=read_image, allow_empty=True)
+        if self.unreadable == "skip":
+            self._skip_unreadable(folder)
+        if len(folder) == 0:
+            raise ValueError(f"Expected images in the folders of '{path}', but got none that can be read.")
+        return folder
+
+    def _skip_unreadable(self, folder: Any) -> None:
+        with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
+            readable = list(pool.map(_is_readable, (path for path, _ in folder.samples)))
+        skipped = [path for (path, _), fine in zip(folder.samples, readable, strict=True) if not fine]
+        if skipped:
+            named = listed(map(repr, skipped))
+            warnings.warn(f"Skipped images that cannot be read, {len(skipped)}: {named}.", stacklevel=2)
+        folder.samples = [sample for sample, fine in zip(folder.samples, readable, strict=True) if fine]
+        folder.targets = [label for _, label in folder.samples]
+
+    def _images(self, split: str, folder: Any, rows: Tensor) -> AugmentedViews:
+        return _Images(
+            folder,
+            rows,
+            _ToTensor(self.transform),
+            num_views=1,
+            seed=self.seed,
+            varied=split == "train",
+            batch_size=self.batch_size,
+        )
+
+
+class _Images(AugmentedViews):
+    """Batches of the one view of each image."""
+
+    def __getitem__(self, rows: Tensor | list[int]) -> tuple[Tensor, Tensor | None]:
+        (images,), labels = super().__getitem__(rows)
+        return images, labels
+
+
+class _ToTensor:
+    def __init__(self, transform: Callable[[Any], Any] | None) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Any) -> Tensor:
+        transformed = image if self.transform is None else self.transform(image)
+        if isinstance(transformed, Tensor):
+            return transformed
+        return _imported("torchvision.transforms.functional").pil_to_tensor(transformed)  # type: ignore[no-any-return]
+
+
+def read_image(path: str | PathLike[str]) -> Any:
+    """Read an image file as a PIL image in RGB.
+
+    Raises:
+        ValueError: If it is empty, damaged, of no known format, or unpacks to more than is safe; it is named.
+    """
+    image = _imported("PIL.Image")
+    # What Pillow raises for damaged files, whatever their format.
+    damaged = (OSError, ValueError, SyntaxError, EOFError, struct.error, image.DecompressionBombError)
+    try:
+        with image.open(path) as opened:
+            return opened.convert("RGB")
+    except damaged as error:
+        raise ValueError(
+            f"Expected an image that can be read, but got '{path}': {error}. With `unreadable='skip'` it is left out."
+        ) from error
+
+
+def _is_readable(path: str) -> bool:
+    try:
+        read_image(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _imported(name: str) -> Any:
+    return import_optional(name, needed_for="`ImageFolderDataModule`", extra="vision")
