@@ -103,7 +103,7 @@ def test_an_image_that_cannot_be_read_is_named(root, name):
         (root / "train" / other).write_bytes(damaged if other == name else kept)
     write_images(root / "val", number=1)
     data = ImageFolderDataModule(root, test_fraction=0)
-    with pytest.raises(ValueError, match=f"Expected an image that can be read, but got '.*{name}'"):
+    with pytest.raises(ValueError, match=rf"Expected an image that can be read, but got '.*{name}'"):
         batches_of(data)
 
 
@@ -151,19 +151,19 @@ def test_wrong_folders_and_arguments_are_refused(folders, arguments, message, tm
 
 def test_a_class_without_images_is_named(root):
     (root / "train" / "eel").mkdir()
-    with pytest.raises(ValueError, match="Expected images of every class in '.*train', but got none of eel."):
+    with pytest.raises(ValueError, match=r"Expected images of every class in '.*train', but got none of eel."):
         ImageFolderDataModule(root).setup()
 
 
 def test_other_classes_than_those_of_training_are_refused(root):
     write_images(root / "test", ["cat", "eel"], number=1)
-    with pytest.raises(ValueError, match="test' to be those of 'train', cat, dog, but got cat, eel."):
+    with pytest.raises(ValueError, match=r"test' to be those of 'train', cat, dog, but got cat, eel."):
         ImageFolderDataModule(root).setup()
 
 
 def test_too_few_images_to_split_are_refused(tmp_path):
     write_images(tmp_path / "train", number=1)
-    with pytest.raises(ValueError, match="Expected at least one sample in each split, but got 0 of 2 for 'val'."):
+    with pytest.raises(ValueError, match=r"Expected at least one sample in each split, but got 0 of 2 for 'val'."):
         ImageFolderDataModule(tmp_path).setup()
 
 
