@@ -7,6 +7,7 @@ import timm
 import torch
 from fits import make_trainer
 from PIL import Image
+from text_encoders import write_encoder, write_sentence_encoder
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -18,31 +19,15 @@ from glai_lightning.backbones import (
     TransformersBackbone,
 )
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "very", "film", "."]
-
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=12, **sizes)
-    BertModel(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    return folder
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="module")
 def sentence_encoder(encoder, tmp_path_factory):
-    from sentence_transformers import SentenceTransformer, models
-
-    folder = tmp_path_factory.mktemp("sentences")
-    modules = [models.Transformer(str(encoder), max_seq_length=12), models.Pooling(16), models.Normalize()]
-    SentenceTransformer(modules=modules, device="cpu").save(str(folder))
-    return folder
+    return write_sentence_encoder(tmp_path_factory.mktemp("sentences"), encoder)
 
 
 def test_timm_images_are_preprocessed_as_its_evaluation_transform_does():

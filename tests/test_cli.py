@@ -35,7 +35,7 @@ def fit(*arguments):
 
 OVERLAY = RECIPES / "multi_gpu.yaml"
 # They need data of the user: test_named_backbone_recipes.py runs them.
-ON_OWN_DATA = {RECIPES / "images.yaml"}
+ON_OWN_DATA = {RECIPES / "images.yaml", RECIPES / "texts.yaml"}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from text_encoders import write_encoder, write_sentence_encoder
 
 from glai_lightning.cli import main
 
@@ -39,3 +40,17 @@ def test_the_images_recipe_freezes_its_head_and_is_tested(capsys):
     assert "frozen at the start of epoch" in table
     assert "(best.ckpt)" in table
     assert Path("runs/images/version_0/structure_churn.png").exists()
+
+
+@pytest.mark.parametrize("backbone", ["SentenceTransformersBackbone", "TransformersBackbone"])
+def test_the_texts_recipe_freezes_its_head_and_is_tested(backbone, tmp_path, capsys):
+    encoder = write_encoder(tmp_path / "encoder")
+    if backbone == "SentenceTransformersBackbone":
+        encoder = write_sentence_encoder(tmp_path / "sentences", encoder)
+    sentences = [f"{'very ' * (row % 5)}{verdict} film .,{verdict}" for row in range(30) for verdict in ("good", "bad")]
+    Path("my_texts.csv").write_text("\n".join(["text,label", *sentences]))
+    small = [f"--model.backbone=glai_lightning.backbones.{backbone}", f"--model.backbone.name={encoder}"]
+    table = table_of("texts", capsys, *small, "--model.head.in_features=16")
+    assert "frozen at the start of epoch" in table
+    assert "(best.ckpt)" in table
+    assert Path("runs/texts/version_0/structure_churn.png").exists()

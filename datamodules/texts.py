@@ -1,0 +1,151 @@
+"""Labelled texts in a CSV file, for backbones that read strings."""
+
+import csv
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, Sampler
+
+from glai_lightning.datamodules.archives import existing_file
+from glai_lightning.datamodules.class_splits import listed
+from glai_lightning.datamodules.labelled import LabelledDataModule
+from glai_lightning.datamodules.splits import split_samples
+
+
+class TextRows:
+    """Batches ``(texts, labels)``: a list of strings, as the text backbones take it, and labels (batch,), int64.
+
+    Args:
+        texts: N strings.
+        labels: their classes (N,), int64.
+        batch_size: texts in a batch, for samplers that name single rows.
+
+    Example:
+        >>> TextRows(["good", "bad", "fine"], torch.tensor([1, 0, 1]), batch_size=2)[torch.tensor([2, 1])]
+        (['fine', 'bad'], tensor([1, 0]))
+    """
+
+    def __init__(self, texts: list[str], labels: Tensor, *, batch_size: int) -> None:
+        self.texts = texts
+        self.labels = labels
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, rows: Tensor | list[int]) -> tuple[list[str], Tensor]:
+        index = torch.as_tensor(rows)
+        return [self.texts[row] for row in index.tolist()], self.labels.index_select(0, index)
+
+    def in_batches(self, sampler: Sampler[int]) -> Iterable[Any]:
+        """Cut the single rows that a sampler names into batches."""
+        return BatchSampler(sampler, self.batch_size, drop_last=False)
+
+
+class TextsDataModule(LabelledDataModule):
+    r"""Batches ``(texts, labels)`` out of a CSV file with a header: a list of strings, and labels (batch,), int64.
+
+    Labels may be any strings; they are numbered in sorted order, and ``classes`` lists them. All texts are held in
+    memory. Training, validation and test rows are split by the seed.
+
+    Args:
+        path: the file, in UTF-8.
+        text_column: name of the column of the texts.
+        label_column: name of the column of their labels.
+        batch_size: texts in a batch, in each process.
+        val_fraction: part of the rows to validate on, in (0, 1), rounded to whole rows.
+        test_fraction: part of the rows to test on, in [0, 1 - ``val_fraction``), 0 for no test.
+        seed: of the splits and of the order, at least 0.
+
+    Raises:
+        TypeError: If ``batch_size`` or ``seed`` is no int.
+        ValueError: If there is no such file, or an argument is out of its range; from :meth:`setup`, if the file cannot
+            be read as CSV, lacks a column or rows, a text or label is empty, or there are fewer than two classes.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder, "films.csv")
+        ...     written = path.write_text("text,label\n" + "a good film,pro\na bad one,contra\n" * 5)
+        ...     data = TextsDataModule(path, batch_size=2)
+        ...     data.setup()
+        >>> data.classes
+        ['contra', 'pro']
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        text_column: str = "text",
+        label_column: str = "label",
+        batch_size: int = 64,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
+        self.path = existing_file(path)
+        self.text_column = text_column
+        self.label_column = label_column
+
+    def _read(self) -> tuple[Mapping[str, TextRows], list[str]]:
+        texts, names = read_columns(self.path, self.text_column, self.label_column)
+        classes = sorted(set(names))
+        if len(classes) < 2:
+            raise ValueError(
+                f"Expected at least two classes in the column {self.label_column!r} of '{self.path}', but got "
+                f"{listed(map(repr, classes))}."
+            )
+        number = {name: label for label, name in enumerate(classes)}
+        labels = torch.tensor([number[name] for name in names])
+        rows = split_samples(
+            len(texts), val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed
+        )
+        return {
+            split: TextRows([texts[row] for row in chosen.tolist()], labels[chosen], batch_size=self.batch_size)
+            for split, chosen in rows.items()
+        }, classes
+
+
+def read_columns(path: Path, *columns: str) -> tuple[list[str], ...]:
+    """Read columns of a CSV file with a header, in UTF-8, each with an entry in every row.
+
+    Args:
+        path: the file.
+        *columns: their names in the header.
+
+    Returns:
+        The entries of each column, without white space around them.
+
+    Raises:
+        ValueError: If the file cannot be read as CSV, lacks a column or rows, or an entry is empty or blank.
+    """
+    try:
+        # With a byte order mark or without one.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            header = list(reader.fieldnames or [])
+            rows = list(reader)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"Expected `path` to be a CSV file in UTF-8, but got '{path}': {error}.") from error
+    for column in columns:
+        if column not in header:
+            raise ValueError(
+                f"Expected '{path}' to have a column {column!r}, but got "
+                f"{listed(map(repr, header)) or 'an empty file'}."
+            )
+    if not rows:
+        raise ValueError(f"Expected rows behind the header of '{path}', but got none.")
+    entries = {column: [(row[column] or "").strip() for row in rows] for column in columns}
+    for column in columns:
+        if "" in entries[column]:
+            raise ValueError(
+                f"Expected an entry in the column {column!r} of every row of '{path}', but got an empty one in row "
+                f"{entries[column].index('') + 1} behind the header."
+            )
+    return tuple(entries[column] for column in columns)
