@@ -1,7 +1,7 @@
 """The supervised settings: every configuration in ``configs/``, compared as ``glai compare`` does.
 
-Three data sets of cached features or pixels, each under a constant rate with early stopping and under one-cycle to the
-end of its schedule. Runs that are finished are kept in ``--to``, where the same command goes on after an interruption.
+Three data sets of cached features or pixels, each under a constant rate with early stopping, under one-cycle to the end
+of its schedule, and at a high constant rate that suits the structure. Runs that are finished are kept in ``--to``, where the same command goes on after an interruption.
 Writes every run and every summary to ``results/``.
 
     GLAI_DATA=folder/with/npz python benchmarks/compare_supervised.py
@@ -71,7 +71,7 @@ def main() -> None:
     path = arguments.results / f"compare_supervised_{machine()}.json"
     path.write_text(json.dumps(summaries, indent=1) + "\n")
     print(f"Written to {path}")
-    for schedule in ("constant", "onecycle"):
+    for schedule in ("constant", "onecycle", "highrate"):
         print_geometric_means(comparisons, schedule)
 
 
