@@ -1,9 +1,8 @@
 """The supervised settings: every configuration in ``configs/``, compared as ``glai compare`` does.
 
-Three data sets of cached features or pixels, each under a constant rate with early stopping, under one-cycle to the end
-of its schedule, and at a high constant rate that suits the structure. Runs that are finished are kept in ``--to``, where
-the same command goes on after an interruption. Writes every run and every summary to
-``results/``.
+Three data sets of cached features or pixels, each under a constant rate with early stopping, under one-cycle to the
+end of its schedule, and at a high constant rate that suits the structure. Runs that are finished are kept in ``--to``,
+where the same command goes on after an interruption. Writes every run and every summary to ``results/``.
 
     GLAI_DATA=folder/with/npz python benchmarks/compare_supervised.py
 """
