@@ -120,7 +120,7 @@ class StructureFreezeCallback(Callback):
     ) -> None:
         super().__init__()
         self._names = as_names("head", head)
-        if paths not in ("output", "tangent", "independent"):
+        if not isinstance(paths, str) or paths not in ("output", "tangent", "independent"):
             raise MisconfigurationException(
                 f"Expected `paths` to be 'output', 'tangent' or 'independent', but got {paths!r}."
             )
@@ -466,7 +466,7 @@ class StructureFreezeCallback(Callback):
 def _check_monitor(monitor: str | None, mode: str, revert_tolerance: float, revert_patience: int) -> None:
     if monitor is not None and (not isinstance(monitor, str) or not monitor):
         raise MisconfigurationException(f"Expected `monitor` to be the name of a metric, but got {monitor!r}.")
-    if mode not in ("min", "max"):
+    if not isinstance(mode, str) or mode not in ("min", "max"):
         raise MisconfigurationException(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
     check_range("revert_tolerance", revert_tolerance, 0.0, math.inf)
     check_least("revert_patience", revert_patience, 1)

@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import glai_lightning  # noqa: F401  (first: it lets torchvision be imported beside a CPU-only torch)
+
+# isort: split
 import torch
 import torch.distributed as dist
 from fits import CLASSES, FEATURES, make_data, make_trainer

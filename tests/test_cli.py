@@ -270,9 +270,9 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
         (
             [
                 "--trainer.callbacks+=glai_lightning.callbacks.StructureFreezeCallback",
-                "--trainer.callbacks.monitor=val/accuracy",
+                "--trainer.callbacks.revert_patience=3",
             ],
-            "Expected `monitor` to be left at its default, but it is not built yet.",
+            "Expected `monitor` to be given with `revert_patience`, but got None.",
         ),
         (
             ["--model.head.in_features=7"],

@@ -194,7 +194,7 @@ def quiet() -> Iterator[None]:
 def _check(*, seeds: int, mode: str, patience: int | None) -> None:
     if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
         raise MisconfigurationException(f"Expected `seeds` to be an integer of at least 1, but got {seeds!r}.")
-    if mode not in ("min", "max"):
+    if not isinstance(mode, str) or mode not in ("min", "max"):
         raise MisconfigurationException(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
     if patience is not None and (not isinstance(patience, int) or isinstance(patience, bool) or patience < 1):
         raise MisconfigurationException(
