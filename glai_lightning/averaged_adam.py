@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from glai_lightning.batches import FeatureBatches, SystematicSample
-from glai_lightning.cross_entropy import Center, CrossEntropy, LogisticObjective, check_batch, linear_logits
-from glai_lightning.processes import Processes
+from glai_lightning.cross_entropy import LogisticObjective, check_batch, linear_logits
 
 #: Rows of the sample on which loss and gradient are reported.
 _SAMPLED_ROWS = 4096
@@ -23,46 +22,24 @@ class AveragedAdam:
     made on one minibatch of every process, whose gradients are added up, so that the weights are the same in all.
 
     Args:
-        batches: features and labels of this process; checked in the first pass.
-        start: weights (C, F), or (C, F + 1) with the bias as the last column, at the start; not changed.
-        has_bias: whether the last column of weights is a bias.
-        cross_entropy: the loss; the mean of a minibatch weighs samples as that of all does.
-        l2: strength of the penalty.
-        center: what the penalty pulls to, see ``solve_logistic``.
+        objective: what is minimised, and from where on; its batches are checked in the first pass. The mean of a
+            minibatch weighs samples as that of all does.
         learning_rate: step size of Adam.
         batch_size: rows of a minibatch.
-        processes: those that share the samples.
     """
 
-    def __init__(
-        self,
-        batches: FeatureBatches,
-        start: Tensor,
-        *,
-        has_bias: bool,
-        cross_entropy: CrossEntropy,
-        l2: float,
-        center: Center,
-        learning_rate: float,
-        batch_size: int,
-        processes: Processes,
-    ) -> None:
+    def __init__(self, objective: LogisticObjective, *, learning_rate: float, batch_size: int) -> None:
+        self.objective = objective
         self.passes = self.steps = 0
-        self._batches = batches
-        self.start = start
-        self.has_bias = has_bias
-        self._cross_entropy = cross_entropy
-        self._l2 = l2
-        self._center = center
+        start = objective.start
         self._batch_size = batch_size
-        self.processes = processes
         self._weights = start.clone()
         self._average, self._averaged = torch.zeros_like(start), 0
         self._adam = torch.optim.Adam([self._weights], lr=learning_rate, fused=start.device.type in ("cpu", "cuda"))
         self._order = torch.Generator().manual_seed(0)
-        self._sample = SystematicSample(_SAMPLED_ROWS, batches.samples)
+        self._sample = SystematicSample(_SAMPLED_ROWS, objective.batches.samples)
         self._nothing = (
-            start.new_empty(0, start.shape[1] - has_bias),
+            start.new_empty(0, start.shape[1] - objective.has_bias),
             torch.empty(0, dtype=torch.int64).to(start.device),
         )
         self._sample.add(*self._nothing)
@@ -91,35 +68,27 @@ class AveragedAdam:
 
     def sampled_objective(self) -> LogisticObjective:
         """Return what is minimised, of a sample of what was read in the first pass, spread evenly over it."""
-        return LogisticObjective(
-            FeatureBatches(*self._sample.collect()),
-            self.start,
-            has_bias=self.has_bias,
-            cross_entropy=self._cross_entropy,
-            l2=self._l2,
-            center=self._center,
-            processes=self.processes,
-        )
+        return self.objective.over(FeatureBatches(*self._sample.collect()))
 
     def _step(self, features: Tensor, labels: Tensor) -> None:
-        logits = linear_logits(self._weights, features, has_bias=self.has_bias)
-        weight = self._cross_entropy.class_weights[labels].sum()
-        if self._center == "current":
-            change = logits - linear_logits(self.start, features, has_bias=self.has_bias)
-        _, by_logits = self._cross_entropy.evaluate(logits, labels)
-        if self._center == "current" and len(labels):
-            by_logits.add_(change, alpha=self._l2 * float(weight) / len(labels))
+        logits = linear_logits(self._weights, features, has_bias=self.objective.has_bias)
+        weight = self.objective.cross_entropy.class_weights[labels].sum()
+        if self.objective.center == "current":
+            change = logits - linear_logits(self.objective.start, features, has_bias=self.objective.has_bias)
+        _, by_logits = self.objective.cross_entropy.evaluate(logits, labels)
+        if self.objective.center == "current" and len(labels):
+            by_logits.add_(change, alpha=self.objective.l2 * float(weight) / len(labels))
         # The last column is the weight of the samples, so that one sum over processes adds up both.
-        summed = features.new_empty(len(self.start), self.start.shape[1] + 1)
+        summed = features.new_empty(len(self.objective.start), self.objective.start.shape[1] + 1)
         torch.mm(by_logits, features, out=summed[:, : features.shape[1]])
-        if self.has_bias:
+        if self.objective.has_bias:
             summed[:, -2] = by_logits.sum(1)
         summed[:, -1] = weight
-        self.processes.sum(summed)
+        self.objective.processes.sum(summed)
         # Samples of weight 0 alone have no gradient either.
         gradient = summed[:, :-1] / summed[0, -1].clamp(min=torch.finfo(summed.dtype).tiny)
-        if self._center == "zero":
-            gradient[:, : features.shape[1]].add_(self._weights[:, : features.shape[1]], alpha=self._l2)
+        if self.objective.center == "zero":
+            gradient[:, : features.shape[1]].add_(self._weights[:, : features.shape[1]], alpha=self.objective.l2)
         self._weights.grad = gradient
         self._adam.step()
 
@@ -128,39 +97,39 @@ class AveragedAdam:
 
         Where one process raises an error, all do, and all stop together.
         """
-        own = self._shuffled() if self._batches.in_memory else self._cut()
+        own = self._shuffled() if self.objective.batches.in_memory else self._cut()
         while True:
-            with self.processes.failing_together():
+            with self.objective.processes.failing_together():
                 features, labels = next(own, self._nothing)
-            (rows,) = self.processes.sum_numbers(len(features))
+            (rows,) = self.objective.processes.sum_numbers(len(features))
             if rows == 0:
                 return
             yield features, labels
 
     def _shuffled(self) -> Iterator[tuple[Tensor, Tensor]]:
-        features, targets = self._batches.features, self._batches.targets
+        features, targets = self.objective.batches.features, self.objective.batches.targets
         assert isinstance(features, Tensor)
         assert targets is not None
         if self.passes == 0:
-            for batch in self._batches:
+            for batch in self.objective.batches:
                 self._check_and_sample(*batch)
         for rows in torch.split(torch.randperm(len(features), generator=self._order), self._batch_size):
-            yield features[rows].to(self.start), self._labels(targets[rows])
+            yield features[rows].to(self.objective.start), self._labels(targets[rows])
 
     def _cut(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for features, targets in self._batches:
+        for features, targets in self.objective.batches:
             if self.passes == 0:
                 self._check_and_sample(features, targets)
             pairs = zip(torch.split(features, self._batch_size), torch.split(targets, self._batch_size), strict=True)
             for some_features, some_targets in pairs:
-                yield some_features.to(self.start), self._labels(some_targets)
+                yield some_features.to(self.objective.start), self._labels(some_targets)
 
     def _labels(self, targets: Tensor) -> Tensor:
-        return targets.reshape(-1).to(self.start.device, torch.int64)
+        return targets.reshape(-1).to(self.objective.start.device, torch.int64)
 
     def _check_and_sample(self, features: Tensor, targets: Tensor) -> None:
-        width = self.start.shape[1] - self.has_bias
-        check_batch(features, targets, num_features=width, num_logits=len(self.start))
+        width = self.objective.start.shape[1] - self.objective.has_bias
+        check_batch(features, targets, num_features=width, num_logits=len(self.objective.start))
         if not bool(features.isfinite().all()):
             raise ValueError("Expected features to be finite, but got NaN or infinity.")
-        self._sample.add(features.to(self.start), self._labels(targets))
+        self._sample.add(features.to(self.objective.start), self._labels(targets))

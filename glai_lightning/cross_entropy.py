@@ -99,11 +99,23 @@ class LogisticObjective:
         self.batches = batches
         self.start = start
         self.has_bias = has_bias
-        self._cross_entropy = cross_entropy
-        self._l2 = l2
-        self._center = center
+        self.cross_entropy = cross_entropy
+        self.l2 = l2
+        self.center = center
         self._total_weight = 0.0
         self._start_logits: list[Tensor] = []
+
+    def over(self, batches: FeatureBatches) -> "LogisticObjective":
+        """Return the same objective over other batches."""
+        return LogisticObjective(
+            batches,
+            self.start,
+            has_bias=self.has_bias,
+            cross_entropy=self.cross_entropy,
+            l2=self.l2,
+            center=self.center,
+            processes=self.processes,
+        )
 
     def begin(self, sample: SystematicSample) -> Point:
         """Make the first pass, at the start: checks what is read and fills a sample of it.
@@ -125,11 +137,11 @@ class LogisticObjective:
                 features, labels = self._moved(features, targets)
                 sample.add(features, labels)
                 logits = linear_logits(self.start, features, has_bias=self.has_bias)
-                if self.batches.in_memory and self._center == "current":
+                if self.batches.in_memory and self.center == "current":
                     self._start_logits.append(logits.clone())
-                batch_loss, by_logits = self._cross_entropy.evaluate(logits, labels)
+                batch_loss, by_logits = self.cross_entropy.evaluate(logits, labels)
                 loss += batch_loss
-                total_weight += self._cross_entropy.class_weights[labels].sum(dtype=torch.float64)
+                total_weight += self.cross_entropy.class_weights[labels].sum(dtype=torch.float64)
                 self._accumulate(gradient, by_logits, features)
                 samples += len(features)
         self.passes += 1
@@ -149,7 +161,7 @@ class LogisticObjective:
         loss = torch.zeros((), dtype=torch.float64, device=weights.device)
         gradient = torch.zeros_like(weights)
         samples = 0
-        pull = self._l2 * self._total_weight / self.samples if self._center == "current" else 0.0
+        pull = self.l2 * self._total_weight / self.samples if self.center == "current" else 0.0
         with self.processes.failing_together():
             for index, (features, targets) in enumerate(self.batches):
                 features, labels = self._moved(features, targets)
@@ -157,7 +169,7 @@ class LogisticObjective:
                 if pull:
                     change = logits - self._logits_at_start(index, features)
                     loss += 0.5 * pull * change.square().sum(dtype=torch.float64)
-                batch_loss, by_logits = self._cross_entropy.evaluate(logits, labels)
+                batch_loss, by_logits = self.cross_entropy.evaluate(logits, labels)
                 loss += batch_loss
                 if pull:
                     by_logits.add_(change, alpha=pull)
@@ -177,9 +189,9 @@ class LogisticObjective:
         return CovariancePreconditioner(
             sample,
             class_probabilities(linear_logits(weights, features, has_bias=self.has_bias)),
-            self._cross_entropy.sample_weights(labels) * (self.samples / self._total_weight),
-            ridge=self._l2 if self._center == "zero" else 0.0,
-            logit_ridge=self._l2 if self._center == "current" else 0.0,
+            self.cross_entropy.sample_weights(labels) * (self.samples / self._total_weight),
+            ridge=self.l2 if self.center == "zero" else 0.0,
+            logit_ridge=self.l2 if self.center == "current" else 0.0,
             blocks=blocks,
         )
 
@@ -194,10 +206,10 @@ class LogisticObjective:
         """Turn sums over samples into means, the gradient of this process into that of all; add the penalty."""
         self.processes.sum(gradient).div_(self._total_weight)
         mean_loss = loss / self._total_weight
-        if self._center == "zero":
+        if self.center == "zero":
             without_bias = weights[:, :-1] if self.has_bias else weights
-            mean_loss += 0.5 * self._l2 * float(without_bias.square().sum(dtype=torch.float64))
-            gradient[:, : without_bias.shape[1]].add_(without_bias, alpha=self._l2)
+            mean_loss += 0.5 * self.l2 * float(without_bias.square().sum(dtype=torch.float64))
+            gradient[:, : without_bias.shape[1]].add_(without_bias, alpha=self.l2)
         return Point(weights, mean_loss, gradient)
 
     def _logits_at_start(self, index: int, features: Tensor) -> Tensor:

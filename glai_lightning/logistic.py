@@ -136,32 +136,20 @@ def solve_logistic(
     start = weight.detach().to(_compute_dtype(batches.features, weight, processes))
     start = torch.cat([start] if bias is None else [start, bias.detach().to(start).unsqueeze(1)], dim=1)
     processes.from_first(start)
-    cross_entropy = CrossEntropy(_class_weights(class_weights, start), label_smoothing)
-    has_bias = bias is not None
+    objective = LogisticObjective(
+        batches,
+        start,
+        has_bias=bias is not None,
+        cross_entropy=CrossEntropy(_class_weights(class_weights, start), label_smoothing),
+        l2=l2,
+        center=center,
+        processes=processes,
+    )
     descent: _Descent | _AveragedDescent
     if method == "minibatch":
-        steps = AveragedAdam(
-            batches,
-            start,
-            has_bias=has_bias,
-            cross_entropy=cross_entropy,
-            l2=l2,
-            center=center,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            processes=processes,
-        )
+        steps = AveragedAdam(objective, learning_rate=learning_rate, batch_size=batch_size)
         descent = _AveragedDescent(steps, held_out, max_passes=max_passes)
     else:
-        objective = LogisticObjective(
-            batches,
-            start,
-            has_bias=has_bias,
-            cross_entropy=cross_entropy,
-            l2=l2,
-            center=center,
-            processes=processes,
-        )
         descent = _Descent(objective, held_out, max_passes=max_passes)
     reason = descent.run(tolerance=tolerance, patience=patience)
     begin, best = descent.begin, descent.best
@@ -265,11 +253,11 @@ class _AveragedDescent:
         self._held_out = held_out
         self._max_passes = max_passes
         self.best_step = 0
-        self.score = self.start_score = self._score(adam.start)
+        self.score = self.start_score = self._score(adam.objective.start)
 
     def run(self, *, tolerance: float, patience: int) -> str:
         """Make all passes, fewer if validation says so, and return the reason to stop; there is no ``tolerance``."""
-        best, best_pass, reason = self._adam.start, 1, "max_passes"
+        best, best_pass, reason = self._adam.objective.start, 1, "max_passes"
         # The average of the first pass is of weights on their way, and dropped after it.
         self._adam.make_pass()
         while self._adam.passes < self._max_passes:
@@ -298,8 +286,9 @@ class _AveragedDescent:
     def _score(self, weights: Tensor) -> float | None:
         if self._held_out is None:
             return None
+        objective = self._adam.objective
         return classification_accuracy(
-            weights, self._held_out, has_bias=self._adam.has_bias, processes=self._adam.processes
+            weights, self._held_out, has_bias=objective.has_bias, processes=objective.processes
         )
 
 
