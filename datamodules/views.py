@@ -6,22 +6,22 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from glai_lightning.datamodules.archives import existing_file, read_archive, require_keys
-from glai_lightning.datamodules.batches import BatchLoader, EqualBatchSampler, fit_progress
+from glai_lightning.datamodules.batches import EqualBatchSampler
 from glai_lightning.datamodules.checks import as_tensor, check_finite, check_integer
-from glai_lightning.datamodules.splits import check_fractions, split_samples
+from glai_lightning.datamodules.split_loading import SplitDataModule
+from glai_lightning.datamodules.splits import split_samples
 from glai_lightning.datamodules.standardisation import Standardisation
 from glai_lightning.datamodules.view_batches import AugmentedViews, CachedViews
 from glai_lightning.heads import GLAIHead
 from glai_lightning.path_caching import cache_path_activations
 
 
-class ViewsDataModule(pl.LightningDataModule):
+class ViewsDataModule(SplitDataModule):
     """Batches ``(views, labels)``: views (num_views, batch, ...) of each sample, labels (batch,) or ``None``.
 
     Views come from one of two sources:
@@ -70,6 +70,10 @@ class ViewsDataModule(pl.LightningDataModule):
         (torch.Size([2, 14, 6]), torch.Size([14]))
     """
 
+    # A contrastive loss compares the samples of a batch.
+    sampler_class = EqualBatchSampler
+    smallest_batch = 2
+
     def __init__(
         self,
         path: str | PathLike[str] | None = None,
@@ -83,7 +87,13 @@ class ViewsDataModule(pl.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            batch_size=batch_size,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            seed=seed,
+            num_workers=num_workers,
+        )
         given = [n for n, v in (("path", path), ("arrays", arrays), ("dataset", dataset)) if v is not None]
         if len(given) != 1:
             got = " and ".join(f"`{name}`" for name in given) or "none of them"
@@ -93,11 +103,7 @@ class ViewsDataModule(pl.LightningDataModule):
                 "Expected `transform` to come with a `dataset`, and a `dataset` with a `transform` that makes its "
                 f"views, but got {'no' if transform is None else 'a'} transform with `{given[0]}`."
             )
-        check_integer("batch_size", batch_size, at_least=2)
         check_integer("num_views", num_views, at_least=2)
-        check_integer("seed", seed, at_least=0)
-        check_integer("num_workers", num_workers, at_least=0)
-        check_fractions(val_fraction, test_fraction)
         if path is not None:
             read = partial(read_archive, existing_file(path), required=("views",), optional=("y",))
             self._read_arrays: Callable[[], Mapping[str, Any]] = read
@@ -106,23 +112,10 @@ class ViewsDataModule(pl.LightningDataModule):
             self._read_arrays = partial(dict, arrays)
         self.dataset = dataset
         self.transform = transform
-        self.batch_size = batch_size
         self.num_views = num_views
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
-        self.seed = seed
-        self.num_workers = num_workers
         self._splits: dict[str, AugmentedViews | CachedViews] | None = None
         self._num_features: int | None = None
         self._num_classes: int | None = None
-
-    def setup(self, stage: str | None = None) -> None:
-        """Read, check and split the data; only the first call does.
-
-        Args:
-            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-        """
-        _ = self.splits
 
     @property
     def splits(self) -> Mapping[str, AugmentedViews | CachedViews]:
@@ -169,36 +162,6 @@ class ViewsDataModule(pl.LightningDataModule):
             twin._splits[split] = batches.replace_views(cache_path_activations(head, batches.views))
         twin._num_features = head.layout.output.in_features
         return twin
-
-    def train_dataloader(self) -> BatchLoader:
-        """Return the training samples, in another order and through other views in every epoch."""
-        return self._loader("train", shuffled=True)
-
-    def val_dataloader(self) -> BatchLoader:
-        """Return the validation samples, always in the same order and through the same views."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> BatchLoader | list[BatchLoader]:
-        """Return the test samples, or no loader where there are none."""
-        return self._loader("test") if "test" in self.splits else []
-
-    def predict_dataloader(self) -> BatchLoader | list[BatchLoader]:
-        """Return the test samples, or no loader where there are none."""
-        return self.test_dataloader()
-
-    def _loader(self, split: str, *, shuffled: bool = False) -> BatchLoader:
-        trainer = self.trainer
-        batches = self.splits[split]
-        # What Lightning is about to shard the sampler with; None unless the strategy is a distributed one.
-        sharding = trainer.distributed_sampler_kwargs if trainer is not None else None
-        sampler = EqualBatchSampler(
-            len(batches),
-            self.batch_size,
-            shuffle_seed=self.seed if shuffled else None,
-            num_shards=1 if sharding is None else sharding["num_replicas"],
-        )
-        progress = partial(fit_progress, trainer) if shuffled and trainer is not None and trainer.training else None
-        return BatchLoader(batches, sampler=sampler, progress=progress, num_workers=self.num_workers)
 
     def _split(self, num_samples: int) -> dict[str, Tensor]:
         return split_samples(
