@@ -95,11 +95,16 @@ def check_episodes_fit(split: str, labels: Tensor, *, ways: int, shots: int, que
             f"Expected at least {ways} classes in '{split}' for episodes of {ways} ways, but got {len(classes)}: "
             f"{listed(classes.tolist()) or 'none'}."
         )
+    check_class_sizes(f"in '{split}'", classes, counts, shots=shots, queries=queries)
+
+
+def check_class_sizes(where: str, classes: Tensor, counts: Tensor, *, shots: int, queries: int) -> None:
+    """Raise ``ValueError`` if a class has too few samples for support and query; ``where`` is what the classes are."""
     short = counts < shots + queries
     if short.any():
         named = [f"{label} with {n}" for label, n in zip(classes[short].tolist(), counts[short].tolist(), strict=True)]
         raise ValueError(
-            f"Expected every class in '{split}' to have at least {shots + queries} samples, {shots} for the support "
+            f"Expected every class {where} to have at least {shots + queries} samples, {shots} for the support "
             f"and {queries} for the query, but got class {listed(named)}."
         )
 

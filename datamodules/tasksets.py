@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from glai_lightning.datamodules.checks import check_finite
-from glai_lightning.datamodules.class_splits import check_disjoint, listed
+from glai_lightning.datamodules.class_splits import check_class_sizes, check_disjoint, listed
 from glai_lightning.datamodules.episode_drawing import Episode
 
 
@@ -95,13 +95,7 @@ def split_task(samples: Tensor, labels: Tensor, *, shots: int, queries: int) -> 
     classes, counts = torch.unique_consecutive(labels[order], return_counts=True)
     if len(classes) < 2:
         raise ValueError(f"Expected a task of at least 2 classes, but got {listed(classes.tolist()) or 'none'}.")
-    short = counts < shots + queries
-    if short.any():
-        named = [f"{label} with {n}" for label, n in zip(classes[short].tolist(), counts[short].tolist(), strict=True)]
-        raise ValueError(
-            f"Expected every class of a task to have at least {shots + queries} samples, {shots} for the support and "
-            f"{queries} for the query, but got class {listed(named)}."
-        )
+    check_class_sizes("of a task", classes, counts, shots=shots, queries=queries)
     starts = (counts.cumsum(0) - counts).unsqueeze(1)
     support = order[(starts + torch.arange(shots)).flatten()]
     query = order[(starts + torch.arange(shots, shots + queries)).flatten()]

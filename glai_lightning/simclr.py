@@ -1,7 +1,6 @@
 """SimCLRModule: self-supervised contrastive learning with a projection head."""
 
 from collections.abc import Sequence
-from importlib import import_module
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from glai_lightning.modules import HeadModule, OptimizerFactory, SchedulerFactory
 from glai_lightning.nearest_neighbours import NearestNeighbourAccuracy
 from glai_lightning.online_probe import OnlineProbe
+from glai_lightning.optional import import_optional
 
 
 class _Outputs(NamedTuple):
@@ -214,13 +214,7 @@ def _stack(views: Tensor | Sequence[Tensor]) -> Tensor:
 
 def _make_loss(temperature: float) -> nn.Module:
     # `lightly` itself and its utilities import `pytorch_lightning`, a twin of `lightning.pytorch`; these parts do not.
-    try:
-        losses = import_module("lightly.loss")
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "Expected `lightly` to be installed for `SimCLRModule`, but it cannot be imported: "
-            f"pip install 'glai-lightning[ssl]'. ({error})"
-        ) from error
+    losses = import_optional("lightly.loss", needed_for="`SimCLRModule`", extra="ssl")
     # One process alone gathers nothing.
     loss: nn.Module = losses.NTXentLoss(temperature, gather_distributed=torch.distributed.is_available())
     return loss
