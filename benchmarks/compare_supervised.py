@@ -14,9 +14,10 @@ import os
 import statistics
 from pathlib import Path
 
+import glai_lightning  # noqa: F401  # isort: skip  (lets lightning be imported beside a mismatched torchvision)
+
 from measuring import RESULTS, comparison_rows, machine, save_results, use_one_thread
 
-import glai_lightning  # noqa: F401  (before lightning)
 from glai_lightning.comparison import Comparison
 from glai_lightning.comparison.command import compare_configuration
 

@@ -12,10 +12,11 @@ import logging
 import statistics
 import warnings
 
-from lightning.pytorch import Trainer, seed_everything
-from measuring import interleave, median_cpu, median_ratio, save_results, use_one_thread
+import glai_lightning  # noqa: F401  # isort: skip  (lets lightning be imported beside a mismatched torchvision)
 
-import glai_lightning  # noqa: F401  (before lightning)
+from lightning.pytorch import seed_everything
+from measuring import interleave, median_cpu, median_ratio, quiet_trainer, save_results, use_one_thread
+
 from glai_lightning import SupervisedModule, mlp_head
 from glai_lightning.comparison.recording import RunRecorder
 from glai_lightning.comparison.statistics import ratio_interval
@@ -37,16 +38,7 @@ def main() -> None:
 
     def fit(*callbacks: RunRecorder) -> None:
         seed_everything(0, verbose=False)
-        trainer = Trainer(
-            max_epochs=arguments.epochs,
-            callbacks=list(callbacks),
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
+        trainer = quiet_trainer(arguments.epochs, *callbacks)
         trainer.fit(SupervisedModule(mlp_head(64, arguments.hidden, 10)), data)
 
     def recorded() -> None:

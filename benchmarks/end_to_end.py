@@ -14,6 +14,9 @@ import os
 from pathlib import Path
 
 import numpy as np
+
+import glai_lightning  # noqa: F401  # isort: skip  (lets lightning be imported beside a mismatched torchvision)
+
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer
@@ -21,7 +24,6 @@ from measuring import comparison_rows, save_results, use_one_thread
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import glai_lightning  # noqa: F401  (before lightning)
 from glai_lightning import SupervisedModule, mlp_head
 from glai_lightning.comparison import compare, text_report
 

@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import glai_lightning  # noqa: F401  # isort: skip  (lets torchvision be imported beside a CPU-only torch)
+
 import torch
+from lightning.pytorch import Callback, Trainer
 
 from glai_lightning.comparison import Comparison
 from glai_lightning.comparison.machine import processor_name
@@ -79,6 +82,20 @@ def machine() -> str:
 def use_one_thread() -> None:
     """Let PyTorch compute on one thread: with several, CPU seconds count threads that wait, too."""
     torch.set_num_threads(1)
+
+
+def quiet_trainer(epochs: int, *callbacks: Callback) -> Trainer:
+    """Make a Trainer on the CPU that does nothing but fit and validate."""
+    return Trainer(
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
 
 
 def save_results(benchmark: str, rows: Sequence[Mapping[str, object]], folder: Path = RESULTS) -> Path:

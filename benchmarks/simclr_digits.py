@@ -11,8 +11,8 @@ import glai_lightning  # noqa: F401  # isort: skip  (lets torchvision, which lig
 
 import torch
 from lightly.models.modules import SimCLRProjectionHead
-from lightning.pytorch import Trainer, seed_everything
-from measuring import save_results, use_one_thread
+from lightning.pytorch import seed_everything
+from measuring import quiet_trainer, save_results, use_one_thread
 
 from glai_lightning import SimCLRModule
 from glai_lightning.callbacks import StructureFreezeCallback
@@ -33,16 +33,7 @@ def fit(seed: int, frozen: bool) -> dict[str, object]:
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
     )
     callbacks = [StructureFreezeCallback(verbose=False)] if frozen else []
-    trainer = Trainer(
-        max_epochs=20,
-        callbacks=callbacks,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = quiet_trainer(20, *callbacks)
     started = time.process_time()
     trainer.fit(module, data)
     seconds = time.process_time() - started

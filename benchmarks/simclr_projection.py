@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from lightly.loss import NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
 from lightning.pytorch import Callback, Trainer, seed_everything
-from measuring import interleave, median_cpu, median_ratio, save_results, use_one_thread
+from measuring import interleave, median_cpu, median_ratio, quiet_trainer, save_results, use_one_thread
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
@@ -129,16 +129,7 @@ class Epochs(Callback):
 
 
 def fit(module: SimCLRModule, data: ViewsDataModule, epochs: int, *callbacks: Callback) -> Trainer:
-    trainer = Trainer(
-        max_epochs=epochs,
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = quiet_trainer(epochs, *callbacks)
     trainer.fit(module, data)
     return trainer
 
