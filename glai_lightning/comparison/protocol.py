@@ -18,6 +18,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from glai_lightning.callbacks.solving import Solver
 from glai_lightning.comparison.energy import EnergyMeter, find_meter
 from glai_lightning.comparison.fitting import MakeFit, Rules, prepare_fit, record_fit, score_best
+from glai_lightning.comparison.interrupts import interrupts_deferred
 from glai_lightning.comparison.machine import describe_machine
 from glai_lightning.comparison.plots import write_plots
 from glai_lightning.comparison.recording import Mode, RunRecorder
@@ -156,7 +157,8 @@ def _run(
     fit = prepare_fit(make_fit(seed), variant, rules, findings.solver)
     recorder = RunRecorder(rules.score, rules.mode, fit.freeze, meter, show)
     # What was left of the run before is collected now, and not on this run's clock.
-    gc.collect()
+    with interrupts_deferred():
+        gc.collect()
     # Again, because a head of another width has drawn other numbers: the batches are to be the same.
     seed_everything(seed, workers=True, verbose=False)
     with warnings.catch_warnings():
