@@ -14,14 +14,9 @@ def interrupts_deferred() -> Iterator[None]:
     in the first finaliser that runs, such as that of Lightning's profiler, and is lost there.
 
     Example:
-        >>> try:
-        ...     with interrupts_deferred():
-        ...         signal.raise_signal(signal.SIGINT)
-        ...         print("goes on")
-        ... except KeyboardInterrupt:
-        ...     print("and is interrupted")
-        goes on
-        and is interrupted
+        >>> import gc
+        >>> with interrupts_deferred():
+        ...     _ = gc.collect()
     """
     handler = signal.getsignal(signal.SIGINT)
     # Only the main thread may set handlers; one that was not set from Python cannot be set again.
