@@ -18,8 +18,8 @@ import glai_lightning  # noqa: F401  # isort: skip  (lets lightning be imported 
 
 from measuring import RESULTS, comparison_rows, machine, save_results, use_one_thread
 
+from glai_lightning.cli.compare import compare_configuration
 from glai_lightning.comparison import Comparison
-from glai_lightning.comparison.command import compare_configuration
 
 CONFIGS = Path(__file__).parent / "configs"
 

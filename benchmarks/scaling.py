@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from glai_lightning import freeze_structure, mlp_head
-from glai_lightning.batches import Batches
 from glai_lightning.solvers import LogisticSolver
+from glai_lightning.solvers.feature_batches import Batches
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

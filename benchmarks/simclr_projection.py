@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from glai_lightning import SimCLRModule, freeze_structure
 from glai_lightning.callbacks import StructureFreezeCallback
 from glai_lightning.datamodules import ViewsDataModule
-from glai_lightning.path_caching import output_layers
+from glai_lightning.heads.path_activations import output_layers
 
 IN_FEATURES, HIDDEN, OUTPUTS, TEMPERATURE = 192, 512, 128, 0.5
 

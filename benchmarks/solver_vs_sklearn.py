@@ -27,9 +27,9 @@ from sklearn.linear_model import LogisticRegression, _logistic
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from glai_lightning.heads import freeze_structure, mlp_head
-from glai_lightning.linear_solution import LinearSolution
+from glai_lightning.heads.frozen import freeze_structure, mlp_head
 from glai_lightning.solvers import solve_logistic
+from glai_lightning.solvers.report import LinearSolution
 
 DATASETS = ("clinc150_minilm", "cifar10_resnet_features", "fashion_mnist")
 L2 = 1e-3

@@ -30,10 +30,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from glai_lightning import freeze_structure, mlp_head
-from glai_lightning.churn import count_flipped
 from glai_lightning.datamodules.splits import Splits, make_splits
-from glai_lightning.layers import read_head
-from glai_lightning.patterns import HiddenUnits, hidden_units
+from glai_lightning.heads.churn import count_flipped
+from glai_lightning.heads.layout import read_head
+from glai_lightning.heads.patterns import HiddenUnits, hidden_units
 from glai_lightning.solvers import LogisticSolver, SolveReport
 
 SETS = (

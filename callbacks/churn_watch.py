@@ -4,12 +4,10 @@ import math
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from glai_lightning.callbacks.reduction import churn_over_processes, from_all_processes, share_buffers
-from glai_lightning.callbacks.restored_state import (
+from glai_lightning.callbacks.callback_state import (
     COUNT,
     MAPPINGS,
     TENSORS,
@@ -17,7 +15,9 @@ from glai_lightning.callbacks.restored_state import (
     check_entries,
     or_none,
 )
-from glai_lightning.churn import ChurnProbe
+from glai_lightning.fitting.across_processes import churn_over_processes, from_all_processes, share_buffers
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.heads.churn import ChurnProbe
 
 _STATE = {"snapshot": TENSORS_BY_NAME, "processes": MAPPINGS}
 _SEEN = {"inputs": TENSORS, "seen": COUNT, "rows_per_batch": or_none(COUNT), "running": TENSORS_BY_NAME}
@@ -73,7 +73,7 @@ class ChurnWatch:
             return None
         if not self._probe.seen:
             self.close()
-            raise MisconfigurationException(
+            raise UserMisconfigurationError(
                 f"Expected the head at {self.head_name!r} to be called by `training_step`, but it saw no input in the "
                 "first batch. Name the module whose forward is called."
             )

@@ -5,7 +5,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from glai_lightning.callbacks.fit_record import FitRecord
+from glai_lightning.fitting.fit_record import FitRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
+from glai_lightning.callbacks.callback_state import COUNT, FLAG, NUMBER, Kind, check_entries, or_none
 from glai_lightning.callbacks.fit_plots import as_image, churn_figure, save_png, score_figure
-from glai_lightning.callbacks.fit_record import EpochRecord, FitRecord
 from glai_lightning.callbacks.fit_table import fit_table
-from glai_lightning.callbacks.restored_state import COUNT, FLAG, NUMBER, Kind, check_entries, or_none
-from glai_lightning.callbacks.sizes import count_bytes, count_trainable
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
+from glai_lightning.fitting.fit_record import EpochRecord, FitRecord
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.fitting.sizes import count_bytes, count_trainable
 
 _STATE: dict[str, Kind] = {
     "epochs": ("a list", lambda value: isinstance(value, list)),
@@ -70,7 +70,7 @@ class FitReport(Callback):
     def __init__(self, score: str | None = None, mode: Literal["min", "max"] = "max") -> None:
         super().__init__()
         if not isinstance(mode, str) or mode not in ("min", "max"):
-            raise MisconfigurationException(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
+            raise UserMisconfigurationError(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
         self.score = score
         self.mode = mode
         self.record: FitRecord | None = None
@@ -192,7 +192,7 @@ class FitReport(Callback):
     def _freeze_callback(self, trainer: Any) -> StructureFreezeCallback:
         found = [callback for callback in trainer.callbacks if isinstance(callback, StructureFreezeCallback)]
         if len(found) != 1:
-            raise MisconfigurationException(
+            raise UserMisconfigurationError(
                 f"Expected the trainer to have one `StructureFreezeCallback` beside `FitReport`, but got {len(found)}."
             )
         return found[0]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from glai_lightning.callbacks.fit_record import EpochRecord, FitRecord, seconds_per_step
+from glai_lightning.fitting.fit_record import EpochRecord, FitRecord, seconds_per_step
 
 _NAME_WIDTH = 28
 _CELL_WIDTH = 19

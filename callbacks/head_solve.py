@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from glai_lightning.callbacks.collection import Stage, watch_next_step, without_a_trace
-from glai_lightning.callbacks.reduction import processes_of
-from glai_lightning.callbacks.solving import (
+from glai_lightning.fitting.across_processes import processes_of
+from glai_lightning.fitting.collection import Stage, watch_next_step, without_a_trace
+from glai_lightning.fitting.loss_watching import LossCall
+from glai_lightning.fitting.solving import (
     Solver,
     check_loss,
     follow_loss,
@@ -18,8 +19,7 @@ from glai_lightning.callbacks.solving import (
     validates_by_loss,
     warn_of_moving_inputs,
 )
-from glai_lightning.loss_watching import LossCall
-from glai_lightning.optimizers import forget_state
+from glai_lightning.heads.optimizers import forget_state
 from glai_lightning.solvers import SolveReport
 
 if TYPE_CHECKING:

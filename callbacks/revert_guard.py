@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from glai_lightning.callbacks.conversion import thaw_head_in_fit
-from glai_lightning.callbacks.restored_state import COUNT, MAPPING, NUMBER, NUMBERS, check_entries, or_none
-from glai_lightning.optimizers import copy_state
+from glai_lightning.callbacks.callback_state import COUNT, MAPPING, NUMBER, NUMBERS, check_entries, or_none
+from glai_lightning.fitting.conversion import thaw_head_in_fit
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.heads.optimizers import copy_state
 
 if TYPE_CHECKING:
     from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
@@ -42,7 +42,7 @@ def check_guard_state(state: Any, head_name: str) -> None:
     if not all(isinstance(entries, Mapping) for entries in held) or not all(
         isinstance(weight, Tensor) for weight in held[0].values()
     ):
-        raise MisconfigurationException(
+        raise UserMisconfigurationError(
             f"Expected the checkpoint to hold the MLP of the head at {head_name!r} and its optimizer state as tensors "
             "by name, but got something else."
         )
@@ -57,7 +57,7 @@ def monitored_score(trainer: Any, monitor: str) -> float:
     score = trainer.callback_metrics.get(monitor)
     # All processes stop where one lacks it, for the others would wait for it for ever.
     if trainer.strategy.reduce_boolean_decision(score is None, all=False):
-        raise MisconfigurationException(
+        raise UserMisconfigurationError(
             f"Expected `monitor` to name a metric that the validation logs, but got {monitor!r}. "
             f"Logged are: {sorted(trainer.callback_metrics) or 'none'}."
         )

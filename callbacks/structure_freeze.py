@@ -5,21 +5,21 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from glai_lightning.callbacks.argument_checks import check_least, check_range
-from glai_lightning.callbacks.collection import Stage
-from glai_lightning.callbacks.conversion import check_order, check_trainer
-from glai_lightning.callbacks.head_names import as_names, is_pattern, match_heads, stands_alone
-from glai_lightning.callbacks.restored_state import MAPPING, check_entries
+from glai_lightning.callbacks.callback_state import MAPPING, check_entries
 from glai_lightning.callbacks.revert_guard import monitored_score
-from glai_lightning.callbacks.solving import read_step
 from glai_lightning.callbacks.watched_head import WatchedHead, check_head_state
-from glai_lightning.churn import structure_settled
-from glai_lightning.heads import Paths
+from glai_lightning.fitting.argument_checks import check_least, check_range
+from glai_lightning.fitting.collection import Stage
+from glai_lightning.fitting.conversion import check_order, check_trainer
+from glai_lightning.fitting.heads_in_module import as_names, is_pattern, match_heads, stands_alone
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.fitting.solving import read_step
+from glai_lightning.heads.churn import structure_settled
+from glai_lightning.heads.frozen import Paths
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
 
@@ -121,7 +121,7 @@ class StructureFreezeCallback(Callback):
         super().__init__()
         self._names = as_names("head", head)
         if not isinstance(paths, str) or paths not in ("output", "tangent", "independent"):
-            raise MisconfigurationException(
+            raise UserMisconfigurationError(
                 f"Expected `paths` to be 'output', 'tangent' or 'independent', but got {paths!r}."
             )
         check_range("churn_tolerance", churn_tolerance, 0.0, 1.0)
@@ -134,11 +134,11 @@ class StructureFreezeCallback(Callback):
         if check_every_n_steps is not None:
             check_least("check_every_n_steps", check_every_n_steps, 1)
         if solver is not None and not isinstance(solver, LogisticSolver | RidgeSolver):
-            raise MisconfigurationException(
+            raise UserMisconfigurationError(
                 f"Expected `solver` to be a `LogisticSolver` or a `RidgeSolver`, but got {solver!r}."
             )
         if stop_after_solve and solver is None:
-            raise MisconfigurationException("Expected `solver` to be given with `stop_after_solve`, but got None.")
+            raise UserMisconfigurationError("Expected `solver` to be given with `stop_after_solve`, but got None.")
         _check_monitor(monitor, mode, revert_tolerance, revert_patience)
         self.head = head if isinstance(head, str) else list(head)
         self.paths: Paths = paths
@@ -285,23 +285,23 @@ class StructureFreezeCallback(Callback):
 
     def _choose(self, pl_module: Any, name: str | None, *, frozen: bool) -> list[WatchedHead]:
         if name is not None and name not in self.heads:
-            raise MisconfigurationException(f"Expected `name` to be one of {list(self.heads)}, but got {name!r}.")
+            raise UserMisconfigurationError(f"Expected `name` to be one of {list(self.heads)}, but got {name!r}.")
         named = list(self.heads.values()) if name is None else [self.heads[name]]
         chosen = [head for head in named if head.is_frozen_in(pl_module) is frozen]
         if not chosen:
             names = " and ".join(repr(head.name) for head in named)
             expected, got = ("frozen", "it is an MLP") if frozen else ("an MLP", "it is frozen already")
-            raise MisconfigurationException(f"Expected the head at {names} to be {expected}, but {got}.")
+            raise UserMisconfigurationError(f"Expected the head at {names} to be {expected}, but {got}.")
         return chosen
 
     def _fitted_module(self) -> Any:
         pl_module = None if self._module is None else self._module()
         if self._fits:
-            raise MisconfigurationException(
+            raise UserMisconfigurationError(
                 "Expected no fit to be running, but `freeze` or `unfreeze` was called in one."
             )
         if pl_module is None:
-            raise MisconfigurationException("Expected the callback to have been part of a fit, but it was in none yet.")
+            raise UserMisconfigurationError("Expected the callback to have been part of a fit, but it was in none yet.")
         return pl_module
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -328,7 +328,7 @@ class StructureFreezeCallback(Callback):
     def _find_heads(self, trainer: Any, pl_module: Any) -> None:
         names = match_heads(pl_module, self._names)
         if len(names) > 1 and self.solver is not None and self.says_inputs_and_targets:
-            raise MisconfigurationException(
+            raise UserMisconfigurationError(
                 "Expected one head where `inputs_and_targets` is overridden, which speaks of one, but got "
                 f"{names}. Give every head a callback of its own."
             )
@@ -354,7 +354,7 @@ class StructureFreezeCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start to watch."""
         if self.monitor is not None and not trainer.enable_validation:
-            raise MisconfigurationException(
+            raise UserMisconfigurationError(
                 f"Expected a fit with validation, so that a freeze can be judged by `monitor`, {self.monitor!r}, "
                 "but there is none."
             )
@@ -465,12 +465,12 @@ class StructureFreezeCallback(Callback):
 
 def _check_monitor(monitor: str | None, mode: str, revert_tolerance: float, revert_patience: int) -> None:
     if monitor is not None and (not isinstance(monitor, str) or not monitor):
-        raise MisconfigurationException(f"Expected `monitor` to be the name of a metric, but got {monitor!r}.")
+        raise UserMisconfigurationError(f"Expected `monitor` to be the name of a metric, but got {monitor!r}.")
     if not isinstance(mode, str) or mode not in ("min", "max"):
-        raise MisconfigurationException(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
+        raise UserMisconfigurationError(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
     check_range("revert_tolerance", revert_tolerance, 0.0, math.inf)
     check_least("revert_patience", revert_patience, 1)
     changed = {"mode": mode != "max", "revert_tolerance": revert_tolerance != 0.005}
     changed |= {"revert_patience": revert_patience != 2}
     for name in [name for name, differs in changed.items() if differs and monitor is None]:
-        raise MisconfigurationException(f"Expected `monitor` to be given with `{name}`, but got None.")
+        raise UserMisconfigurationError(f"Expected `monitor` to be given with `{name}`, but got None.")

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
-from glai_lightning.callbacks.argument_checks import check_least
-from glai_lightning.callbacks.conversion import list_heads
-from glai_lightning.callbacks.head_names import as_names, match_heads, stands_alone
-from glai_lightning.callbacks.reduction import churn_over_processes
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
-from glai_lightning.churn import ChurnProbe
-from glai_lightning.heads import GLAIHead
-from glai_lightning.layers import read_head
+from glai_lightning.fitting.across_processes import churn_over_processes
+from glai_lightning.fitting.argument_checks import check_least
+from glai_lightning.fitting.conversion import list_heads
+from glai_lightning.fitting.heads_in_module import as_names, match_heads, stands_alone
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.heads.churn import ChurnProbe
+from glai_lightning.heads.frozen import GLAIHead
+from glai_lightning.heads.layout import read_head
 
 
 class StructureMonitor(Callback):
@@ -90,7 +90,7 @@ class StructureMonitor(Callback):
     def _check_module(self, pl_module: Any, name: str) -> None:
         module = dict(pl_module.named_modules()).get(name)
         if module is None:
-            raise MisconfigurationException(
+            raise UserMisconfigurationError(
                 f"Expected `modules` to name a module of `{type(pl_module).__name__}`, but got {name!r}. "
                 f"Modules that look like heads: {list_heads(pl_module) or 'none'}."
             )
@@ -99,7 +99,7 @@ class StructureMonitor(Callback):
         try:
             read_head(module)
         except ValueError as error:
-            raise MisconfigurationException(f"The structure of {name!r} cannot be watched. {error}") from error
+            raise UserMisconfigurationError(f"The structure of {name!r} cannot be watched. {error}") from error
 
     def _close(self) -> None:
         for probe in self._probes.values():

@@ -3,24 +3,25 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from glai_lightning.callbacks.callback_state import COUNT, FLAG, NUMBERS, TEXT, check_entries, or_none
 from glai_lightning.callbacks.churn_watch import ChurnWatch
-from glai_lightning.callbacks.conversion import (
+from glai_lightning.callbacks.head_solve import HeadSolve
+from glai_lightning.callbacks.revert_guard import RevertGuard, check_guard_state
+from glai_lightning.checks import UserValueError
+from glai_lightning.fitting.conversion import (
     check_launcher,
     check_optimizers,
     find_head,
     follow_in_fit,
     freeze_head_in_fit,
 )
-from glai_lightning.callbacks.head_solve import HeadSolve
-from glai_lightning.callbacks.restored_state import COUNT, FLAG, NUMBERS, TEXT, check_entries, or_none
-from glai_lightning.callbacks.revert_guard import RevertGuard, check_guard_state
-from glai_lightning.callbacks.solving import check_solvable
-from glai_lightning.heads import GLAIHead, check_convertible
-from glai_lightning.restoring import HeadRestorer
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.fitting.solving import check_solvable
+from glai_lightning.heads.frozen import GLAIHead, check_convertible
+from glai_lightning.heads.restoring import HeadRestorer
 
 if TYPE_CHECKING:
     from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
@@ -91,7 +92,7 @@ class WatchedHead:
             try:
                 check_convertible(head, paths=self.callback.paths)
             except ValueError as error:
-                raise MisconfigurationException(f"The head at {self.name!r} cannot be frozen. {error}") from error
+                raise UserMisconfigurationError(f"The head at {self.name!r} cannot be frozen. {error}") from error
         check_optimizers(trainer, head, self.name)
         if self.callback.solver is not None:
             check_solvable(head, self.name, self.callback.paths)
@@ -280,7 +281,7 @@ class WatchedHead:
         """
         head = self._frozen_head(pl_module)
         if head.paths != "output":
-            raise ValueError(
+            raise UserValueError(
                 f"Expected the head at {self.name!r} to be frozen with 'output' paths to be an MLP again, but got "
                 f"{head.paths!r} paths, which no MLP equals once they are trained."
             )

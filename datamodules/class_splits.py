@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glai_lightning.checks import UserTypeError, UserValueError
+
 SPLITS = ("train", "val", "test")
 #: For each split a fraction of the classes, or the classes themselves.
 Classes = Mapping[str, Any]
@@ -18,16 +20,18 @@ def check_classes(classes: Classes) -> None:
     """Raise ``ValueError`` or ``TypeError`` unless ``classes`` has three fractions or three lists."""
     if not isinstance(classes, Mapping) or set(classes) != set(SPLITS):
         got = list(classes) if isinstance(classes, Mapping) else type(classes).__name__
-        raise ValueError(f"Expected `classes` to be a mapping with the keys 'train', 'val' and 'test', but got {got}.")
+        raise UserValueError(
+            f"Expected `classes` to be a mapping with the keys 'train', 'val' and 'test', but got {got}."
+        )
     numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in classes.values()]
     lists = [isinstance(value, Sequence | set | range) and not isinstance(value, str) for value in classes.values()]
     if all(numbers):
         if min(classes.values()) <= 0 or abs(sum(classes.values()) - 1) > 1e-6:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected the fractions in `classes` to be above 0 and to add up to 1, but got {classes}."
             )
     elif not all(lists):
-        raise TypeError(
+        raise UserTypeError(
             f"Expected `classes` to hold three fractions or three lists of classes, but got {dict(classes)}."
         )
 
@@ -68,7 +72,7 @@ def rows_of_splits(
     for split in ("val", "test"):
         shared = sorted(chosen["train"] & chosen[split])
         if shared:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected the {what} of 'train' and '{split}' to be disjoint, "
                 f"but both have {listed(units[position] for position in shared)}."
             )
@@ -82,7 +86,7 @@ def check_disjoint(labels: Mapping[str, Iterable[int]]) -> None:
     for split in ("val", "test"):
         shared = sorted(set(labels["train"]) & set(labels[split]))
         if shared:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected the classes of 'train' and '{split}' to be disjoint, but both have {listed(shared)}."
             )
 
@@ -91,7 +95,7 @@ def check_episodes_fit(split: str, labels: Tensor, *, ways: int, shots: int, que
     """Raise ``ValueError`` if a split has too few classes for an episode, or a class of it too few samples."""
     classes, counts = torch.unique(labels, return_counts=True)
     if len(classes) < ways:
-        raise ValueError(
+        raise UserValueError(
             f"Expected at least {ways} classes in '{split}' for episodes of {ways} ways, but got {len(classes)}: "
             f"{listed(classes.tolist()) or 'none'}."
         )
@@ -103,7 +107,7 @@ def check_class_sizes(where: str, classes: Tensor, counts: Tensor, *, shots: int
     short = counts < shots + queries
     if short.any():
         named = [f"{label} with {n}" for label, n in zip(classes[short].tolist(), counts[short].tolist(), strict=True)]
-        raise ValueError(
+        raise UserValueError(
             f"Expected every class {where} to have at least {shots + queries} samples, {shots} for the support "
             f"and {queries} for the query, but got class {listed(named)}."
         )
@@ -122,7 +126,7 @@ def _units(labels: Tensor, groups: np.ndarray | None) -> tuple[np.ndarray, list[
     if groups is None:
         return class_of_row.numpy(), names.tolist()
     if groups.shape not in ((len(names),), (len(labels),)):
-        raise ValueError(
+        raise UserValueError(
             f"Expected `groups` to name the group of each of {len(names)} classes or {len(labels)} samples, but got "
             f"the shape {groups.shape}."
         )
@@ -132,7 +136,7 @@ def _units(labels: Tensor, groups: np.ndarray | None) -> tuple[np.ndarray, list[
     for position, name in enumerate(names.tolist()):
         of_class = np.unique(group[class_of_row.numpy() == position])
         if len(of_class) > 1:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected all samples of a class in one group, but class {name} is in {listed(units[of_class])}."
             )
     return group, units.tolist()
@@ -148,7 +152,7 @@ def _shared_out(number: int, fractions: Mapping[str, float], seed: int) -> dict[
 def _positions(split: str, wanted: Sequence[Any], units: list[Any]) -> set[int]:
     unknown = [unit for unit in wanted if unit not in units]
     if unknown:
-        raise ValueError(
+        raise UserValueError(
             f"Expected `classes` to name classes or groups of the data for '{split}', but {listed(map(repr, unknown))} "
             f"is not among {listed(map(repr, units))}."
         )

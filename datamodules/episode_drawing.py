@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
+from glai_lightning.checks import UserValueError
+
 #: Episodes whose rows are drawn together: drawing them one by one takes ten times as long.
 _BLOCK = 64
 
@@ -43,7 +45,7 @@ class EpisodeSampler(DistributedSampler[int]):
     def __init__(self, episodes: Any, *, fresh: bool, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(episodes, num_replicas, rank, shuffle=False)
         if len(episodes) < num_replicas:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected at least one episode for each of {num_replicas} processes, but got {len(episodes)} episodes."
             )
         self.fresh = fresh

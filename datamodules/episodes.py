@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glai_lightning.datamodules.archives import existing_file, read_archive, require_keys
-from glai_lightning.datamodules.batches import Batches, BatchLoader, fit_progress
+from glai_lightning.checks import UserTypeError, UserValueError
+from glai_lightning.datamodules.arrays import existing_file, read_archive, require_keys
 from glai_lightning.datamodules.checks import as_tensor, check_finite, check_integer
 from glai_lightning.datamodules.class_splits import (
     SPLITS,
@@ -22,6 +22,7 @@ from glai_lightning.datamodules.class_splits import (
     rows_of_splits,
 )
 from glai_lightning.datamodules.episode_drawing import EpisodeSampler, NumberedEpisodes
+from glai_lightning.datamodules.loader import Batches, BatchLoader, fit_progress
 from glai_lightning.datamodules.standardisation import Standardisation
 from glai_lightning.datamodules.tasksets import TasksetEpisodes, check_tasksets_disjoint
 
@@ -98,7 +99,7 @@ class EpisodesDataModule(pl.LightningDataModule):
         ]
         if len(given) != 1:
             got = " and ".join(f"`{name}`" for name in given) or "none"
-            raise ValueError(f"Expected one of `path`, `arrays` and `dataset`, but got {got}.")
+            raise UserValueError(f"Expected one of `path`, `arrays` and `dataset`, but got {got}.")
         check_integer("ways", ways, at_least=2)
         check_integer("shots", shots, at_least=1)
         check_integer("queries", queries, at_least=1)
@@ -108,7 +109,9 @@ class EpisodesDataModule(pl.LightningDataModule):
         if classes is not None:
             check_classes(classes)
         if groups is not None and dataset is not None:
-            raise ValueError("Expected `groups` to come with `path` or `arrays`, which hold them, but got a `dataset`.")
+            raise UserValueError(
+                "Expected `groups` to come with `path` or `arrays`, which hold them, but got a `dataset`."
+            )
         if path is not None:
             optional = ("x", "y", *_SPLIT_KEYS, *(() if groups is None else (groups,)))
             read: Callable[[], Mapping[str, Any]] = partial(
@@ -116,7 +119,9 @@ class EpisodesDataModule(pl.LightningDataModule):
             )
         elif arrays is not None:
             if not isinstance(arrays, Mapping):
-                raise TypeError(f"Expected `arrays` to be a mapping of arrays by key, but got {type(arrays).__name__}.")
+                raise UserTypeError(
+                    f"Expected `arrays` to be a mapping of arrays by key, but got {type(arrays).__name__}."
+                )
             read = partial(dict, arrays)
         else:
             read = partial(_read_dataset, dataset)
@@ -176,7 +181,7 @@ class EpisodesDataModule(pl.LightningDataModule):
         tasksets = {"train": train, "val": val, "test": test}
         for split, taskset in tasksets.items():
             if not hasattr(taskset, "__getitem__") or not hasattr(taskset, "__len__"):
-                raise TypeError(
+                raise UserTypeError(
                     f"Expected the taskset `{split}` to have a length and to be indexable, "
                     f"but got {type(taskset).__name__}."
                 )
@@ -274,7 +279,7 @@ class EpisodesDataModule(pl.LightningDataModule):
 
 def _read_dataset(dataset: Any) -> dict[str, Tensor]:
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise TypeError(
+        raise UserTypeError(
             f"Expected `dataset` to be a map-style dataset, with a length and indexable, "
             f"but got {type(dataset).__name__}."
         )
@@ -282,17 +287,17 @@ def _read_dataset(dataset: Any) -> dict[str, Tensor]:
     for index, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(pair) < 2 or not isinstance(pair[0], Tensor):
             kind = type(pair[0]).__name__ if isinstance(pair, tuple | list) and pair else type(pair).__name__
-            raise TypeError(
+            raise UserTypeError(
                 f"Expected sample {index} of `dataset` to be a pair (tensor, label), but got `{kind}`: a dataset of "
                 "images needs a transform that makes tensors of one shape."
             )
         if pair[0].shape != pairs[0][0].shape:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected the samples of `dataset` to have one shape, but got {tuple(pairs[0][0].shape)} and, for "
                 f"sample {index}, {tuple(pair[0].shape)}."
             )
     if not pairs:
-        raise ValueError("Expected `dataset` to hold samples, but it is empty.")
+        raise UserValueError("Expected `dataset` to hold samples, but it is empty.")
     return {"x": torch.stack([pair[0] for pair in pairs]), "y": torch.stack([torch.as_tensor(p[1]) for p in pairs])}
 
 
@@ -308,7 +313,7 @@ def _labelled(arrays: Mapping[str, Any], source: str) -> tuple[Tensor, Tensor, d
         pairs.append(_checked(arrays, f"x_{split}", f"y_{split}"))
     shapes = {split: tuple(inputs.shape[1:]) for split, (inputs, _) in zip(splits, pairs, strict=True)}
     if len(set(shapes.values())) > 1:
-        raise ValueError(f"Expected samples of one shape in all splits, but got {shapes}.")
+        raise UserValueError(f"Expected samples of one shape in all splits, but got {shapes}.")
     ends = torch.tensor([len(labels) for _, labels in pairs]).cumsum(0).tolist()
     rows = {split: torch.arange(end - len(pair[1]), end) for split, pair, end in zip(splits, pairs, ends, strict=True)}
     inputs, labels = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
@@ -318,14 +323,14 @@ def _labelled(arrays: Mapping[str, Any], source: str) -> tuple[Tensor, Tensor, d
 def _checked(arrays: Mapping[str, Any], x: str, y: str) -> tuple[Tensor, Tensor]:
     inputs, labels = as_tensor(x, arrays[x]), as_tensor(y, arrays[y])
     if inputs.ndim not in (2, 3, 4) or inputs.numel() == 0:
-        raise ValueError(
+        raise UserValueError(
             f"Expected `{x}` to have the shape (samples, features), (samples, height, width) or (samples, channels, "
             f"height, width), none of them 0, but got {tuple(inputs.shape)}."
         )
     if labels.is_floating_point():
-        raise TypeError(f"Expected `{y}` to hold integers, class labels, but got {labels.dtype}.")
+        raise UserTypeError(f"Expected `{y}` to hold integers, class labels, but got {labels.dtype}.")
     if labels.shape != (len(inputs),):
-        raise ValueError(
+        raise UserValueError(
             f"Expected `{y}` to hold a label for each of {len(inputs)} samples, "
             f"but got the shape {tuple(labels.shape)}."
         )

@@ -8,10 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
-from glai_lightning.argument_checks import expect_number
-from glai_lightning.datamodules.archives import existing_file, read_archive
-from glai_lightning.datamodules.batches import BatchLoader, SeededBatchSampler, TensorRows, fit_progress
+from glai_lightning.checks import UserTypeError, UserValueError, expect_number
+from glai_lightning.datamodules.arrays import existing_file, read_archive
 from glai_lightning.datamodules.checks import check_integer
+from glai_lightning.datamodules.loader import BatchLoader, SeededBatchSampler, TensorRows, fit_progress
 from glai_lightning.datamodules.splits import (
     OPTIONAL_KEYS,
     REQUIRED_KEYS,
@@ -74,20 +74,22 @@ class FeaturesDataModule(pl.LightningDataModule):
         super().__init__()
         if (path is None) == (arrays is None):
             got = "neither" if path is None else "both"
-            raise ValueError(f"Expected one of `path` and `arrays`, but got {got}.")
+            raise UserValueError(f"Expected one of `path` and `arrays`, but got {got}.")
         if path is not None:
             read = partial(read_archive, existing_file(path), required=REQUIRED_KEYS, optional=OPTIONAL_KEYS)
             self._read_arrays: Callable[[], Mapping[str, Any]] = read
         else:
             if not isinstance(arrays, Mapping):
-                raise TypeError(f"Expected `arrays` to be a mapping of arrays by key, but got {type(arrays).__name__}.")
+                raise UserTypeError(
+                    f"Expected `arrays` to be a mapping of arrays by key, but got {type(arrays).__name__}."
+                )
             require_split_keys(arrays)
             self._read_arrays = partial(dict, arrays)
         check_integer("batch_size", batch_size, at_least=1)
         check_integer("seed", seed, at_least=0)
         expect_number("val_fraction", val_fraction)
         if not 0 < val_fraction < 1:
-            raise ValueError(f"Expected `val_fraction` to be in (0, 1), but got {val_fraction}.")
+            raise UserValueError(f"Expected `val_fraction` to be in (0, 1), but got {val_fraction}.")
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.seed = seed

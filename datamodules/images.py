@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from glai_lightning.argument_checks import expect_choice
+from glai_lightning.checks import UserValueError, expect_choice
 from glai_lightning.datamodules.class_splits import SPLITS, listed
 from glai_lightning.datamodules.labelled import LabelledDataModule
 from glai_lightning.datamodules.splits import split_samples
@@ -68,7 +68,7 @@ class ImageFolderDataModule(LabelledDataModule):
         expect_choice("unreadable", unreadable, ("stop", "skip"))
         for folder, what in ((Path(root), "an existing folder"), (Path(root, "train"), "a folder that holds 'train'")):
             if not folder.is_dir():
-                raise ValueError(f"Expected `root` to be {what}, but got '{root}'.")
+                raise UserValueError(f"Expected `root` to be {what}, but got '{root}'.")
         _imported("torchvision.datasets")
         self.root = Path(root)
         self.transform = transform
@@ -79,13 +79,13 @@ class ImageFolderDataModule(LabelledDataModule):
         train = folders["train"]
         for folder in folders.values():
             if folder.classes != train.classes:
-                raise ValueError(
+                raise UserValueError(
                     f"Expected the classes in '{folder.root}' to be those of 'train', {listed(train.classes)}, but got "
                     f"{listed(folder.classes) or 'none'}."
                 )
         absent = [train.classes[label] for label in set(range(len(train.classes))) - set(train.targets)]
         if absent:
-            raise ValueError(f"Expected images of every class in '{train.root}', but got none of {listed(absent)}.")
+            raise UserValueError(f"Expected images of every class in '{train.root}', but got none of {listed(absent)}.")
         rows = split_samples(
             len(train),
             val_fraction=0 if "val" in folders else self.val_fraction,
@@ -99,14 +99,14 @@ class ImageFolderDataModule(LabelledDataModule):
         path = self.root / split
         classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         if len(classes) < 2:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected folders of at least two classes in '{path}', but got {listed(classes) or 'none'}."
             )
         folder = _imported("torchvision.datasets").ImageFolder(str(path), loader=read_image, allow_empty=True)
         if self.unreadable == "skip":
             self._skip_unreadable(folder)
         if len(folder) == 0:
-            raise ValueError(f"Expected images in the folders of '{path}', but got none that can be read.")
+            raise UserValueError(f"Expected images in the folders of '{path}', but got none that can be read.")
         return folder
 
     def _skip_unreadable(self, folder: Any) -> None:
@@ -163,7 +163,7 @@ def read_image(path: str | PathLike[str]) -> Any:
         with image.open(path) as opened:
             return opened.convert("RGB")
     except damaged as error:
-        raise ValueError(
+        raise UserValueError(
             f"Expected an image that can be read, but got '{path}': {error}. With `unreadable='skip'` it is left out."
         ) from error
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from glai_lightning.datamodules.batches import Batches
+from glai_lightning.datamodules.loader import Batches
 from glai_lightning.datamodules.split_loading import SplitDataModule
 
 

@@ -5,8 +5,8 @@ from functools import partial
 
 import lightning.pytorch as pl
 
-from glai_lightning.datamodules.batches import Batches, BatchLoader, SeededBatchSampler, fit_progress
 from glai_lightning.datamodules.checks import check_integer
+from glai_lightning.datamodules.loader import Batches, BatchLoader, SeededBatchSampler, fit_progress
 from glai_lightning.datamodules.splits import check_fractions
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glai_lightning.datamodules.archives import require_keys
+from glai_lightning.checks import UserValueError
+from glai_lightning.datamodules.arrays import require_keys
 from glai_lightning.datamodules.checks import Array, as_tensor, check_finite
 from glai_lightning.datamodules.standardisation import Standardisation
 
@@ -86,9 +87,9 @@ def require_split_keys(arrays: Mapping[str, Array]) -> None:
 def check_fractions(val_fraction: float, test_fraction: float) -> None:
     """Raise ``ValueError`` unless the parts to validate and to test on leave something to train on."""
     if not 0 < val_fraction < 1:
-        raise ValueError(f"Expected `val_fraction` to be in (0, 1), but got {val_fraction}.")
+        raise UserValueError(f"Expected `val_fraction` to be in (0, 1), but got {val_fraction}.")
     if not 0 <= test_fraction < 1 - val_fraction:
-        raise ValueError(
+        raise UserValueError(
             f"Expected `test_fraction` to be in [0, 1 - `val_fraction`), but got {test_fraction} with a "
             f"`val_fraction` of {val_fraction}."
         )
@@ -129,7 +130,7 @@ def split_samples(
     for split, chosen in rows.items():
         if len(chosen) < at_least:
             wanted = {1: "one sample", 2: "two samples"}[at_least]
-            raise ValueError(
+            raise UserValueError(
                 f"Expected at least {wanted} in each split, but got {len(chosen)} of {num_samples} for {split!r}."
             )
     return {split: chosen.sort().values for split, chosen in rows.items()}
@@ -139,7 +140,7 @@ def _checked_rows(arrays: Mapping[str, Array], split: str) -> _Rows:
     inputs = _checked_inputs(f"x_{split}", as_tensor(f"x_{split}", arrays[f"x_{split}"]))
     targets = _checked_targets(f"y_{split}", as_tensor(f"y_{split}", arrays[f"y_{split}"]))
     if len(inputs) != len(targets):
-        raise ValueError(
+        raise UserValueError(
             f"Expected `x_{split}` and `y_{split}` to be of the same length, but got {len(inputs)} and {len(targets)}."
         )
     return inputs, targets
@@ -147,7 +148,7 @@ def _checked_rows(arrays: Mapping[str, Array], split: str) -> _Rows:
 
 def _checked_inputs(key: str, inputs: Tensor) -> Tensor:
     if inputs.ndim < 2 or inputs.numel() == 0:
-        raise ValueError(
+        raise UserValueError(
             f"Expected `{key}` to have the shape (samples, features...), none of them 0, but got {tuple(inputs.shape)}."
         )
     check_finite(key, inputs)
@@ -160,36 +161,36 @@ def _checked_inputs(key: str, inputs: Tensor) -> Tensor:
 def _checked_targets(key: str, targets: Tensor) -> Tensor:
     if targets.is_floating_point():
         if targets.ndim not in (1, 2):
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `{key}` to have the shape (samples,) or (samples, outputs), but got {tuple(targets.shape)}."
             )
         targets = targets.to(torch.float32, copy=True)
         check_finite(key, targets)
         return targets
     if targets.ndim != 1:
-        raise ValueError(
+        raise UserValueError(
             f"Expected `{key}`, class labels, to have the shape (samples,), but got {tuple(targets.shape)}."
         )
     targets = targets.to(torch.int64, copy=True)
     if len(targets) and targets.min() < 0:
-        raise ValueError(f"Expected `{key}` to hold class labels of at least 0, but got {int(targets.min())}.")
+        raise UserValueError(f"Expected `{key}` to hold class labels of at least 0, but got {int(targets.min())}.")
     return targets
 
 
 def _check_against_training(split: str, rows: _Rows, train: _Rows) -> None:
     (inputs, targets), (train_inputs, train_targets) = rows, train
     if inputs.shape[1] != train_inputs.shape[1]:
-        raise ValueError(
+        raise UserValueError(
             f"Expected `x_{split}` to have the {train_inputs.shape[1]} features of `x_train`,"
             f" but got {inputs.shape[1]}."
         )
     if targets.dtype != train_targets.dtype or targets.shape[1:] != train_targets.shape[1:]:
-        raise ValueError(
+        raise UserValueError(
             f"Expected `y_{split}` to hold targets like those of `y_train`, {_described(train_targets)},"
             f" but got {_described(targets)}."
         )
     if not targets.is_floating_point() and targets.max() > train_targets.max():
-        raise ValueError(
+        raise UserValueError(
             f"Expected `y_{split}` to hold labels up to {int(train_targets.max())}, the largest in `y_train`,"
             f" but got {int(targets.max())}."
         )
@@ -205,7 +206,7 @@ def _split_rows(rows: _Rows, val_fraction: float, seed: int) -> tuple[_Rows, _Ro
     num_rows = len(rows[0])
     num_val = round(num_rows * val_fraction)
     if not 0 < num_val < num_rows:
-        raise ValueError(
+        raise UserValueError(
             f"Expected `val_fraction` to leave rows to train and to validate on, but got {val_fraction},"
             f" which leaves {num_rows - num_val} and {num_val} of {num_rows}."
         )

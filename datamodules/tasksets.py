@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from glai_lightning.checks import UserTypeError, UserValueError
 from glai_lightning.datamodules.checks import check_finite
 from glai_lightning.datamodules.class_splits import check_class_sizes, check_disjoint, listed
 from glai_lightning.datamodules.episode_drawing import Episode
@@ -80,21 +81,21 @@ def split_task(samples: Tensor, labels: Tensor, *, shots: int, queries: int) -> 
         (tensor([1., 0.]), tensor([3., 5., 2., 4.]))
     """
     if not isinstance(samples, Tensor) or not isinstance(labels, Tensor):
-        raise TypeError(
+        raise UserTypeError(
             "Expected a task to be a pair of tensors, samples and labels, "
             f"but got {type(samples).__name__} and {type(labels).__name__}."
         )
     if labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"Expected the labels of a task to be integers, but got {labels.dtype}.")
+        raise UserTypeError(f"Expected the labels of a task to be integers, but got {labels.dtype}.")
     if labels.shape != (len(samples),):
-        raise ValueError(
+        raise UserValueError(
             f"Expected a label for each of {len(samples)} samples of a task, but got the shape {tuple(labels.shape)}."
         )
     check_finite("samples", samples)
     order = torch.argsort(labels, stable=True)
     classes, counts = torch.unique_consecutive(labels[order], return_counts=True)
     if len(classes) < 2:
-        raise ValueError(f"Expected a task of at least 2 classes, but got {listed(classes.tolist()) or 'none'}.")
+        raise UserValueError(f"Expected a task of at least 2 classes, but got {listed(classes.tolist()) or 'none'}.")
     check_class_sizes("of a task", classes, counts, shots=shots, queries=queries)
     starts = (counts.cumsum(0) - counts).unsqueeze(1)
     support = order[(starts + torch.arange(shots)).flatten()]

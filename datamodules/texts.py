@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Sampler
 
-from glai_lightning.datamodules.archives import existing_file
+from glai_lightning.checks import UserValueError
+from glai_lightning.datamodules.arrays import existing_file
 from glai_lightning.datamodules.class_splits import listed
 from glai_lightning.datamodules.labelled import LabelledDataModule
 from glai_lightning.datamodules.splits import split_samples
@@ -97,7 +98,7 @@ class TextsDataModule(LabelledDataModule):
         texts, names = read_columns(self.path, self.text_column, self.label_column)
         classes = sorted(set(names))
         if len(classes) < 2:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected at least two classes in the column {self.label_column!r} of '{self.path}', but got "
                 f"{listed(map(repr, classes))}."
             )
@@ -132,19 +133,19 @@ def read_columns(path: Path, *columns: str) -> tuple[list[str], ...]:
             header = list(reader.fieldnames or [])
             rows = list(reader)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected `path` to be a CSV file in UTF-8, but got '{path}': {error}.") from error
+        raise UserValueError(f"Expected `path` to be a CSV file in UTF-8, but got '{path}': {error}.") from error
     for column in columns:
         if column not in header:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected '{path}' to have a column {column!r}, but got "
                 f"{listed(map(repr, header)) or 'an empty file'}."
             )
     if not rows:
-        raise ValueError(f"Expected rows behind the header of '{path}', but got none.")
+        raise UserValueError(f"Expected rows behind the header of '{path}', but got none.")
     entries = {column: [(row[column] or "").strip() for row in rows] for column in columns}
     for column in columns:
         if "" in entries[column]:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected an entry in the column {column!r} of every row of '{path}', but got an empty one in row "
                 f"{entries[column].index('') + 1} behind the header."
             )

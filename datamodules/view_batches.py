@@ -10,6 +10,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset, Sampler
 
+from glai_lightning.checks import UserTypeError, UserValueError
+
 ViewBatch = tuple[Tensor, Tensor | None]
 
 
@@ -140,7 +142,9 @@ class AugmentedViews(_ViewBatches):
             samples = [self._read(int(self.rows[row])) for row in torch.as_tensor(rows)]
         shapes = {tuple(view.shape) for views, _ in samples for view in views}
         if len(shapes) > 1:
-            raise ValueError(f"Expected all that `transform` returns to have the same shape, but got {sorted(shapes)}.")
+            raise UserValueError(
+                f"Expected all that `transform` returns to have the same shape, but got {sorted(shapes)}."
+            )
         views = torch.stack([torch.stack(list(views)) for views, _ in samples], dim=1)
         if samples[0][1] is None:
             return views, None
@@ -156,15 +160,17 @@ class AugmentedViews(_ViewBatches):
         if isinstance(views, Tensor):
             views = [views, *(self.transform(sample) for _ in range(self.num_views - 1))]
         if len(views) != self.num_views:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `transform` to return `num_views` ({self.num_views}) views of a sample, or one tensor, "
                 f"but got {len(views)}."
             )
         for view in views:
             if not isinstance(view, Tensor):
-                raise TypeError(f"Expected `transform` to return tensors, but got `{type(view).__name__}`.")
+                raise UserTypeError(f"Expected `transform` to return tensors, but got `{type(view).__name__}`.")
             if not view.isfinite().all():
-                raise ValueError(f"Expected finite views, but got NaN or infinite numbers in one of sample {index}.")
+                raise UserValueError(
+                    f"Expected finite views, but got NaN or infinite numbers in one of sample {index}."
+                )
         return views, label
 
 

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glai_lightning.datamodules.archives import existing_file, read_archive, require_keys
-from glai_lightning.datamodules.batches import EqualBatchSampler
+from glai_lightning.checks import UserValueError
+from glai_lightning.datamodules.arrays import existing_file, read_archive, require_keys
 from glai_lightning.datamodules.checks import as_tensor, check_finite, check_integer
+from glai_lightning.datamodules.loader import EqualBatchSampler
 from glai_lightning.datamodules.split_loading import SplitDataModule
 from glai_lightning.datamodules.splits import split_samples
 from glai_lightning.datamodules.standardisation import Standardisation
 from glai_lightning.datamodules.view_batches import AugmentedViews, CachedViews
-from glai_lightning.heads import GLAIHead
-from glai_lightning.path_caching import cache_path_activations
+from glai_lightning.heads.frozen import GLAIHead
+from glai_lightning.heads.path_activations import cache_path_activations
 
 
 class ViewsDataModule(SplitDataModule):
@@ -97,9 +98,9 @@ class ViewsDataModule(SplitDataModule):
         given = [n for n, v in (("path", path), ("arrays", arrays), ("dataset", dataset)) if v is not None]
         if len(given) != 1:
             got = " and ".join(f"`{name}`" for name in given) or "none of them"
-            raise ValueError(f"Expected one of `path`, `arrays` and `dataset`, but got {got}.")
+            raise UserValueError(f"Expected one of `path`, `arrays` and `dataset`, but got {got}.")
         if (dataset is None) != (transform is None):
-            raise ValueError(
+            raise UserValueError(
                 "Expected `transform` to come with a `dataset`, and a `dataset` with a `transform` that makes its "
                 f"views, but got {'no' if transform is None else 'a'} transform with `{given[0]}`."
             )
@@ -158,7 +159,7 @@ class ViewsDataModule(SplitDataModule):
         twin._splits = {}
         for split, batches in self.splits.items():
             if not isinstance(batches, CachedViews) or batches.views.ndim != 3:
-                raise ValueError("Expected cached features to compute path activations of, but got images.")
+                raise UserValueError("Expected cached features to compute path activations of, but got images.")
             twin._splits[split] = batches.replace_views(cache_path_activations(head, batches.views))
         twin._num_features = head.layout.output.in_features
         return twin
@@ -190,12 +191,12 @@ class ViewsDataModule(SplitDataModule):
         arrays = self._read_arrays()
         views = as_tensor("views", arrays["views"])
         if views.ndim < 3 or views.numel() == 0:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `views` to have the shape (views, samples, features...), none of them 0, but got "
                 f"{tuple(views.shape)}."
             )
         if len(views) < self.num_views:
-            raise ValueError(f"Expected `views` to hold at least {self.num_views} views, but got {len(views)}.")
+            raise UserValueError(f"Expected `views` to hold at least {self.num_views} views, but got {len(views)}.")
         check_finite("views", views)
         labels = _check_labels(as_tensor("y", arrays["y"]), views.shape[1]) if "y" in arrays else None
         self._num_features = views.shape[2] if views.ndim == 3 else None
@@ -218,10 +219,10 @@ class ViewsDataModule(SplitDataModule):
 
 def _check_labels(labels: Tensor, num_samples: int) -> Tensor:
     if labels.shape != (num_samples,) or labels.is_floating_point():
-        raise ValueError(
+        raise UserValueError(
             f"Expected `y` to hold an integer for each of the {num_samples} samples in `views`, but got "
             f"{tuple(labels.shape)} of {labels.dtype}."
         )
     if labels.min() < 0:
-        raise ValueError(f"Expected `y` to hold class labels of at least 0, but got {int(labels.min())}.")
+        raise UserValueError(f"Expected `y` to hold class labels of at least 0, but got {int(labels.min())}.")
     return labels.to(torch.int64, copy=True)

@@ -7,16 +7,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from glai_lightning import torchvision_operators as torchvision_operators
-from glai_lightning.churn import ChurnProbe, pattern_churn, structure_settled
-from glai_lightning.heads import GLAIHead, freeze_structure, mlp_head
-from glai_lightning.paths import matched_hidden_features
-from glai_lightning.patterns import activation_patterns
+from glai_lightning.heads.churn import ChurnProbe, pattern_churn, structure_settled
+from glai_lightning.heads.frozen import GLAIHead, freeze_structure, mlp_head
+from glai_lightning.heads.paths import matched_hidden_features
+from glai_lightning.heads.patterns import activation_patterns
 
 if TYPE_CHECKING:
-    from glai_lightning.modules import HeadModule
-    from glai_lightning.prototypical import PrototypicalModule
-    from glai_lightning.simclr import SimCLRModule
-    from glai_lightning.supervised import SupervisedModule
+    from glai_lightning.modules.head_module import HeadModule
+    from glai_lightning.modules.prototypical import PrototypicalModule
+    from glai_lightning.modules.simclr import SimCLRModule
+    from glai_lightning.modules.supervised import SupervisedModule
 
 __version__ = "0.1.0"
 
@@ -36,10 +36,10 @@ __all__ = [
 ]
 
 _LOADED_ON_USE = {
-    "HeadModule": "glai_lightning.modules",
-    "PrototypicalModule": "glai_lightning.prototypical",
-    "SimCLRModule": "glai_lightning.simclr",
-    "SupervisedModule": "glai_lightning.supervised",
+    "HeadModule": "glai_lightning.modules.head_module",
+    "PrototypicalModule": "glai_lightning.modules.prototypical",
+    "SimCLRModule": "glai_lightning.modules.simclr",
+    "SupervisedModule": "glai_lightning.modules.supervised",
 }
 
 

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from glai_lightning.datamodules.archives import existing_file
+from glai_lightning.checks import UserValueError
+from glai_lightning.datamodules.arrays import existing_file
 from glai_lightning.optional import check_known, import_optional
 
 Texts = Sequence[str] | Mapping[str, Tensor]
@@ -133,7 +134,7 @@ class TransformersBackbone(nn.Module):
     def __init__(self, name: str, pooling: Literal["mean", "cls"] = "mean", max_length: int | None = None) -> None:
         super().__init__()
         if pooling not in ("mean", "cls"):
-            raise ValueError(f"Expected `pooling` to be 'mean' or 'cls', but got {pooling!r}.")
+            raise UserValueError(f"Expected `pooling` to be 'mean' or 'cls', but got {pooling!r}.")
         transformers: Any = import_optional("transformers", needed_for="`TransformersBackbone`", extra="text")
         self.model = transformers.AutoModel.from_pretrained(name, trust_remote_code=False, use_safetensors=True)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -193,7 +194,9 @@ class SentenceTransformersBackbone(nn.Module):
 
 def _check_one_source(pretrained: bool, weights: str | PathLike[str] | None) -> None:
     if pretrained and weights is not None:
-        raise ValueError("Expected `weights` to be None with `pretrained`, which loads other weights, but got both.")
+        raise UserValueError(
+            "Expected `weights` to be None with `pretrained`, which loads other weights, but got both."
+        )
 
 
 def _load_weights(model: nn.Module, path: str | PathLike[str], *, classifier: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from glai_lightning.checks import UserValueError
+
 
 class _WithChannel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
@@ -32,7 +34,7 @@ def conv_backbone(in_channels: int = 1, channels: int = 64, blocks: int = 4) -> 
     """
     for name, value in {"in_channels": in_channels, "channels": channels, "blocks": blocks}.items():
         if value < 1:
-            raise ValueError(f"Expected `{name}` to be at least 1, but got {value}.")
+            raise UserValueError(f"Expected `{name}` to be at least 1, but got {value}.")
     layers: list[nn.Module] = [_WithChannel()]
     for block in range(blocks):
         layers += [

@@ -5,6 +5,8 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
+from glai_lightning.checks import MissingLibraryError, UserValueError
+
 
 def import_optional(name: str, *, needed_for: str, extra: str) -> Any:
     """Import a module of a library that comes with an extra.
@@ -15,7 +17,7 @@ def import_optional(name: str, *, needed_for: str, extra: str) -> Any:
         extra: the extra of this package that installs it.
 
     Raises:
-        ModuleNotFoundError: if it cannot be imported; the message says how to install it.
+        MissingLibraryError: if it cannot be imported; the message says how to install it.
 
     Example:
         >>> import_optional("math", needed_for="`Example`", extra="all").pi > 3
@@ -25,7 +27,7 @@ def import_optional(name: str, *, needed_for: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         library = name.split(".")[0]
-        raise ModuleNotFoundError(
+        raise MissingLibraryError(
             f"Expected `{library}` to be installed for {needed_for}, but it cannot be imported: "
             f"pip install 'glai-lightning[{extra}]'. ({error})"
         ) from error
@@ -41,4 +43,4 @@ def check_known(name: str, known: Iterable[str], *, library: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
         hint = f" Near it are {', '.join(map(repr, near))}." if near else ""
-        raise ValueError(f"Expected `name` to be a model of {library}, but got {name!r}.{hint}")
+        raise UserValueError(f"Expected `name` to be a model of {library}, but got {name!r}.{hint}")

@@ -25,10 +25,10 @@ from glai_lightning import (
 )
 from glai_lightning.callbacks import FitReport, StructureFreezeCallback, StructureMonitor
 from glai_lightning.callbacks.churn_watch import ChurnWatch
-from glai_lightning.checkpoints import check_checkpoint
 from glai_lightning.datamodules import DigitsDataModule, FeaturesDataModule
-from glai_lightning.datamodules.archives import read_archive
-from glai_lightning.restoring import HeadRestorer
+from glai_lightning.datamodules.arrays import read_archive
+from glai_lightning.heads.restoring import HeadRestorer
+from glai_lightning.modules.checkpoint_file import check_checkpoint
 from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 #: Examples of each test; their sum is the figure that is promised.

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from glai_lightning import GLAIHead, HeadModule, SupervisedModule, mlp_head
 from glai_lightning.callbacks import FitReport, StructureFreezeCallback, StructureMonitor
-from glai_lightning.cli import main
+from glai_lightning.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 SUPERVISED = str(ROOT / "recipes" / "supervised.yaml")

@@ -4,15 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from glai_lightning.callbacks.conversion import find_head
-from glai_lightning.callbacks.solving import Solver
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
 from glai_lightning.comparison.recording import Mode, RunRecorder
 from glai_lightning.comparison.variants import Variant, freeze_callback, matched_head
+from glai_lightning.fitting.conversion import find_head
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.fitting.solving import Solver
 
 #: Makes, for a seed, a fresh module, its data module (or None) and a Trainer.
 MakeFit = Callable[[int], tuple[Any, Any, Any]]
@@ -73,7 +73,7 @@ def prepare_fit(parts: tuple[Any, Any, Any], variant: Variant, rules: Rules, sol
     """
     module, data, trainer = parts
     if trainer.world_size > 1:
-        raise MisconfigurationException(
+        raise UserMisconfigurationError(
             f"Expected a comparison to run in one process, but got {trainer.world_size}: give `--trainer.devices=1`."
         )
     given = find_freeze(trainer, rules.head)
@@ -83,7 +83,7 @@ def prepare_fit(parts: tuple[Any, Any, Any], variant: Variant, rules: Rules, sol
         try:
             module.set_submodule(rules.head, matched_head(head))
         except ValueError as error:
-            raise MisconfigurationException(f"The head at {rules.head!r} cannot be matched. {error}") from error
+            raise UserMisconfigurationError(f"The head at {rules.head!r} cannot be matched. {error}") from error
     stopping = [] if rules.patience is None else [EarlyStopping(rules.score, patience=rules.patience, mode=rules.mode)]
     kept = [callback for callback in trainer.callbacks if not is_left_out(callback)]
     trainer.callbacks = [*kept, *([] if freeze is None else [freeze]), *stopping]
@@ -101,7 +101,7 @@ def find_freeze(trainer: Any, head: str) -> StructureFreezeCallback:
     """
     found = [callback for callback in trainer.callbacks if isinstance(callback, StructureFreezeCallback)]
     if len(found) > 1:
-        raise MisconfigurationException(
+        raise UserMisconfigurationError(
             f"Expected one `StructureFreezeCallback` at most, by whose rule to freeze, but got {len(found)}."
         )
     callback = found[0] if found else StructureFreezeCallback(head)

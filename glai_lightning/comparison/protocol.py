@@ -9,13 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from glai_lightning.callbacks.solving import Solver
 from glai_lightning.comparison.energy import EnergyMeter, find_meter
 from glai_lightning.comparison.fitting import MakeFit, Rules, prepare_fit, record_fit, score_best
 from glai_lightning.comparison.interrupts import interrupts_deferred
@@ -27,6 +25,8 @@ from glai_lightning.comparison.report import markdown_report
 from glai_lightning.comparison.runs import Run, RunsFile
 from glai_lightning.comparison.summary import Comparison, summarise
 from glai_lightning.comparison.variants import DEFAULT_VARIANTS, Variant, find_variants
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.fitting.solving import Solver
 
 RUNS_FILE = "runs.jsonl"
 
@@ -195,11 +195,11 @@ def quiet() -> Iterator[None]:
 
 def _check(*, seeds: int, mode: str, patience: int | None) -> None:
     if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
-        raise MisconfigurationException(f"Expected `seeds` to be an integer of at least 1, but got {seeds!r}.")
+        raise UserMisconfigurationError(f"Expected `seeds` to be an integer of at least 1, but got {seeds!r}.")
     if not isinstance(mode, str) or mode not in ("min", "max"):
-        raise MisconfigurationException(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
+        raise UserMisconfigurationError(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
     if patience is not None and (not isinstance(patience, int) or isinstance(patience, bool) or patience < 1):
-        raise MisconfigurationException(
+        raise UserMisconfigurationError(
             f"Expected `patience` to be an integer of at least 1 or None, but got {patience!r}."
         )
 

@@ -14,11 +14,11 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from glai_lightning.callbacks.sizes import count_bytes, count_trainable
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
 from glai_lightning.comparison.energy import EnergyMeter, NoMeter
 from glai_lightning.comparison.memory import peak_memory_bytes, watch_peak_memory
 from glai_lightning.comparison.runs import Epoch, Parameters, Run
+from glai_lightning.fitting.sizes import count_bytes, count_trainable
 
 Mode = Literal["min", "max"]
 

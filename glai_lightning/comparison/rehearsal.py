@@ -4,17 +4,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from glai_lightning.callbacks.collection import watch_next_step
-from glai_lightning.callbacks.solving import Solver
 from glai_lightning.comparison.fitting import Fit, MakeFit, Rules, find_freeze, prepare_fit
 from glai_lightning.comparison.variants import REFERENCE, Variant, find_variant
-from glai_lightning.loss_watching import LossCall
-from glai_lightning.modules import has_test
-from glai_lightning.solvers import LogisticSolver, RidgeSolver
+from glai_lightning.fitting.collection import watch_next_step
+from glai_lightning.fitting.loss_watching import LossCall
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.fitting.solving import Solver
+from glai_lightning.modules.head_module import has_test
+from glai_lightning.solvers.head_solvers import LogisticSolver, RidgeSolver
 
 #: What solves for a cross-entropy, where the configuration names no solver.
 DEFAULT_SOLVER = LogisticSolver(center="zero", max_passes=9)
@@ -80,7 +80,7 @@ def _rehearse_mlp(fit: Fit, rules: Rules, test_score: str | None, solver: Solver
     _run(fit, watcher)
     metrics = fit.trainer.callback_metrics
     if rules.score not in metrics:
-        raise MisconfigurationException(
+        raise UserMisconfigurationError(
             f"Expected the validation score {rules.score!r} to be logged by the module, but it logs "
             f"{_listed(metrics)}. Name one of them with `--score` and `--mode`."
         )
@@ -98,7 +98,7 @@ def _find_test_score(fit: Fit, score: str, given: str | None) -> str | None:
     for name in names:
         if name in metrics:
             return name
-    raise MisconfigurationException(
+    raise UserMisconfigurationError(
         f"Expected the test score {names[0]!r} to be logged by the module, but it logs {_listed(metrics)}. Name one of "
         "them with `--test_score`."
     )

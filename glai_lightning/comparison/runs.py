@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,13 @@ class RunsFile:
             configuration, *runs = [json.loads(line) for line in lines]
             found = [Run.from_dict(run) for run in runs]
         except (ValueError, TypeError, KeyError) as error:
-            raise MisconfigurationException(
+            raise UserMisconfigurationError(
                 f"Expected '{self.path}' to hold the runs of a comparison, but got something else: choose another "
                 "folder, or delete the file."
             ) from error
         changed = list(_differences(configuration, expected, ""))
         if changed:
-            raise MisconfigurationException(
+            raise UserMisconfigurationError(
                 f"Expected the finished runs in '{self.path}' to be of this configuration, but they are of another, "
                 f"which differs in {', '.join(changed)}: choose another folder, or delete the file."
             )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from glai_lightning.checks import UserValueError
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -58,7 +60,7 @@ def mean_interval(
     """
     given = np.asarray(values, dtype=float)
     if given.size == 0 or not np.isfinite(given).all():
-        raise ValueError(f"Expected `values` to hold finite numbers, at least one, but got {list(values)}.")
+        raise UserValueError(f"Expected `values` to hold finite numbers, at least one, but got {list(values)}.")
     mean = float(given.mean())
     if given.size == 1:
         return Interval(mean, None, None)
@@ -85,7 +87,7 @@ def ratio_interval(ratios: Sequence[float]) -> Interval:
         4.0
     """
     if not all(0 < ratio < math.inf for ratio in ratios):
-        raise ValueError(f"Expected `ratios` to hold finite numbers above 0, but got {list(ratios)}.")
+        raise UserValueError(f"Expected `ratios` to hold finite numbers above 0, but got {list(ratios)}.")
     logarithms = mean_interval([math.log2(ratio) for ratio in ratios])
     low, high = (None if end is None else 2.0**end for end in (logarithms.low, logarithms.high))
     return Interval(2.0**logarithms.mean, low, high)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
-from glai_lightning.heads import Paths
-from glai_lightning.layers import HeadLayout, HiddenLayer, read_head
-from glai_lightning.paths import count_path_weights, matched_hidden_features
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.heads.frozen import Paths
+from glai_lightning.heads.layout import HeadLayout, HiddenLayer, read_head
+from glai_lightning.heads.paths import count_path_weights, matched_hidden_features
 
 #: The side that all others are compared with.
 REFERENCE = "mlp"
@@ -73,11 +73,11 @@ def find_variants(names: str | Sequence[str]) -> list[Variant]:
     known = ", ".join(map(repr, _VARIANTS))
     for name in listed:
         if name not in _VARIANTS:
-            raise MisconfigurationException(f"Expected `variants` to be some of {known}, but got {name!r}.")
+            raise UserMisconfigurationError(f"Expected `variants` to be some of {known}, but got {name!r}.")
     if len(set(listed)) < len(listed):
-        raise MisconfigurationException(f"Expected every variant to be named once, but got {','.join(listed)!r}.")
+        raise UserMisconfigurationError(f"Expected every variant to be named once, but got {','.join(listed)!r}.")
     if REFERENCE not in listed or len(listed) < 2:
-        raise MisconfigurationException(
+        raise UserMisconfigurationError(
             f"Expected `variants` to hold '{REFERENCE}' and at least one to compare with it, of {known}, "
             f"but got {','.join(listed)!r}."
         )

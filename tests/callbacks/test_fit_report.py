@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from glai_lightning import freeze_structure
 from glai_lightning.callbacks import FitReport, StructureFreezeCallback
 from glai_lightning.callbacks.fit_plots import as_image, churn_figure, save_png, score_figure
-from glai_lightning.callbacks.fit_record import EpochRecord, FitRecord, seconds_per_step
 from glai_lightning.callbacks.fit_table import fit_table
+from glai_lightning.fitting.fit_record import EpochRecord, FitRecord, seconds_per_step
 
 
 def make_record(**changes):

@@ -7,7 +7,7 @@ import torch
 from fits import HEAD, SomebodysModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from glai_lightning.callbacks.conversion import check_optimizers, check_trainer
+from glai_lightning.fitting.conversion import check_optimizers, check_trainer
 
 NAMESPACES = [lightning.pytorch.strategies, pytorch_lightning.strategies]
 

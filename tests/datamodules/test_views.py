@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from glai_lightning.datamodules import DigitViewsDataModule, ViewsDataModule
-from glai_lightning.datamodules.batches import EqualBatchSampler
+from glai_lightning.datamodules.loader import EqualBatchSampler
 
 
 def numbered(num_views=4, samples=30, labelled=True):

@@ -1,0 +1,90 @@
+"""Errors for the user, and checks of arguments, in one grammar: "Expected `paths` to be ..., but got 'all'."."""
+
+import math
+
+
+class UserError(Exception):
+    """Mixin of every error whose message is a sentence for the user, who needs no traceback to act on it."""
+
+
+class UserValueError(UserError, ValueError):
+    """A value that is out of range, or data that is not what it has to be."""
+
+
+class UserTypeError(UserError, TypeError):
+    """An argument or data of the wrong type."""
+
+
+class MissingLibraryError(UserError, ModuleNotFoundError):
+    """A library that comes with an extra, and is not installed."""
+
+
+def expect_integer(name: str, value: object, *, least: int | None = None) -> None:
+    """Check that an argument is an integer, not a bool, and large enough.
+
+    Args:
+        name: name of the argument, for the message.
+        value: the argument.
+        least: the smallest value allowed; ``None`` for no bound.
+
+    Raises:
+        UserTypeError: if it is not an integer.
+        UserValueError: if it is below ``least``.
+
+    Example:
+        >>> expect_integer("patience", 2, least=1)
+    """
+    bound = "" if least is None else f" of at least {least}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserTypeError(f"Expected `{name}` to be an integer{bound}, but got {value!r}.")
+    if least is not None and value < least:
+        raise UserValueError(f"Expected `{name}` to be an integer{bound}, but got {value}.")
+
+
+def expect_number(
+    name: str,
+    value: object,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+    below: bool = False,
+) -> None:
+    """Check that an argument is a finite number, not a bool, in an interval.
+
+    Args:
+        name: name of the argument, for the message.
+        value: the argument.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        above: whether the lower end is excluded.
+        below: whether the upper end is excluded.
+
+    Raises:
+        UserTypeError: if it is not a number.
+        UserValueError: if it lies outside of the interval, or is not finite.
+
+    Example:
+        >>> expect_number("dropout", 0.5, low=0.0, high=1.0, below=True)
+    """
+    interval = f"{'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
+    bound = "" if (low, high) == (-math.inf, math.inf) else f" in {interval}"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise UserTypeError(f"Expected `{name}` to be a number{bound}, but got {value!r}.")
+    inside = (low < value if above else low <= value) and (value < high if below else value <= high)
+    if not math.isfinite(value) or not inside:
+        raise UserValueError(f"Expected `{name}` to be a finite number{bound}, but got {value!r}.")
+
+
+def expect_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Check that an argument is one of several strings.
+
+    Raises:
+        UserValueError: otherwise.
+
+    Example:
+        >>> expect_choice("mode", "max", ("min", "max"))
+    """
+    if not isinstance(value, str) or value not in choices:
+        *others, last = map(repr, choices)
+        raise UserValueError(f"Expected `{name}` to be {', '.join(others)} or {last}, but got {value!r}.")

@@ -1,0 +1,139 @@
+"""The commands of ``glai`` that run a Trainer: Lightning's command line, with what it leaves to trip over removed."""
+
+import os
+import re
+import warnings
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch.optim import Optimizer
+
+from glai_lightning.callbacks import FitReport
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.modules.checkpoint_file import check_checkpoint
+from glai_lightning.modules.head_module import has_test, steps_per_batch
+
+_DESCRIPTION = "Fit, validate, test or predict with the modules, data and callbacks that a YAML configuration names."
+_EPILOG = (
+    "Other commands: 'glai compare' measures a configuration against the same fit that is never frozen; 'glai recipes' "
+    "lists the shipped configurations, 'glai recipes NAME' copies one into the current folder. '--debug' with any "
+    "command shows the traceback of every error."
+)
+
+
+class GlaiCLI(LightningCLI):
+    """Runs ``glai fit``, ``validate``, ``test`` and ``predict``, for any LightningModule and LightningDataModule.
+
+    It differs from a plain ``LightningCLI`` in that
+
+    - ``fit`` tests the best checkpoint afterwards, where there is test data, and prints the table of a ``FitReport``
+      last;
+    - loggers with the same folder and name share one version;
+    - OneCycleLR and CyclicLR from ``--lr_scheduler`` are stepped after every batch;
+    - checkpoints are read with ``weights_only=True``, unless ``--weights_only=false`` is given, and it is the
+      configuration that says which classes are made, and not hyper-parameters in a checkpoint;
+    - a scheduler that would be ignored, and a checkpoint that is not there or is none, are errors.
+
+    Args:
+        arguments: what follows ``glai`` on the command line.
+    """
+
+    def __init__(self, arguments: list[str]) -> None:
+        usages = {name: {"usage": f"glai {name} --config CONFIG [options]"} for name in self.subcommands()}
+        super().__init__(
+            LightningModule,
+            save_config_kwargs={"overwrite": True},
+            subclass_mode_model=True,
+            parser_kwargs={"prog": "glai", "description": _DESCRIPTION, "epilog": _EPILOG, **usages},
+            args=arguments,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments; ``main`` took them from the command line, so there are no others to warn about."""
+        self.config = parser.parse_args(args)
+        self._check_checkpoint(self.config[self.config["subcommand"]])
+
+    @staticmethod
+    def _check_checkpoint(config: Any) -> None:
+        checkpoint = config.get("ckpt_path")
+        if config.get("weights_only") is None:
+            config["weights_only"] = True
+        if checkpoint is None:
+            return
+        path = str(checkpoint)
+        if not _is_checkpoint(path):
+            raise UserMisconfigurationError(
+                f"Expected `--ckpt_path` to be a checkpoint, 'best', 'last' or 'hpc', but got '{path}', "
+                "which does not exist."
+            )
+        if os.path.isfile(path) and config["weights_only"]:
+            check_checkpoint(path)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the hyper-parameters of a checkpoint alone: a file that comes from anywhere is to name no classes."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what would be ignored, or fail only after minutes."""
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        given = config.get("optimizer"), config.get("lr_scheduler")
+        if given[0] is None and given[1] is not None:
+            raise UserMisconfigurationError(
+                "Expected `--lr_scheduler` to come with `--optimizer`, without which it has no effect, but got it "
+                "alone. A module's own argument, as in `--model.lr_scheduler`, needs no other."
+            )
+        own = (config.get("model.init_args") or {}).get("lr_scheduler")
+        if given[0] is not None and given[1] is None and own is not None:
+            raise UserMisconfigurationError(
+                "Expected `--optimizer` to come with `--lr_scheduler`, because it replaces both the optimizer and the "
+                "scheduler of the module, but got it alone with a scheduler in the module's arguments."
+            )
+
+    def after_instantiate_classes(self) -> None:
+        """Let all loggers of the run write into one folder."""
+        # A logger takes the next free version when it is first asked for it. Asked before any of them has made its
+        # folder, those with the same name take the same version.
+        for logger in self.trainer.loggers:
+            if logger.log_dir is not None and not os.path.exists(logger.log_dir):
+                # CSVLogger warns that it deletes old logs, but here they are those of another logger of this run.
+                warnings.filterwarnings(
+                    "ignore", message=f"Experiment logs directory {re.escape(logger.log_dir)} exists"
+                )
+
+    @staticmethod
+    def configure_optimizers(
+        lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: Any | None = None
+    ) -> Any:
+        """Return what ``--optimizer`` and ``--lr_scheduler`` ask for."""
+        if steps_per_batch(lr_scheduler):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": "step"}}
+        return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+
+    def before_fit(self) -> None:
+        """Keep the tables for the end."""
+        for report in self._fit_reports():
+            report.prints_at_fit_end = False
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint, or the weights at the end where none was kept, and print the tables."""
+        try:
+            if has_test(self.model, self.datamodule):
+                checkpoint = self._best_checkpoint()
+                self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True)
+        finally:
+            for report in self._fit_reports():
+                report.print_table()
+
+    def _fit_reports(self) -> list[FitReport]:
+        return [callback for callback in self.trainer.callbacks if isinstance(callback, FitReport)]  # type: ignore[attr-defined]
+
+    def _best_checkpoint(self) -> str | None:
+        for checkpoint in self.trainer.checkpoint_callbacks:
+            path: str = getattr(checkpoint, "best_model_path", "")
+            if getattr(checkpoint, "monitor", None) is not None and path:
+                return path
+        return None
+
+
+def _is_checkpoint(path: str) -> bool:
+    return path in ("best", "last", "hpc") or "://" in path or os.path.exists(path)

@@ -1,0 +1,105 @@
+"""The ``glai`` command: fits, validates, tests, predicts and compares from YAML, and lists and copies recipes."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from glai_lightning.checks import UserError, UserValueError
+from glai_lightning.cli.recipes import copy_recipe, list_recipes
+
+_NOT_BUILT_YET = ("export",)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the ``glai`` command.
+
+    Args:
+        arguments: what follows ``glai`` on the command line; by default the arguments of this process. ``--debug``
+            anywhere among them shows the traceback of every error.
+
+    Returns:
+        The exit code: 0, or 1 after an error, which is printed as a sentence; of ``glai compare`` also 3 and 4, see
+        ``run_comparison``.
+
+    Raises:
+        SystemExit: after ``--help`` (code 0), and for arguments that cannot be parsed (code 2).
+
+    Example:
+        >>> main(["recipes"])  # doctest: +ELLIPSIS
+        images        A classifier of images in folders, with a backbone by name and a head that freezes its own...
+        multi_gpu     Laid over another recipe, runs it on all GPUs of the machine: one process each, in step.
+        prototypical  Few-shot classification by class prototypes, with a head that freezes its own structure, h...
+        simclr        Contrastive learning (SimCLR) with a projection head that freezes its own structure, on di...
+        supervised    A classifier on feature vectors that freezes its own structure, here on scikit-learn's digits.
+        texts         A classifier of texts in a CSV file, with a backbone by name and a head that freezes its o...
+        0
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        return _run(given)
+    except Exception as error:
+        sentence = _sentence_for_users(error)
+        if debug or sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
+    command = arguments[0] if arguments else None
+    if command in _NOT_BUILT_YET:
+        raise UserValueError(
+            f"Expected a command that is built, but got '{command}': `glai {command}` is not built yet."
+        )
+    if command == "recipes":
+        _recipes(arguments[1:])
+        return 0
+    # Lightning takes seconds to import.
+    if command == "compare":
+        from glai_lightning.cli.compare import run_comparison
+
+        return run_comparison(arguments[1:])
+    from glai_lightning.cli.lightning_cli import GlaiCLI
+
+    with warnings.catch_warnings():
+        GlaiCLI(arguments)
+    return 0
+
+
+def _recipes(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser("glai recipes", description="List the shipped recipes, or copy one of them.")
+    parser.add_argument("name", nargs="?", help="recipe to copy; without it, the recipes are listed")
+    parser.add_argument("--to", type=Path, default=Path(), help="folder to copy to (default: the current one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
+    options = parser.parse_args(arguments)
+    if options.name is None:
+        for name, description in list_recipes().items():
+            print(f"{name:<14}{description}")
+        return
+    path = copy_recipe(options.name, options.to, overwrite=options.overwrite)
+    print(f"Copied to {path}. Run it with: glai fit --config {path}")
+
+
+def _sentence_for_users(error: BaseException) -> str | None:
+    """Return the message of an error that says all there is to say, ``None`` for an error that needs its traceback."""
+    for cause in _chain(error):
+        if isinstance(cause, UserError):
+            return str(cause)
+    for cause in _chain(error):
+        # Lightning's own sentences for wrong combinations; by name, because most commands get here without Lightning.
+        if any(kind.__name__ == "MisconfigurationException" for kind in type(cause).__mro__):
+            return str(cause)
+        # torch's own list of what does not fit, for a checkpoint of another module.
+        if isinstance(cause, RuntimeError) and str(cause).startswith("Error(s) in loading state_dict"):
+            return str(cause)
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,245 @@
+"""Churn: how much of a head's structure still moves, and when it has settled."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from glai_lightning.checks import UserTypeError, UserValueError
+from glai_lightning.heads.patterns import apply_leading, evaluating, hidden_units, layout_of, patterns_of
+
+
+def pattern_churn(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """Return the fraction of pattern bits that differ, over all hidden layers together.
+
+    Args:
+        before: one bool tensor of shape (batch, width) for each hidden layer, as ``activation_patterns`` gives them.
+        after: the patterns of the same inputs, later.
+
+    Returns:
+        A 0-d float tensor in [0, 1].
+
+    Raises:
+        TypeError: if a pattern is not a bool tensor.
+        ValueError: if there is no bit to compare, or numbers or shapes of the patterns differ.
+
+    Example:
+        >>> import torch
+        >>> pattern_churn([torch.tensor([[True, False]])], [torch.tensor([[True, True]])])
+        tensor(0.5000)
+    """
+    for pattern in (*before, *after):
+        if not isinstance(pattern, Tensor) or pattern.dtype is not torch.bool:
+            raise UserTypeError(f"Expected patterns to be bool tensors, but got {_describe(pattern)}.")
+    shapes = [tuple(pattern.shape) for pattern in before], [tuple(pattern.shape) for pattern in after]
+    if shapes[0] != shapes[1]:
+        raise UserValueError(
+            f"Expected `before` and `after` to have the same shapes, but got {shapes[0]} and {shapes[1]}."
+        )
+    flipped, bits = count_flipped(before, after)
+    if bits == 0:
+        raise UserValueError("Expected `before` and `after` to hold at least one bit, but got none.")
+    return (flipped.double() / bits).float()
+
+
+def _describe(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"`{type(value).__name__}`"
+
+
+def count_flipped(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """Return the number of bits that differ (0-d int64 tensor) and the number of bits."""
+    device = before[0].device if before else None
+    flipped = torch.zeros((), dtype=torch.int64, device=device)
+    for old, new in zip(before, after, strict=True):
+        flipped += torch.count_nonzero(old ^ new)
+    return flipped, sum(pattern.numel() for pattern in before)
+
+
+def structure_settled(
+    churn_history: Sequence[float],
+    *,
+    churn_tolerance: float = 0.10,
+    relative_tolerance: float = 0.25,
+    patience: int = 1,
+) -> bool:
+    """Tell whether the structure has settled: churn is small, and small against the largest churn so far.
+
+    An absolute threshold alone is wrong: with a tiny learning rate churn is small from the first epoch, long before
+    anything was learnt. A check passes if its churn is at most ``relative_tolerance`` times the largest churn up to and
+    including that check, and at most ``churn_tolerance``.
+
+    Args:
+        churn_history: the churn at each check, oldest first, in [0, 1]; NaN for a check that could not be made, which
+            does not pass.
+        churn_tolerance: largest churn that counts as settled, in [0, 1].
+        relative_tolerance: largest churn that counts as settled, as a fraction of the largest so far, in (0, 1].
+        patience: number of checks in a row, the last one included, that must pass.
+
+    Returns:
+        Whether the last ``patience`` checks passed.
+
+    Example:
+        >>> structure_settled([0.24, 0.058])
+        True
+        >>> structure_settled([0.005])
+        False
+    """
+    if len(churn_history) < patience:
+        return False
+    for check in range(len(churn_history) - patience, len(churn_history)):
+        largest = max((churn for churn in churn_history[: check + 1] if not math.isnan(churn)), default=0.0)
+        # Where no bit ever flipped nothing was trained yet: a warm-up that starts at a rate of zero.
+        if largest == 0.0 or not churn_history[check] <= min(churn_tolerance, relative_tolerance * largest):
+            return False
+    return True
+
+
+class ChurnProbe:
+    """Measures the churn of a head on the inputs that it was last trained on.
+
+    It keeps a snapshot of the hidden layers and references to the last inputs seen in training mode with gradients
+    enabled (nothing is copied), and compares snapshot and head on those same inputs. That makes churn independent of
+    shuffling, of augmentation, of a moving backbone, and of whether there is validation at all.
+
+    Args:
+        head: an MLP head or a ``GLAIHead``.
+        probe_size: number of inputs to compare on, at least 1.
+
+    Raises:
+        ValueError: if ``head`` is not an MLP of piecewise-linear layers.
+
+    Example:
+        >>> import torch
+        >>> from glai_lightning import mlp_head
+        >>> head = mlp_head(4, 8, 2)
+        >>> probe = ChurnProbe(head, probe_size=16)
+        >>> _ = head(torch.randn(32, 4))
+        >>> flipped, bits = probe.measure()
+        >>> int(flipped), bits
+        (0, 128)
+        >>> probe.close()
+    """
+
+    def __init__(self, head: nn.Module, probe_size: int = 1024) -> None:
+        self.head = head
+        self.probe_size = probe_size
+        self.layout = layout_of(head)
+        self.snapshot = [units.snapshot() for units in hidden_units(self.layout)]
+        self.inputs: deque[Tensor] = deque()
+        self._kept = 0
+        #: Inputs seen since the last measurement, kept or not.
+        self.seen = 0
+        self._listens = True
+        self._handle: RemovableHandle | None = head.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (head.training and torch.is_grad_enabled()):
+            return
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        rows = x.detach() if self.layout.leading else x.detach().reshape(-1, x.shape[-1])
+        self.seen += len(rows)
+        if not self._listens:
+            return
+        self.inputs.append(rows)
+        self._kept += len(rows)
+        while self._kept - len(self.inputs[0]) >= self.probe_size:
+            self._kept -= len(self.inputs.popleft())
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the head has been given an input in training since the last measurement."""
+        return self._kept > 0
+
+    def listen(self, listens: bool) -> None:
+        """Keep the inputs seen from here on, or let go of those kept and keep no more until told otherwise.
+
+        Tensors that are kept cannot be written to again, so that batches move through memory that is not in the cache.
+        Who knows when the next measurement is due need keep only what it will be made on.
+        """
+        self._listens = listens
+        if not listens:
+            self._forget()
+
+    def _forget(self) -> None:
+        self.inputs.clear()
+        self._kept = 0
+
+    def is_finite(self) -> bool:
+        """Tell whether all numbers that decide the patterns are finite; NaN flips no bits and looks settled."""
+        return all(bool(t.isfinite().all()) for units in hidden_units(self.layout) for t in units.tensors().values())
+
+    def restart(self) -> None:
+        """Take a new snapshot, and let go of the inputs kept so far."""
+        self.snapshot = [units.snapshot() for units in hidden_units(self.layout)]
+        self._forget()
+        self.seen = 0
+
+    def resume(self, snapshot: Sequence[dict[str, Tensor]], inputs: Sequence[Tensor], seen: int) -> None:
+        """Go on from where another probe of the same head stood.
+
+        Args:
+            snapshot: for each hidden layer, its tensors at the last measurement.
+            inputs: the inputs kept since then, each (batch, D), oldest first.
+            seen: number of inputs seen since then.
+
+        Raises:
+            ValueError: if shapes are not those of this head.
+        """
+        current = hidden_units(self.layout)
+        own = [{name: value.shape for name, value in units.tensors().items()} for units in current]
+        given = [{name: value.shape for name, value in tensors.items()} for tensors in snapshot]
+        if own != given:
+            raise UserValueError(f"Expected the snapshot of a head with tensors of shape {own}, but got {given}.")
+        for rows in inputs:
+            if not rows.is_floating_point() or rows.ndim < 2 or (not self.layout.leading and rows.ndim != 2):
+                raise UserValueError(f"Expected kept inputs of shape (rows, features), but got {tuple(rows.shape)}.")
+            if not self.layout.leading and rows.shape[1] != self.layout.widths[0]:
+                raise UserValueError(
+                    f"Expected {self.layout.widths[0]} features in kept inputs, but got {rows.shape[1]}."
+                )
+        self.snapshot = [units.with_tensors(tensors) for units, tensors in zip(current, snapshot, strict=True)]
+        self.inputs = deque(inputs)
+        self._kept = sum(len(rows) for rows in inputs)
+        self.seen = seen
+
+    def measure(self) -> tuple[Tensor, int]:
+        """Compare the head with the snapshot on the inputs kept, and start again from here.
+
+        Returns:
+            The number of pattern bits that differ (0-d int64 tensor on the inputs' device), and the number of bits
+            compared. Counts, and not their ratio, so that several processes can add theirs up.
+
+        Raises:
+            ValueError: if the head was given no input in training since the last measurement.
+        """
+        if not self.has_inputs:
+            raise UserValueError(
+                "Expected the head to be called in training before churn is measured, but it saw no input."
+            )
+        surplus = max(0, self._kept - self.probe_size)
+        flipped, bits = torch.zeros((), dtype=torch.int64, device=self.inputs[0].device), 0
+        current = hidden_units(self.layout)
+        with torch.no_grad(), evaluating(self.layout.leading):
+            for kept in self.inputs:
+                x = apply_leading(self.layout, kept[surplus:])
+                surplus = 0
+                more_flipped, more_bits = count_flipped(patterns_of(self.snapshot, x), patterns_of(current, x))
+                flipped += more_flipped
+                bits += more_bits
+        self.restart()
+        return flipped, bits
+
+    def detach(self) -> None:
+        """Stop watching, and keep what was seen."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
+    def close(self) -> None:
+        """Stop watching: the hook is removed and inputs are let go."""
+        self.detach()
+        self._forget()

@@ -1,0 +1,56 @@
+"""What is computed once for all behind a frozen structure: the path activations, and the layers that go on training."""
+
+import torch
+from torch import Tensor, nn
+
+from glai_lightning.checks import UserValueError
+from glai_lightning.heads.frozen import GLAIHead
+
+
+def output_layers(head: GLAIHead) -> nn.Sequential:
+    """Return what a head with output paths does to its path activations.
+
+    Args:
+        head: a head frozen with output paths.
+
+    Returns:
+        The last Linear and whatever follows it, from (..., H) to (..., C): the very modules of the head, which trains
+        with them.
+
+    Raises:
+        ValueError: if the paths are not 'output'.
+
+    Example:
+        >>> from glai_lightning import freeze_structure, mlp_head
+        >>> head, x = freeze_structure(mlp_head(4, 8, 3)), torch.randn(5, 4)
+        >>> torch.equal(output_layers(head)(head.path_activations(x)), head(x))
+        True
+    """
+    if head.paths != "output":
+        raise UserValueError(f"Expected `paths` to be 'output' to train on path activations, but got {head.paths!r}.")
+    return nn.Sequential(head.layout.output, *head.layout.trailing)
+
+
+@torch.no_grad()
+def cache_path_activations(head: GLAIHead, inputs: Tensor, *, rows: int = 4096) -> Tensor:
+    """Compute the path activations of inputs, so many at a time.
+
+    Args:
+        head: a head with a frozen structure.
+        inputs: inputs (..., D).
+        rows: inputs that are computed at a time.
+
+    Returns:
+        Path activations (..., F), on the device of the inputs.
+
+    Example:
+        >>> from glai_lightning import freeze_structure, mlp_head
+        >>> cache_path_activations(freeze_structure(mlp_head(4, 8, 3)), torch.randn(2, 5, 4)).shape
+        torch.Size([2, 5, 8])
+    """
+    weight = head.layout.output.weight
+    parts = [
+        head.path_activations(part.to(weight.device, weight.dtype)).to(inputs.device)
+        for part in torch.split(inputs.reshape(-1, inputs.shape[-1]), rows)
+    ]
+    return torch.cat(parts).view(*inputs.shape[:-1], -1)

@@ -1,0 +1,178 @@
+"""Activation patterns: which hidden units of a head fire for which input."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glai_lightning.heads.layout import HeadLayout, HiddenLayer, read_head
+
+
+@dataclass(frozen=True)
+class HiddenUnits:
+    """The numbers that decide which units of one hidden layer fire.
+
+    With inputs of width D and H units: ``weight`` (H, D), everything else (H,) or ``None``. The statistics and the
+    affine weights are those of the BatchNorm between Linear and activation, which counts with its running statistics.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    eps: float
+    negative_slope: Tensor | float
+
+    @classmethod
+    def of(cls, layer: HiddenLayer) -> "HiddenUnits":
+        """Return the units of a layer as they are now: the tensors are the layer's own."""
+        norm, activation = layer.norm, layer.activation
+        if isinstance(activation, nn.PReLU):
+            slope: Tensor | float = activation.weight
+        else:
+            slope = activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
+        return cls(
+            weight=layer.linear.weight,
+            bias=layer.linear.bias,
+            running_mean=None if norm is None else norm.running_mean,
+            running_var=None if norm is None else norm.running_var,
+            norm_weight=None if norm is None else norm.weight,
+            norm_bias=None if norm is None else norm.bias,
+            eps=0.0 if norm is None else norm.eps,
+            negative_slope=slope,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are there, by the names of the fields."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> "HiddenUnits":
+        """Return the same layer with other numbers.
+
+        Args:
+            tensors: new tensors by the names of the fields; the rest stays.
+        """
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
+    def snapshot(self) -> "HiddenUnits":
+        """Return a copy that goes on as it is when the layer is trained."""
+        return self.with_tensors({name: value.detach().clone() for name, value in self.tensors().items()})
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Apply the BatchNorm, if there is one, with its running statistics: (..., H) -> (..., H)."""
+        if self.running_mean is None:
+            return z
+        flat = z.reshape(-1, z.shape[-1])
+        normed = F.batch_norm(flat, self.running_mean, self.running_var, self.norm_weight, self.norm_bias, eps=self.eps)
+        return normed.reshape(z.shape)
+
+    def preactivations(self, x: Tensor) -> Tensor:
+        """Return what the activation is applied to: (..., D) -> (..., H)."""
+        return self.normalise(F.linear(x, self.weight, self.bias))
+
+    def gates(self, z: Tensor) -> Tensor:
+        """Return the factor by which the activation multiplies: 1 where a unit fires, else its slope; (..., H)."""
+        slope = self.negative_slope
+        fires = z > 0
+        if not isinstance(slope, Tensor) and slope == 0.0:
+            return fires.to(z.dtype)
+        return torch.where(fires, torch.ones((), dtype=z.dtype, device=z.device), slope)
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight (H, D) and bias (H,) of the one affine map that Linear and BatchNorm make together."""
+        if self.running_mean is None or self.running_var is None:
+            return self.weight, self.bias
+        scale = torch.rsqrt(self.running_var + self.eps)
+        if self.norm_weight is not None:
+            scale = scale * self.norm_weight
+        bias = -self.running_mean if self.bias is None else self.bias - self.running_mean
+        bias = bias * scale
+        if self.norm_bias is not None:
+            bias = bias + self.norm_bias
+        return self.weight * scale.unsqueeze(-1), bias
+
+
+def hidden_units(layout: HeadLayout) -> list[HiddenUnits]:
+    """Return the units of every hidden layer of a head as they are now."""
+    return [HiddenUnits.of(layer) for layer in layout.hidden]
+
+
+def apply_leading(layout: HeadLayout, x: Tensor) -> Tensor:
+    """Apply what comes before the first Linear: a Flatten, a LayerNorm; (..., D) -> (..., D)."""
+    for module in layout.leading:
+        x = module(x)
+    return x
+
+
+def iterate_preactivations(units: Sequence[HiddenUnits], x: Tensor) -> Iterator[Tensor]:
+    """Yield the preactivations (..., H) of every hidden layer for inputs ``x`` (..., D) of the first."""
+    *inner, last = units
+    for layer in inner:
+        z = layer.preactivations(x)
+        yield z
+        x = layer.gates(z) * z
+    yield last.preactivations(x)
+
+
+def patterns_of(units: Sequence[HiddenUnits], x: Tensor) -> list[Tensor]:
+    """Return the activation patterns (..., H) of every hidden layer for inputs ``x`` (..., D) of the first."""
+    # Under autocast the bits of a half-precision product would differ from those of the frozen float32 structure.
+    with torch.no_grad(), torch.autocast(device_type=x.device.type, enabled=False):
+        return [z > 0 for z in iterate_preactivations(units, x.to(units[0].weight.dtype))]
+
+
+def activation_patterns(head: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return which hidden units fire for which input.
+
+    BatchNorm inside the head counts with its running statistics and Dropout not at all, whatever mode the head is in,
+    because two draws of either flip bits of the same weights.
+
+    Args:
+        head: an MLP head or a ``GLAIHead``; it is not changed.
+        x: inputs of shape (batch, D), floating point. More leading dimensions are kept.
+
+    Returns:
+        One bool tensor of shape (batch, width) for each hidden layer.
+
+    Raises:
+        ValueError: if ``head`` is not an MLP of piecewise-linear layers.
+
+    Example:
+        >>> import torch
+        >>> from glai_lightning import mlp_head
+        >>> head = mlp_head(2, 3, 1)
+        >>> with torch.no_grad():
+        ...     _ = head[0].weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]))
+        ...     _ = head[0].bias.zero_()
+        >>> activation_patterns(head, torch.tensor([[1.0, -1.0]]))
+        [tensor([[ True, False, False]])]
+    """
+    layout = layout_of(head)
+    with torch.no_grad(), evaluating(layout.leading):
+        return patterns_of(hidden_units(layout), apply_leading(layout, x))
+
+
+def layout_of(head: nn.Module) -> HeadLayout:
+    """Return the layout of an MLP head, or the one that a frozen head carries."""
+    layout = getattr(head, "layout", None)
+    return layout if isinstance(layout, HeadLayout) else read_head(head)
+
+
+class evaluating:  # noqa: N801
+    """Context in which modules are in eval mode; each gets its own mode back at the end."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modes = [(child, child.training) for module in modules for child in module.modules()]
+
+    def __enter__(self) -> None:
+        for module, _ in self._modes:
+            module.training = False
+
+    def __exit__(self, *_: object) -> None:
+        for module, mode in self._modes:
+            module.training = mode

@@ -1,0 +1,218 @@
+"""HeadModule: any backbone with a pluggable head."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from typing import Any, Self
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from glai_lightning.checks import UserTypeError, UserValueError
+from glai_lightning.fitting.conversion import follow_in_fit
+from glai_lightning.heads.frozen import GLAIHead
+from glai_lightning.heads.loading import check_state_dict, unchanged_on_error
+from glai_lightning.heads.restoring import HeadRestorer
+from glai_lightning.modules.checkpoint_file import check_checkpoint
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler | ReduceLROnPlateau]
+
+
+def steps_per_batch(scheduler: object) -> bool:
+    """Tell whether a learning-rate scheduler is meant to be stepped after every batch, and not every epoch."""
+    return isinstance(scheduler, OneCycleLR | CyclicLR)
+
+
+def has_test(module: LightningModule, data: LightningDataModule | None) -> bool:
+    """Tell whether there is a test step, and data to run it on."""
+    holders = [holder for holder in (data, module) if holder is not None]
+    return is_overridden("test_step", module) and any(is_overridden("test_dataloader", h) for h in holders)
+
+
+class HeadModule(LightningModule):
+    """A backbone, frozen or not, and a head on its embeddings; the base of the modules for particular tasks.
+
+    Checkpoints of a frozen head load into a module with an MLP head and the reverse: ``load_from_checkpoint``, a
+    resumed fit, validation, test and prediction need no callback for it.
+
+    Args:
+        head: any module from embeddings (batch, D) to outputs (batch, C); ``mlp_head`` makes one.
+        backbone: any module from a batch of inputs to embeddings (batch, D); without one the inputs are the embeddings.
+        freeze_backbone: whether the backbone stays in eval mode and gets no gradients.
+        optimizer: makes the optimizer from an iterable of parameters.
+        lr_scheduler: makes a learning-rate scheduler from the optimizer, if given. It is stepped once an epoch,
+            OneCycleLR and CyclicLR once a step; ReduceLROnPlateau follows ``val/loss`` unless it names a ``monitor``.
+
+    Raises:
+        TypeError: if an argument is not what it is to be.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        backbone: nn.Module | None = None,
+        *,
+        freeze_backbone: bool = True,
+        optimizer: OptimizerFactory = torch.optim.AdamW,
+        lr_scheduler: SchedulerFactory | None = None,
+    ) -> None:
+        super().__init__()
+        for name, module in (("head", head), ("backbone", backbone)):
+            if not isinstance(module, nn.Module) and not (module is None and name == "backbone"):
+                raise UserTypeError(f"Expected `{name}` to be a module, but got {module!r}.")
+        for name, factory in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
+            if not callable(factory) and not (factory is None and name == "lr_scheduler"):
+                raise UserTypeError(f"Expected `{name}` to be a function that makes one, but got {factory!r}.")
+        # Only what a checkpoint can hold under `weights_only=True`.
+        self.save_hyperparameters(ignore=["head", "backbone", "optimizer", "lr_scheduler"])
+        self.head = head
+        self.backbone = backbone
+        self.freeze_backbone = freeze_backbone
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        if backbone is not None and freeze_backbone:
+            backbone.requires_grad_(False).eval()
+        HeadRestorer.of(self, "head")
+
+    def train(self, mode: bool = True) -> "HeadModule":
+        """Set the mode of everything but a frozen backbone, which stays in eval mode."""
+        super().train(mode)
+        if self.backbone is not None and self.freeze_backbone:
+            self.backbone.eval()
+        return self
+
+    def embeddings(self, x: Any) -> Tensor:
+        """Return what the head is given: a batch of inputs -> (batch, D)."""
+        if self.backbone is None:
+            return x  # type: ignore[no-any-return]
+        if not self.freeze_backbone:
+            return self.backbone(x)  # type: ignore[no-any-return]
+        with torch.no_grad():
+            return self.backbone(x)  # type: ignore[no-any-return]
+
+    def forward(self, x: Any) -> Tensor:
+        """Return the outputs of the head: a batch of inputs -> (batch, C)."""
+        return self.head(self.embeddings(x))  # type: ignore[no-any-return]
+
+    def setup(self, stage: str) -> None:
+        """Check that the head fits the data; let a resumed fit load a frozen head as the MLP that is optimized.
+
+        Raises:
+            ValueError: if there is no backbone, and the head takes another number of features than the data module has.
+        """
+        restorer = HeadRestorer.of(self, "head")
+        restorer.deferred = stage == "fit"
+        restorer.forget()
+        features = getattr(getattr(self.trainer, "datamodule", None), "num_features", None)
+        in_features = _count_inputs(self.head)
+        if self.backbone is None and isinstance(features, int) and in_features not in (None, features):
+            raise UserValueError(
+                f"Expected the head to take the {features} features of the data, but got a head for {in_features}."
+            )
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **arguments: Any,
+    ) -> Self:
+        """Make a module from a checkpoint, as Lightning does, but with ``weights_only=True`` unless told otherwise.
+
+        Args:
+            checkpoint_path: a file, an address or a file-like object.
+            map_location: where to put tensors, see ``torch.load``.
+            hparams_file: hyper-parameters to take instead of those in the checkpoint.
+            strict: whether all keys must fit; by default as ``strict_loading`` of the module says.
+            weights_only: ``False`` executes what a checkpoint holds; for files that you trust.
+            **arguments: arguments of the class that a checkpoint does not hold, ``head`` for one.
+
+        Returns:
+            The module, with a frozen head where the checkpoint holds one.
+
+        Raises:
+            ValueError: if the file is no checkpoint, or is cut short, or holds more than tensors and primitives.
+
+        Example:
+            >>> import tempfile
+            >>> from glai_lightning import mlp_head
+            >>> with tempfile.NamedTemporaryFile(suffix=".ckpt") as file:
+            ...     HeadModule.load_from_checkpoint(file.name, head=mlp_head(4, 8, 3))  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            ...
+            glai_lightning.checks.UserValueError: Expected '...' to be a checkpoint, but it is none, or is cut short.
+        """
+        weights_only = weights_only is None or weights_only
+        if weights_only and isinstance(checkpoint_path, str | PathLike) and os.path.isfile(checkpoint_path):
+            check_checkpoint(checkpoint_path)
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict, weights_only=weights_only, **arguments
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict from either side of the freeze, completely or not at all.
+
+        Args:
+            state_dict: entries and metadata of a module with an MLP head or a frozen one.
+            strict: whether every key must be there, and no other.
+            assign: whether to take over the tensors instead of copying them.
+
+        Returns:
+            The missing and the unexpected keys.
+
+        Raises:
+            TypeError: if ``state_dict`` is not a mapping.
+            ValueError: if it is not built like a state dict, its head is not whole, or is of other sizes.
+            RuntimeError: if other keys or shapes are not those of this module. In either case it is as it was.
+        """
+        check_state_dict(state_dict)
+        try:
+            with unchanged_on_error(self):
+                return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except (TypeError, ValueError, RuntimeError):
+            HeadRestorer.of(self, "head").forget()
+            raise
+
+    def on_fit_start(self) -> None:
+        """Freeze the head again, where the fit resumes from after the freeze without the callback."""
+        restorer = HeadRestorer.of(self, "head")
+        restorer.deferred = False
+        if restorer.pending:
+            follow_in_fit(self.trainer, restorer.restore(self))
+
+    def on_train_epoch_start(self) -> None:
+        """Put a frozen backbone back in eval mode, should anything have changed that."""
+        if self.backbone is not None and self.freeze_backbone:
+            self.backbone.eval()
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimizer, and the scheduler if there is one, for all that is trained."""
+        optimizer = self.optimizer(self._optimizer_parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        interval = "step" if steps_per_batch(scheduler) else "epoch"
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": interval}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config["monitor"] = getattr(scheduler, "monitor", None) or "val/loss"
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _optimizer_parameters(self) -> list[nn.Parameter]:
+        # A head that is frozen already keeps the positions that its parameters have in a fit that froze it.
+        in_head = {id(parameter) for parameter in self.head.parameters()}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in in_head]
+        if isinstance(self.head, GLAIHead):
+            return [*self.head.optimizer_parameters(), *rest]
+        return [*(p for p in self.head.parameters() if p.requires_grad), *rest]
+
+
+def _count_inputs(head: nn.Module) -> int | None:
+    first = next((module for module in head.modules() if isinstance(module, nn.Linear | nn.Flatten)), None)
+    return first.in_features if isinstance(first, nn.Linear) else None

@@ -1,0 +1,99 @@
+"""The sides of a comparison."""
+
+import pytest
+from fits import FEATURES
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from glai_lightning import matched_hidden_features, mlp_head
+from glai_lightning.callbacks import StructureFreezeCallback
+from glai_lightning.comparison.variants import find_variant, find_variants, freeze_callback, matched_head
+from glai_lightning.heads.frozen import freeze_structure
+from glai_lightning.solvers import LogisticSolver, RidgeSolver
+
+
+def test_names_are_found_in_their_order():
+    names = ["random", "mlp", "output+solve"]
+    assert [variant.name for variant in find_variants(names)] == names
+    assert find_variants("random, mlp,output+solve") == find_variants(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        ("mlp,all", "Expected `variants` to be some of 'mlp', 'output', .* but got 'all'"),
+        ("mlp,output,output", "Expected every variant to be named once"),
+        ("output,tangent", "Expected `variants` to hold 'mlp'"),
+        ("mlp", "at least one to compare with it"),
+        ("", "but got ''"),
+    ],
+)
+def test_names_that_make_no_comparison_are_refused(names, sentence):
+    with pytest.raises(MisconfigurationException, match=sentence):
+        find_variants(names)
+
+
+def test_a_variant_takes_the_freeze_rule_and_decides_paths_and_solver():
+    given = StructureFreezeCallback("blocks.head", "tangent", churn_tolerance=0.3, patience=2, probe_size=7)
+    callback = freeze_callback(find_variant("output+solve"), given, LogisticSolver(l2=0.5))
+    assert (callback.head, callback.churn_tolerance, callback.patience) == ("blocks.head", 0.3, 2)
+    assert (callback.probe_size, callback.paths) == (7, "output")
+    assert (callback.solver, callback.stop_after_solve) == (LogisticSolver(l2=0.5), True)
+
+
+def test_a_variant_that_trains_on_has_no_solver():
+    given = StructureFreezeCallback(solver=RidgeSolver(), stop_after_solve=True)
+    callback = freeze_callback(find_variant("output"), given, RidgeSolver())
+    assert (callback.solver, callback.stop_after_solve) == (None, False)
+
+
+def test_a_random_structure_is_frozen_before_the_first_step():
+    callback = freeze_callback(find_variant("random"), StructureFreezeCallback(freeze_at_epoch=5), RidgeSolver())
+    assert callback.freeze_at_epoch == 0
+
+
+def test_the_rule_of_somebodys_own_callback_is_kept():
+    class Impatient(StructureFreezeCallback):
+        def should_freeze(self, head):
+            return True
+
+    assert isinstance(freeze_callback(find_variant("tangent"), Impatient(), None), Impatient)
+
+
+def test_the_mlp_has_no_callback():
+    assert freeze_callback(find_variant("mlp"), StructureFreezeCallback(), None) is None
+
+
+def weights(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_a_matched_head_has_the_width_that_the_paper_takes():
+    head = matched_head(mlp_head(64, 1024, 10))
+    assert head[0].out_features == matched_hidden_features(64, 1024, 10)
+
+
+def test_a_matched_deep_head_has_as_many_path_weights_as_the_mlp_has_weights():
+    mlp = mlp_head(20, [200, 100], 5)
+    narrow = matched_head(mlp)
+    paths = freeze_structure(narrow, paths="independent").num_paths
+    assert 0.7 * weights(mlp) < paths <= weights(mlp)
+    assert narrow[0].out_features == pytest.approx(2 * narrow[2].out_features, abs=1)
+
+
+def test_a_matched_head_is_a_fresh_head_of_the_same_layers():
+    linear = nn.Linear(FEATURES, 64, bias=False)
+    mlp = nn.Sequential(nn.Flatten(), linear, nn.BatchNorm1d(64, momentum=0.3), nn.LeakyReLU(0.2), nn.Linear(64, 3))
+    narrow = matched_head(nn.Sequential(mlp, nn.BatchNorm1d(3)))
+    kinds = [nn.Flatten, nn.Linear, nn.BatchNorm1d, nn.LeakyReLU, nn.Linear, nn.BatchNorm1d]
+    assert [type(module) for module in narrow] == kinds
+    assert narrow[1].bias is None
+    assert narrow[2].momentum == 0.3
+    assert narrow[3].negative_slope == 0.2
+    assert mlp[1] is linear
+    assert not {id(p) for p in narrow.parameters()} & {id(p) for p in mlp.parameters()}
+
+
+def test_a_head_that_cannot_be_read_cannot_be_matched():
+    with pytest.raises(ValueError, match="Expected the head to be an MLP"):
+        matched_head(nn.Linear(4, 3))
