@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback
 
-from glai_lightning.callbacks.callback_state import COUNT, FLAG, NUMBER, Kind, check_entries, or_none
+from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.fit_plots import as_image, churn_figure, save_png, score_figure
 from glai_lightning.callbacks.fit_table import fit_table
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
@@ -18,19 +18,16 @@ from glai_lightning.fitting.fit_record import EpochRecord, FitRecord
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.fitting.sizes import count_bytes, count_trainable
 
-_STATE: dict[str, Kind] = {
-    "epochs": ("a list", lambda value: isinstance(value, list)),
-    "mlp_parameters": or_none(COUNT),
-}
+_STATE = {"epochs": list, "mlp_parameters": int | None}
 _EPOCH = {
-    "epoch": COUNT,
-    "seconds": NUMBER,
-    "steps": COUNT,
-    "frozen": FLAG,
-    "churn": or_none(NUMBER),
-    "score": or_none(NUMBER),
-    "trainable_parameters": COUNT,
-    "optimizer_state_bytes": COUNT,
+    "epoch": int,
+    "seconds": int | float,
+    "steps": int,
+    "frozen": bool,
+    "churn": int | float | None,
+    "score": int | float | None,
+    "trainable_parameters": int,
+    "optimizer_state_bytes": int,
 }
 
 
@@ -184,9 +181,9 @@ class FitReport(Callback):
         Raises:
             MisconfigurationException: if it is not the state of a report.
         """
-        check_entries(state_dict, _STATE, "`FitReport`")
+        check_state(state_dict, _STATE, "`FitReport`")
         for epoch in state_dict["epochs"]:
-            check_entries(epoch, _EPOCH, "an epoch of `FitReport`")
+            check_state(epoch, _EPOCH, "an epoch of `FitReport`")
         self._restored = state_dict
 
     def _freeze_callback(self, trainer: Any) -> StructureFreezeCallback:

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
 from glai_lightning.comparison.recording import Mode, RunRecorder
 from glai_lightning.comparison.variants import Variant, freeze_callback, matched_head
-from glai_lightning.fitting.conversion import find_head
+from glai_lightning.fitting.heads_in_module import find_head
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.fitting.solving import Solver
 
