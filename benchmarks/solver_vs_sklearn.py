@@ -27,7 +27,7 @@ from sklearn.linear_model import LogisticRegression, _logistic
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from glai_lightning.heads.frozen import freeze_structure, mlp_head
+from glai_lightning.heads import freeze_structure, mlp_head
 from glai_lightning.solvers import solve_logistic
 from glai_lightning.solvers.report import LinearSolution
 

@@ -146,7 +146,7 @@ class ChurnWatch:
             check_state(tensors, dict.fromkeys(tensors, Tensor), f"the churn of the head at {slot.name!r}")
         device = self._probe.snapshot[0].weight.device
         snapshot = [{name: value.to(device) for name, value in tensors.items()} for tensors in state["snapshot"]]
-        self._probe.resume(snapshot, [], 0)
+        self._probe.resume(snapshot)
 
     def __getstate__(self) -> dict[str, Any]:
         # What a probe watches belongs to one process.

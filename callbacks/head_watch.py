@@ -15,7 +15,7 @@ from glai_lightning.checks import UserTypeError, expect_choice, expect_integer, 
 from glai_lightning.fitting.conversion import freeze_in_fit, unfreeze_in_fit
 from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.sizes import count_trainable
-from glai_lightning.heads.frozen import Paths
+from glai_lightning.heads.record import Paths
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
 _STATE = {

@@ -16,18 +16,17 @@ from glai_lightning.fitting.collection import Stage
 from glai_lightning.fitting.conversion import (
     check_head,
     check_unfreezable,
-    freeze,
     frozen_head,
     load_as_mlp,
     restore_in_fit,
-    unfreeze,
 )
 from glai_lightning.fitting.heads_in_module import HeadSlot, as_names, is_pattern, match_heads, stands_alone
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError, as_misconfiguration
 from glai_lightning.fitting.solving import check_solvable, read_step
 from glai_lightning.fitting.support import check_launcher, check_optimizers, check_order, check_trainer
 from glai_lightning.heads.churn import structure_settled
-from glai_lightning.heads.frozen import Paths
+from glai_lightning.heads.frozen import freeze_in_place, unfreeze_in_place
+from glai_lightning.heads.record import Paths
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
 
@@ -248,7 +247,7 @@ class StructureFreezeCallback(Callback):
         for slot in slots:
             check_head(slot, self.paths)
         for slot in slots:
-            freeze(slot, paths=self.paths)
+            freeze_in_place(slot.module, paths=self.paths)
             self.heads[slot.name].now_frozen(None, "frozen by hand")
 
     def unfreeze(self, name: str | None = None) -> None:
@@ -268,7 +267,7 @@ class StructureFreezeCallback(Callback):
         for slot in slots:
             check_unfreezable(slot)
         for slot in slots:
-            unfreeze(slot)
+            unfreeze_in_place(slot.module)
             self.heads[slot.name].start_over()
 
     def _choose(self, name: str | None, *, frozen: bool) -> list[HeadSlot]:

@@ -1,15 +1,17 @@
 """Freezing and unfreezing the head of a LightningModule, in the middle of a fit and between fits."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from glai_lightning.checks import UserValueError
+from glai_lightning.checks import UserError, UserValueError
 from glai_lightning.fitting.heads_in_module import HeadSlot, find_head
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.heads.frozen import GLAIHead, Paths, check_convertible
-from glai_lightning.heads.optimizers import follow_conversion, follow_thaw
+from glai_lightning.heads.frozen import GLAIHead, check_freezable, freeze_in_place, unfreeze_in_place
+from glai_lightning.heads.optimizers import replace_parameters, restore_parameters
+from glai_lightning.heads.record import Paths
 from glai_lightning.heads.restoring import HeadRestorer
 
 
@@ -23,8 +25,8 @@ def check_head(slot: HeadSlot, paths: str) -> None:
     if isinstance(head, GLAIHead):
         return
     try:
-        check_convertible(head, paths=paths)
-    except ValueError as error:
+        check_freezable(head, paths=paths)
+    except UserError as error:
         raise UserMisconfigurationError(f"The head at {slot.name!r} cannot be frozen. {error}") from error
 
 
@@ -33,24 +35,6 @@ def frozen_head(slot: HeadSlot) -> GLAIHead:
     head = slot.module
     assert isinstance(head, GLAIHead)
     return head
-
-
-def freeze(slot: HeadSlot, *, paths: Paths, freeze_epoch: int | None = None) -> GLAIHead:
-    """Freeze the structure of the head in a slot, and return it."""
-    head = GLAIHead.adopt(slot.module, paths=paths, freeze_epoch=freeze_epoch)
-    slot.pl_module.set_submodule(slot.name, head)
-    return head
-
-
-def unfreeze(slot: HeadSlot, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """Make the frozen head in a slot the MLP that it was, with its own weights or those given, and return it.
-
-    Raises:
-        ValueError: if it is frozen with other than output paths, and no weights are given.
-    """
-    mlp = frozen_head(slot).thaw(weights)
-    slot.pl_module.set_submodule(slot.name, mlp)
-    return mlp
 
 
 def check_unfreezable(slot: HeadSlot) -> None:
@@ -69,13 +53,13 @@ def check_unfreezable(slot: HeadSlot) -> None:
 
 def freeze_in_fit(trainer: Any, slot: HeadSlot, *, paths: Paths, freeze_epoch: int) -> None:
     """Freeze the head in a slot, and let the optimizers and the strategy of the fit follow."""
-    follow_in_fit(trainer, freeze(slot, paths=paths, freeze_epoch=freeze_epoch))
+    follow_in_fit(trainer, freeze_in_place(slot.module, paths=paths, freeze_epoch=freeze_epoch))
 
 
 def follow_in_fit(trainer: Any, head: GLAIHead) -> None:
     """Let the optimizers and the strategy of a fit follow a head that was just frozen."""
     for optimizer in trainer.optimizers:
-        follow_conversion(optimizer, head)
+        replace_parameters(optimizer, head)
     rewrap(trainer)
 
 
@@ -91,9 +75,8 @@ def unfreeze_in_fit(
         optimizer_state: what ``copy_state`` copied of it.
     """
     head = frozen_head(slot)
-    mlp = unfreeze(slot, weights)
     for optimizer in trainer.optimizers:
-        follow_thaw(optimizer, head, mlp, optimizer_state)
+        restore_parameters(optimizer, head, partial(unfreeze_in_place, head, weights), optimizer_state)
     rewrap(trainer)
 
 

@@ -160,7 +160,7 @@ def why_no_head(module: nn.Module) -> str | None:
         return None
     try:
         read_head(module)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return str(error)
     return None
 

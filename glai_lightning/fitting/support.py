@@ -98,7 +98,7 @@ def check_optimizers(trainer: Any, slot: HeadSlot) -> None:
                 "Expected optimizers that hold the state of all parameters in every process, but got "
                 f"`{type(optimizer).__name__}`, which cannot follow a head that is frozen in the middle of a fit."
             )
-    output = slot.module.get_submodule(layout_of(slot.module).output_name)
+    output = layout_of(slot.module).output
     if not any(trains_any(optimizer, output) for optimizer in trainer.optimizers):
         raise UserMisconfigurationError(
             f"Expected the optimizer to hold the parameters of the last Linear of the head at {slot.name!r}, "

@@ -1,13 +1,13 @@
 """Solvers that set the path weights of a frozen head, which is linear in them, so that the usual losses are convex."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from glai_lightning.checks import UserTypeError, UserValueError
-from glai_lightning.heads.frozen import GLAIHead, IndependentPathsHead, OutputPathsHead
+from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.solvers.cross_entropy import Center
 from glai_lightning.solvers.feature_batches import Batches, FeatureBatches, as_batches
 from glai_lightning.solvers.logistic import Method, check_logistic_settings, solve_logistic
@@ -227,10 +227,10 @@ class LinearPathWeights:
         self._head = head
         self._parameters: list[Tensor]
         self.bias: Tensor | None
-        if isinstance(head, OutputPathsHead):
+        if head.paths == "output":
             self._parameters, self.bias = [head.layout.output.weight], head.layout.output.bias
-        elif isinstance(head, IndependentPathsHead):
-            paths = head.independent_paths
+        elif head.paths == "independent":
+            paths: Any = head.layout.output
             path_biases = [bias for bias in paths.path_biases() if bias is not None]
             self._parameters, self.bias = [paths.path_weights, *path_biases], paths.bias
         else:

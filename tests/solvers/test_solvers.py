@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
-from glai_lightning.heads.frozen import GLAIHead, freeze_structure, mlp_head
+from glai_lightning.heads import GLAIHead, freeze_structure, mlp_head
 from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 SOLVERS = [LogisticSolver(), RidgeSolver()]
