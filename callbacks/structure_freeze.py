@@ -13,11 +13,10 @@ from glai_lightning.callbacks.callback_state import MAPPING, check_entries
 from glai_lightning.callbacks.revert_guard import monitored_score
 from glai_lightning.callbacks.watched_head import WatchedHead, check_head_state
 from glai_lightning.fitting.argument_checks import check_least, check_range
-from glai_lightning.fitting.collection import Stage
 from glai_lightning.fitting.conversion import check_order, check_trainer
 from glai_lightning.fitting.heads_in_module import as_names, is_pattern, match_heads, stands_alone
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.fitting.solving import read_step
+from glai_lightning.fitting.step_reading import HeadBatch, Stage, StepReader
 from glai_lightning.heads.churn import structure_settled
 from glai_lightning.heads.frozen import Paths
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
@@ -219,32 +218,26 @@ class StructureFreezeCallback(Callback):
         )
 
     def inputs_and_targets(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, stage: Stage
-    ) -> tuple[Tensor, Tensor]:
-        """Return what the head is given for a batch, and what it is to be solved for; override where it cannot be seen.
+        self, batch: Any, batch_idx: int, stage: Stage, head: StepReader
+    ) -> HeadBatch | tuple[Tensor, ...] | None:
+        """Return what a head is given for a batch, and what it is to be solved for; override where it cannot be seen.
 
-        By default the step of the module is run up to its loss call, whose arguments say it. An override speaks of one
-        head: of several, each that is to be solved so wants a callback of its own.
+        By default the step of the module is run, and the loss that it returns says it.
 
         Args:
-            trainer: the Trainer of the fit.
-            pl_module: the module, in eval mode.
             batch: a batch on the device of the module.
             batch_idx: index of the batch.
             stage: 'training' or 'validation'.
+            head: the head, with its ``name``, its ``module``, ``pl_module`` in eval mode, and ``trainer``.
 
         Returns:
-            Head inputs (batch, D), and targets (batch,).
+            Head inputs (n, D), targets (n,) or (n, C), and the weights of the samples (n,) if they differ; ``None`` for
+            a batch in which the head has no part.
 
         Raises:
-            MisconfigurationException: if the step calls no known loss on the outputs of the head.
+            MisconfigurationException: if the loss of the step is none that can be solved for.
         """
-        return read_step(trainer, pl_module, pl_module.get_submodule(self._first().name), batch, batch_idx, stage)
-
-    @property
-    def says_inputs_and_targets(self) -> bool:
-        """Whether a subclass says what the head is to be solved for."""
-        return type(self).inputs_and_targets is not StructureFreezeCallback.inputs_and_targets
+        return head.read(batch, batch_idx, stage)
 
     def freeze(self, name: str | None = None) -> None:
         """Freeze the structure of a head now, between fits.
@@ -327,11 +320,6 @@ class StructureFreezeCallback(Callback):
 
     def _find_heads(self, trainer: Any, pl_module: Any) -> None:
         names = match_heads(pl_module, self._names)
-        if len(names) > 1 and self.solver is not None and self.says_inputs_and_targets:
-            raise UserMisconfigurationError(
-                "Expected one head where `inputs_and_targets` is overridden, which speaks of one, but got "
-                f"{names}. Give every head a callback of its own."
-            )
         self.heads = {name: self.heads.get(name) or WatchedHead(name, self) for name in names}
         watching = [other for other in trainer.callbacks if isinstance(other, StructureFreezeCallback)]
         # Heads that have a callback each are told apart in the logs too.

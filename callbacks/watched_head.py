@@ -8,7 +8,6 @@ from torch import nn
 
 from glai_lightning.callbacks.callback_state import COUNT, FLAG, NUMBERS, TEXT, check_entries, or_none
 from glai_lightning.callbacks.churn_watch import ChurnWatch
-from glai_lightning.callbacks.head_solve import HeadSolve
 from glai_lightning.callbacks.revert_guard import RevertGuard, check_guard_state
 from glai_lightning.checks import UserValueError
 from glai_lightning.fitting.conversion import (
@@ -18,8 +17,9 @@ from glai_lightning.fitting.conversion import (
     follow_in_fit,
     freeze_head_in_fit,
 )
+from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.fitting.solving import check_solvable
+from glai_lightning.fitting.solving import HeadSolve, check_solvable
 from glai_lightning.heads.frozen import GLAIHead, check_convertible
 from glai_lightning.heads.restoring import HeadRestorer
 
@@ -69,7 +69,7 @@ class WatchedHead:
         self.freeze_epoch: int | None = None
         self.freeze_reason: str | None = None
         self.churn_history: list[float] = []
-        self.solve = HeadSolve(name, callback)
+        self.solve = HeadSolve(callback.solver)
         self.guard = RevertGuard(name, callback)
         self._watch = ChurnWatch(name, callback.probe_size, callback.check_every_n_steps)
         self._settled = False
@@ -161,7 +161,9 @@ class WatchedHead:
         # Lightning calls no `on_train_epoch_start` where it resumes from the last batch of the epoch before.
         self.start_epoch(trainer, pl_module)
         self._watch.before_batch(trainer, batch_idx)
-        self.solve.before_batch(trainer, pl_module, batch, batch_idx)
+        others = [pl_module.get_submodule(name) for name in self.callback.heads if name != self.name]
+        slot = HeadSlot(pl_module, self.name)
+        self.solve.before_batch(trainer, slot, batch, batch_idx, self.callback.inputs_and_targets, others=others)
 
     def after_batch(self, trainer: Any, pl_module: nn.Module) -> None:
         """Make the check that is due, and convert, solve and go back where that is done here."""
@@ -172,7 +174,12 @@ class WatchedHead:
             self._settled = trainer.strategy.reduce_boolean_decision(self._has_settled(trainer))
         converted = not self.frozen and self._convert_after_batch(trainer, pl_module)
         if self.frozen and self.solve.pending and (converted or trainer.is_last_batch):
-            self.solve.run(trainer, pl_module)
+            report = self.solve.run(trainer, HeadSlot(pl_module, self.name), self.callback.inputs_and_targets)
+            self.callback.say(
+                f"Solved for the path weights of {self.name!r} in {report.passes} passes and {report.seconds:.2f} s "
+                f"({report.reason}): loss {report.start_loss:.4g} before, {report.loss:.4g} now"
+                + ("." if report.score is None else f"; validation score {report.start_score:.4f}, {report.score:.4f}.")
+            )
         if self.callback.check_every_n_steps is not None and self.guard.lost_before(trainer.global_step):
             self._revert(trainer, pl_module)
 

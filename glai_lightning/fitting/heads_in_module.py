@@ -3,6 +3,8 @@
 import fnmatch
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -10,6 +12,30 @@ from glai_lightning.fitting.conversion import list_heads
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.heads.layout import read_head
+
+
+@dataclass(frozen=True)
+class HeadSlot:
+    """The place of a head in a LightningModule.
+
+    Args:
+        pl_module: the LightningModule.
+        name: qualified name of the head in it.
+
+    Example:
+        >>> from torch import nn
+        >>> HeadSlot(nn.ModuleDict({"head": nn.Linear(2, 3)}), "head").module
+        Linear(in_features=2, out_features=3, bias=True)
+    """
+
+    pl_module: Any
+    name: str
+
+    @property
+    def module(self) -> nn.Module:
+        """The head, frozen or not."""
+        module: nn.Module = self.pl_module.get_submodule(self.name)
+        return module
 
 
 def is_pattern(name: str) -> bool:
