@@ -1,5 +1,6 @@
 """One head under the watch of a ``StructureFreezeCallback``: its churn, its freeze, its state."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +17,11 @@ from glai_lightning.fitting.conversion import (
     find_head,
     follow_in_fit,
     freeze_head_in_fit,
+    thaw_head_in_fit,
 )
 from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.fitting.solving import HeadSolve, check_solvable
+from glai_lightning.fitting.solving import HeadSolve, check_solvable, unwinding
 from glai_lightning.heads.frozen import GLAIHead, check_convertible
 from glai_lightning.heads.restoring import HeadRestorer
 
@@ -172,16 +174,33 @@ class WatchedHead:
             self.churn_history.append(churn)
             # An overridden `should_freeze` may go by what only one process knows.
             self._settled = trainer.strategy.reduce_boolean_decision(self._has_settled(trainer))
-        converted = not self.frozen and self._convert_after_batch(trainer, pl_module)
-        if self.frozen and self.solve.pending and (converted or trainer.is_last_batch):
-            report = self.solve.run(trainer, HeadSlot(pl_module, self.name), self.callback.inputs_and_targets)
-            self.callback.say(
-                f"Solved for the path weights of {self.name!r} in {report.passes} passes and {report.seconds:.2f} s "
-                f"({report.reason}): loss {report.start_loss:.4g} before, {report.loss:.4g} now"
-                + ("." if report.score is None else f"; validation score {report.start_score:.4f}, {report.score:.4f}.")
-            )
+        slot = HeadSlot(pl_module, self.name)
+        if self.solve.pending and (trainer.is_last_batch or self.callback.check_every_n_steps is not None):
+            with unwinding(trainer, slot, partial(self._unwind, trainer, pl_module)):
+                self._convert_and_solve(trainer, slot)
+        elif not self.frozen:
+            self._convert_after_batch(trainer, pl_module)
         if self.callback.check_every_n_steps is not None and self.guard.lost_before(trainer.global_step):
             self._revert(trainer, pl_module)
+
+    def _convert_and_solve(self, trainer: Any, slot: HeadSlot) -> None:
+        converted = not self.frozen and self._convert_after_batch(trainer, slot.pl_module)
+        if not self.frozen or not (converted or trainer.is_last_batch):
+            return
+        report = self.solve.run(trainer, slot, self.callback.inputs_and_targets)
+        self.callback.say(
+            f"Solved for the path weights of {self.name!r} in {report.passes} passes and {report.seconds:.2f} s "
+            f"({report.reason}): loss {report.start_loss:.4g} before, {report.loss:.4g} now"
+            + ("." if report.score is None else f"; validation score {report.start_score:.4f}, {report.score:.4f}.")
+        )
+
+    def _unwind(
+        self, trainer: Any, pl_module: Any, weights: dict[str, Any], optimizer_state: dict[str, dict[str, Any]]
+    ) -> None:
+        thaw_head_in_fit(trainer, pl_module, self.name, weights, optimizer_state)
+        self.frozen = False
+        self.freeze_epoch = None
+        self.freeze_reason = None
 
     def _has_settled(self, trainer: Any) -> bool:
         finished_epochs = trainer.current_epoch + (1 if trainer.is_last_batch else 0)

@@ -1,7 +1,7 @@
 """Reading a data loader whose own iteration is under way, each sample once, and telling whether it draws at random."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 
@@ -64,19 +64,22 @@ def iterate_copy(loader: Any) -> Iterator[Any]:
         yield from _copy_of(loader)
 
 
-def draws_at_random(trainer: Any, loader: Any) -> bool:
+def draws_at_random(loader: Any, prepare: Callable[[Any], Any]) -> bool:
     """Tell whether the same rows come out differently when they are read twice.
 
-    Two rows of a dataset with an index are fetched, collated and moved to the device twice, with the hooks of the
-    module and the data module. Of any other loader the first batch is read twice; one that shuffles an iterable counts
-    as random too, because that cannot be told from augmentation.
+    Of a dataset with an index two rows are fetched, collated and prepared twice. Of any other loader the first batch is
+    read twice; one that shuffles an iterable counts as random too, because that cannot be told from augmentation.
+
+    Args:
+        loader: the loader, which is not disturbed.
+        prepare: what is done with a batch before a step gets it.
     """
     twin = _copy_of(loader)
     with isolate_rng(), _generators_kept(loader):
         rows = _first_rows(twin)
         if rows is None and isinstance(twin, DataLoader):
             twin.__dict__.update(num_workers=0, timeout=0, prefetch_factor=None)
-        first, second = (_leaves(trainer, twin, rows) for _ in range(2))
+        first, second = (_leaves(twin, rows, prepare) for _ in range(2))
     return len(first) != len(second) or not all(map(torch.equal, first, second))
 
 
@@ -94,7 +97,7 @@ def _copy_of(loader: Any) -> Any:
 
 def _first_rows(loader: Any) -> Any:
     """Return what names the first two rows in the loader's dataset, ``None`` if there is no such thing."""
-    if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__getitem__"):
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     rows = next(iter(sampler), None)
@@ -103,7 +106,7 @@ def _first_rows(loader: Any) -> Any:
     return list(islice(rows, 2))
 
 
-def _leaves(trainer: Any, loader: Any, rows: Any) -> list[Tensor]:
+def _leaves(loader: Any, rows: Any, prepare: Callable[[Any], Any]) -> list[Tensor]:
     if rows is None:
         batch = next(iter(loader), None)
     elif loader.batch_sampler is None:
@@ -112,7 +115,7 @@ def _leaves(trainer: Any, loader: Any, rows: Any) -> list[Tensor]:
         batch = loader.collate_fn(loader.dataset.__getitems__(rows))
     else:
         batch = loader.collate_fn([loader.dataset[row] for row in rows])
-    return [leaf for leaf in tree_leaves(on_device(trainer, batch)) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(prepare(batch)) if isinstance(leaf, Tensor)]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,8 @@ from glai_lightning.fitting.loaders import draws_at_random, iterate_copy, on_dev
 from glai_lightning.fitting.loss_reading import LossNotReadError
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.fitting.step_reading import HeadBatch, SeenStep, Stage, StepReader, isolated_step, rows_of
-from glai_lightning.heads.optimizers import forget_state
+from glai_lightning.heads.frozen import GLAIHead
+from glai_lightning.heads.optimizers import copy_state, forget_state
 from glai_lightning.heads.patterns import layout_of
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
@@ -48,6 +50,29 @@ def check_solvable(head: nn.Module, head_name: str, paths: str) -> None:
             f"Expected the head at {head_name!r} to end with its last Linear, so that it can be solved, "
             f"but got `{type(acting[0]).__name__}` after it."
         )
+
+
+@contextmanager
+def unwinding(
+    trainer: Any, slot: HeadSlot, revert: Callable[[dict[str, Tensor], dict[str, dict[str, Any]]], None]
+) -> Iterator[None]:
+    """Context in which a head is frozen and solved: if a solve fails, the head is as it was before the freeze.
+
+    Args:
+        trainer: the Trainer of the fit.
+        slot: the place of the head.
+        revert: makes a frozen head an MLP again, from its state dict and what the optimizer remembered of its
+            parameters, by their names.
+    """
+    frozen_before = isinstance(slot.module, GLAIHead)
+    weights = {name: value.detach().clone() for name, value in slot.module.state_dict().items()}
+    optimizer_state = copy_state(trainer.optimizers[0], slot.module)
+    try:
+        yield
+    except Exception:
+        if isinstance(slot.module, GLAIHead) and not frozen_before:
+            revert(weights, optimizer_state)
+        raise
 
 
 class HeadSolve:
@@ -128,7 +153,7 @@ class HeadSolve:
             return
         assert first is not None
         self._solver = self.solver
-        random = draws_at_random(trainer, loader)
+        random = draws_at_random(loader, partial(on_device, trainer))
         if self._reader.kind is None:
             _warn_of_moving_inputs(slot, None, first.inputs, random, others)
         else:
