@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.fitting.across_processes import churn_over_processes, share_buffers
@@ -42,7 +41,8 @@ class ChurnWatch:
         self._rows = self._batches = self._batches_called = 0
         self._called_in_epoch = self._told_of_uncalled = False
         self._probe = ChurnProbe(slot.module, self.probe_size)
-        self._bypass = _Bypass(slot.module)
+        if slot.module._compiled_call_impl is None and slot.pl_module._compiled_call_impl is None:
+            self._bypass = _Bypass(slot.module)
 
     def detach(self) -> None:
         """Stop watching, and keep what was seen."""
@@ -170,15 +170,17 @@ def measure_churn(trainer: Any, probe: ChurnProbe) -> float | None:
 
 
 class _Bypass:
-    """Notes whether the last Linear of a head is called, which says that the head is in use."""
+    """Notes whether a Linear of a head is called, which says that the head is in use."""
 
     def __init__(self, head: nn.Module) -> None:
         self.happened = False
-        output = layout_of(head).output
-        self._handle: RemovableHandle = output.register_forward_pre_hook(self._note)
+        layout = layout_of(head)
+        linears = [*(layer.linear for layer in layout.hidden), layout.output]
+        self._handles = [linear.register_forward_pre_hook(self._note) for linear in linears]
 
-    def _note(self, output: nn.Module, _: object) -> None:
+    def _note(self, linear: nn.Module, _: object) -> None:
         self.happened |= torch.is_grad_enabled()
 
     def close(self) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()

@@ -10,11 +10,11 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.churn_watch import ChurnWatch
-from glai_lightning.callbacks.head_solve import HeadSolve, ReadHead
 from glai_lightning.checks import UserTypeError, expect_choice, expect_integer, expect_number
 from glai_lightning.fitting.conversion import freeze_in_fit, unfreeze_in_fit
 from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.sizes import count_trainable
+from glai_lightning.fitting.solving import HeadSolve, ReadBatch
 from glai_lightning.heads.record import Paths
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
@@ -211,12 +211,14 @@ class HeadWatch:
         """Freeze the head in the fit."""
         before = count_trainable(slot.pl_module)
         dropout = any(isinstance(module, _DropoutNd) and module.p > 0 for module in slot.module.modules())
+        # Before the conversion, which refuses formulas in the place of modules that somebody has put a hook on.
+        self._watch.close()
         freeze_in_fit(trainer, slot, paths=self.settings.paths, freeze_epoch=epoch)
         self.now_frozen(epoch, reason)
         trainable = (before, count_trainable(slot.pl_module))
         return Frozen(self.name, reason, trainer.global_step, epoch, self.settings.paths, trainable, dropout)
 
-    def run_solve(self, trainer: Any, slot: HeadSlot, read: ReadHead) -> Solved:
+    def run_solve(self, trainer: Any, slot: HeadSlot, read: ReadBatch) -> Solved:
         """Solve the frozen head."""
         return Solved(self.name, self.solve.run(trainer, slot, read))
 
@@ -231,11 +233,17 @@ class HeadWatch:
             weights: state dict of the MLP to go back to.
             optimizer_state: what the optimizer remembered of its parameters, by their names.
         """
-        unfreeze_in_fit(trainer, slot, weights, optimizer_state)
+        self.unwind(trainer, slot, weights, optimizer_state)
         self._reverted_at_check = len(self.churn_history)
         self._just_reverted = True
-        self._now_an_mlp()
         self._watch.start(trainer, slot)
+
+    def unwind(
+        self, trainer: Any, slot: HeadSlot, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, dict[str, Any]]
+    ) -> None:
+        """Make the frozen head the MLP that it was before, because its solve failed."""
+        unfreeze_in_fit(trainer, slot, weights, optimizer_state)
+        self._now_an_mlp()
 
     def metrics(self) -> dict[str, float]:
         """Return what is logged of the head at the end of an epoch."""

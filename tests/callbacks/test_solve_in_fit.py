@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from glai_lightning import GLAIHead, SupervisedModule, mlp_head
 from glai_lightning.callbacks import StructureFreezeCallback
-from glai_lightning.callbacks.head_solve import HeadSolve
+from glai_lightning.fitting.solving import HeadSolve
 from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 
