@@ -308,6 +308,7 @@ class StepReader:
             check(SeenStep(watch.inputs, watch.outputs, _loss_of(returned)))
             return returned
 
+        seen.is_seen = True  # type: ignore[attr-defined]
         pl_module.__dict__["training_step"] = seen
 
     def check(self, seen: "SeenStep") -> None:
@@ -361,7 +362,10 @@ class StepReader:
                 shape = apply_leading(layout, inputs).shape[:-1]
             return probing_outputs((*shape, layout.output.out_features), layout.output.weight).requires_grad_()
 
-        step: Callable[..., Any] = getattr(self.pl_module, f"{stage}_step")
+        step: Any = getattr(self.pl_module, f"{stage}_step")
+        while getattr(step, "is_seen", False):
+            # The next step is to be seen for another head.
+            step = step.__wrapped__
         arguments = (batch, batch_idx) if len(inspect.signature(step).parameters) > 1 else (batch,)
         watch, returned = _StepWatch(self.module, stand_in, stop=stop), None
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context(), suppress(_LossReached), watch:
