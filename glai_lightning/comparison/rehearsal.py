@@ -14,7 +14,7 @@ from glai_lightning.fitting.loss_watching import LossCall
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.fitting.solving import Solver
 from glai_lightning.modules.head_module import has_test
-from glai_lightning.solvers.head_solvers import LogisticSolver, RidgeSolver
+from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 #: What solves for a cross-entropy, where the configuration names no solver.
 DEFAULT_SOLVER = LogisticSolver(center="zero", max_passes=9)
