@@ -101,11 +101,9 @@ class EpisodesDataModule(BaseDataModule):
             raise UserValueError(
                 "Expected `groups` to come with `path` or `arrays`, which hold them, but got a `dataset`."
             )
-        if dataset is not None:
-            self._read_arrays = partial(_read_dataset, dataset)
-        else:
-            optional = ("x", "y", *_SPLIT_KEYS, *(() if groups is None else (groups,)))
-            self._read_arrays = array_reader(path, arrays, optional=optional)
+        optional = ("x", "y", *_SPLIT_KEYS, *(() if groups is None else (groups,)))
+        of_dataset = partial(_read_dataset, dataset)
+        self._read_arrays = array_reader(path, arrays, optional=optional) if dataset is None else of_dataset
         self._source = "`arrays`" if path is None else f"'{path}'"
         self.ways, self.classes, self.groups = ways, classes, groups
 
@@ -175,7 +173,8 @@ class EpisodesDataModule(BaseDataModule):
         sizes = {"shots": shots, "queries": queries, "train_episodes": train_episodes, "eval_episodes": eval_episodes}
         for name, size in sizes.items():
             expect_integer(name, size, least=1)
-            setattr(self, name, size)
+        self.shots, self.queries = shots, queries
+        self.train_episodes, self.eval_episodes = train_episodes, eval_episodes
 
     def _numbers(self, split: str) -> dict[str, Any]:
         episodes = self.train_episodes if split == "train" else self.eval_episodes
@@ -195,7 +194,7 @@ class EpisodesDataModule(BaseDataModule):
                 require_keys(arrays, (self.groups,), self._source)
                 groups = np.asarray(arrays[self.groups])
             rows = split_classes(labels, self.classes, groups=groups, seed=self.seed)
-        sizes = {"ways": self.ways, "shots": self.shots, "queries": self.queries}
+        sizes: dict[str, Any] = {"ways": self.ways, "shots": self.shots, "queries": self.queries}
         for split in SPLITS:
             _check_episodes_fit(split, labels[rows[split]], **sizes)
         mean, scale = _statistics(inputs.index_select(0, rows["train"]))

@@ -85,19 +85,7 @@ class FeaturesDataModule(SampleDataModule):
 def make_splits(arrays: Mapping[str, Any], *, val_fraction: float, seed: int) -> Splits:
     """Check and split labelled arrays, and standardise them by the statistics of the training rows.
 
-    Args:
-        arrays: as :class:`FeaturesDataModule` takes them.
-        val_fraction: part of ``x_train`` to validate on, in (0, 1).
-        seed: of the choice of these rows, at least 0.
-
-    Returns:
-        The splits: inputs (N, D), float32, standardised; and targets: class labels (N,), int64, or values to regress
-        (N,) or (N, C), float32. The arrays given are not changed.
-
-    Raises:
-        TypeError: If a value is no tensor or array, or does not hold real numbers.
-        ValueError: If keys are missing, shapes do not fit each other, numbers are not finite, labels are out of
-            range, or a split would be empty.
+    Arguments, errors and the rows of the result are those of :class:`FeaturesDataModule`.
 
     Example:
         >>> arrays = {"x_train": torch.rand(10, 2, 3), "y_train": torch.arange(10) % 3}

@@ -97,13 +97,8 @@ class EqualBatchSampler(SeededBatchSampler):
     batches, others in every epoch. Without shuffling it leaves out fewer than W rows, and one process reads all rows.
 
     Args:
-        num_rows: N, rows in the data.
-        batch_size: most rows in a batch, at least 2.
-        shuffle_seed: seed of the order, see :class:`SeededBatchSampler`.
-        num_shards: W, processes that share the batches.
-
-    Raises:
-        ValueError: If there are fewer than two rows for each process.
+        num_rows, batch_size, shuffle_seed, num_shards: as of :class:`SeededBatchSampler`; ``batch_size`` is the most
+            rows in a batch, at least 2, and ``num_rows`` at least two for each process.
 
     Example:
         >>> [len(rows) for rows in EqualBatchSampler(9, batch_size=4)]
@@ -145,14 +140,11 @@ class EpisodeSampler(DistributedSampler[int]):
     every process has as many.
 
     Args:
-        episodes: the episodes; their number is that of an epoch.
+        episodes: the episodes; their number is that of an epoch, at least one for each process.
         fresh: whether every epoch has episodes of its own, and every process as many: the epoch is rounded up to a
             multiple of the processes. Otherwise all epochs have the same ones, each in one process.
         num_replicas: processes that share the episodes.
         rank: which of them this is, from 0.
-
-    Raises:
-        ValueError: If there are fewer episodes than processes.
 
     Example:
         >>> [list(EpisodeSampler(range(5), fresh=False, num_replicas=2, rank=rank)) for rank in range(2)]

@@ -29,20 +29,9 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
 def split_samples(
     num_samples: int, *, val_fraction: float, test_fraction: float, seed: int, at_least: int = 1
 ) -> dict[str, Tensor]:
-    """Draw which samples are validated, tested and trained on.
+    """Draw which samples are validated, tested and trained on: the numbers of each split, in the order drawn.
 
-    Args:
-        num_samples: samples to share out.
-        val_fraction: part to validate on, rounded to whole samples; 0 for no such split.
-        test_fraction: part to test on, likewise.
-        seed: of the draw, at least 0.
-        at_least: samples that each split must have, 1 or 2.
-
-    Returns:
-        For each split the numbers of its samples, in an order drawn with the seed, int64.
-
-    Raises:
-        ValueError: If a split has too few.
+    A split whose fraction is 0 is left out; one with fewer than ``at_least`` samples (1 or 2) raises ``ValueError``.
 
     Example:
         >>> {name: len(rows) for name, rows in split_samples(10, val_fraction=0.2, test_fraction=0, seed=0).items()}

@@ -19,23 +19,12 @@ _Episode = dict[str, Tensor]
 
 
 class NumberedEpisodes(Dataset[_Episode]):
-    """Episodes ``ways`` x (``shots`` + ``queries``) of labelled samples in memory.
+    """Episodes ``ways`` x (``shots`` + ``queries``) of labelled samples (N, ...) in memory.
 
     Episode ``n`` is a dict of ``support`` (ways * shots, ...) and ``query`` (ways * queries, ...), float32, and
     ``support_labels`` and ``query_labels``, int64: the labels of the data. Classes and samples are drawn without
-    replacement, all classes alike. The numbers have no end; ``len`` is the number of episodes in an epoch.
-
-    Args:
-        inputs: samples (N, ...), of any real dtype.
-        labels: their labels (N,), int64.
-        rows: which of the samples to draw from, (M,), int64.
-        mean: subtracted from float32 samples, of a shape that broadcasts with them.
-        scale: what they are divided by then, likewise.
-        episodes: number of episodes in an epoch.
-        ways: classes in an episode.
-        shots: support samples of each.
-        queries: query samples of each.
-        seeds: what the episodes follow from: a seed, and which stream of episodes this is.
+    replacement, all classes alike, from ``rows``; samples become ``(sample - mean) / scale``. The numbers have no end;
+    ``episodes`` is how many of them make an epoch. ``seeds`` are a seed, and which stream of episodes this is.
 
     Example:
         >>> labels = torch.arange(12) % 3
@@ -110,16 +99,8 @@ class TasksetEpisodes(Dataset[_Episode]):
 
     Tasks are drawn with Python's, numpy's and PyTorch's global generators, which transforms use. Each task seeds them
     by its number and puts them back afterwards. So a task does not depend on what was drawn before it, and drawing
-    tasks does not change what the rest of a program draws.
-
-    Args:
-        taskset: has ``taskset[i]``, a pair of samples (n, ...) and labels (n,), integers. One of a length above 1 is
-            read round and round. One of length 1, which is how learn2learn says that tasks never end, has a new task
-            for every number.
-        episodes: number of episodes in an epoch.
-        shots: of each class, the first so many samples of the task are the support.
-        queries: the next so many are the query; others are left out.
-        seeds: what the tasks follow from: a seed, and which stream of episodes this is.
+    tasks does not change what the rest of a program draws. A taskset of a length above 1 is read round and round. One
+    of length 1, which is how learn2learn says that tasks never end, has a new task for every number.
     """
 
     def __init__(
@@ -144,17 +125,10 @@ class TasksetEpisodes(Dataset[_Episode]):
 
 
 def split_task(samples: Tensor, labels: Tensor, *, shots: int, queries: int) -> _Episode:
-    """Split the samples of a task into support and query.
+    """Split the samples (n, ...) of a task, with labels (n,), into support and query.
 
-    Args:
-        samples: (n, ...).
-        labels: (n,), integers.
-        shots: of each class, the first so many samples are the support.
-        queries: the next so many are the query.
-
-    Returns:
-        ``support`` (ways * shots, ...), ``support_labels``, ``query`` (ways * queries, ...) and ``query_labels``, in
-        ascending order of the labels.
+    Of each class the first ``shots`` samples are the support and the next ``queries`` the query, in ascending order of
+    the labels.
 
     Raises:
         TypeError: If samples are no tensor, or labels no integers.
@@ -206,12 +180,7 @@ def check_class_sizes(where: str, classes: Tensor, counts: Tensor, *, shots: int
 
 
 def seed_generators(seed: int, key: tuple[int, ...]) -> None:
-    """Seed PyTorch's, numpy's and Python's global generators, but not those of accelerators.
-
-    Args:
-        seed: a seed.
-        key: which of the independent streams of that seed.
-    """
+    """Seed PyTorch's, numpy's and Python's global generators, not those of accelerators, by a seed and its use."""
     for_torch, for_numpy, for_python = np.random.SeedSequence(seed, spawn_key=key).generate_state(3)
     torch.default_generator.manual_seed(int(for_torch))
     np.random.seed(for_numpy)
@@ -221,15 +190,8 @@ def seed_generators(seed: int, key: tuple[int, ...]) -> None:
 def distinct_integers(generator: np.random.Generator, below: np.ndarray, size: int) -> np.ndarray:
     """Draw rows of distinct integers, in random order, in a time that does not depend on their range.
 
-    Floyd's algorithm (Bentley and Floyd 1987), for all rows at once.
-
-    Args:
-        generator: where the randomness comes from.
-        below: for each of M rows, what its integers lie below, at least ``size``, (M,).
-        size: integers in a row.
-
-    Returns:
-        Integers (M, size), int64, each row one of all ordered selections with equal probability.
+    Row ``i`` of the result (M, ``size``) holds integers below ``below[i]``; all ordered selections have the same
+    probability. Floyd's algorithm (Bentley and Floyd 1987), for all rows at once.
     """
     drawn = np.empty((size, len(below)), dtype=np.int64)
     for step in range(size):

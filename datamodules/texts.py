@@ -16,10 +16,6 @@ from glai_lightning.datamodules.base import SampleDataModule, Splits
 class TextRows(Dataset[tuple[list[str], Tensor]]):
     """Batches ``(texts, labels)``: a list of strings, as the text backbones take it, and labels (batch,), int64.
 
-    Args:
-        texts: N strings.
-        labels: their classes (N,), int64.
-
     Example:
         >>> TextRows(["good", "bad", "fine"], torch.tensor([1, 0, 1]))[torch.tensor([2, 1])]
         (['fine', 'bad'], tensor([1, 0]))

@@ -198,14 +198,9 @@ class _Views(Dataset[_Batch]):
 
 
 class CachedViews(_Views):
-    """Batches ``(views, labels)`` of views in memory: for each row, some of its views.
+    """Batches ``(views, labels)`` of views (V, N, ...) in memory: for each row, ``num_views`` of its views.
 
-    Args:
-        views: all views, (V, N, ...).
-        labels: classes (N,), or ``None``.
-        num_views: views in a batch, at most V.
-        seed: of the draw of views.
-        varied: whether the views of each row are drawn anew in every epoch; the first views otherwise.
+    They are drawn for each row anew in every epoch if they are ``varied``, and are the first ones otherwise.
 
     Example:
         >>> views = torch.arange(8.0).reshape(2, 4, 1)
@@ -253,18 +248,9 @@ class AugmentedViews(_Views):
     the epoch and the sample alone. So views do not depend on the number of processes and workers, and a resumed fit
     sees what the uninterrupted one does. Generators outside are left as they were.
 
-    Args:
-        dataset: a dataset with an index, of samples or of (sample, label, ...).
-        rows: which of its samples these are.
-        transform: makes the views of a sample: a sequence of tensors of one shape, as lightly's transforms return, or a
-            single tensor, and then it is applied ``num_views`` times.
-        num_views: views in a batch.
-        seed: of the augmentation.
-        varied: whether the views are others in every epoch.
-
-    Raises:
-        ValueError: from ``[]``, if the transform returns another number of views, or views of different sizes, or ones
-            that are not finite.
+    ``dataset`` holds samples, or (sample, label, ...); ``rows`` says which of them to read. ``transform`` makes the
+    views of a sample: a sequence of tensors of one shape, as lightly's transforms return, or a single tensor, and then
+    it is applied ``num_views`` times. Views that do not fit, or are not finite, raise ``ValueError``.
     """
 
     def __init__(
