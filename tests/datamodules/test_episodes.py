@@ -5,7 +5,7 @@ from recording import quiet_trainer
 from torch.utils.data import TensorDataset
 
 from glai_lightning import PrototypicalModule, mlp_head
-from glai_lightning.convolutional import conv_backbone
+from glai_lightning.backbones import conv_backbone
 from glai_lightning.datamodules import DigitEpisodesDataModule, EpisodesDataModule
 from glai_lightning.datamodules.class_splits import rows_of_splits
 from glai_lightning.datamodules.episode_drawing import EpisodeSampler, NumberedEpisodes, distinct_integers
