@@ -4,18 +4,15 @@ The engine imports torch alone; everything that needs Lightning is loaded on fir
 """
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glai_lightning._clone import find_parts_beside
 from glai_lightning.heads.churn import ChurnProbe, pattern_churn, structure_settled
 from glai_lightning.heads.frozen import GLAIHead, freeze_structure, mlp_head
 from glai_lightning.heads.paths import matched_hidden_features
 from glai_lightning.heads.patterns import activation_patterns
 
-# In a clone callbacks, datamodules and recipes lie beside this folder, which is what Python finds from there, installed
-# or not.
-if not Path(__file__).with_name("callbacks").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+find_parts_beside()
 
 if TYPE_CHECKING:
     from glai_lightning.modules.head_module import HeadModule

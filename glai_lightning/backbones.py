@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from glai_lightning.checks import UserValueError, expect_choice, expect_file, expect_integer
 from glai_lightning.optional import check_known, import_optional
 
+__all__ = [
+    "SentenceTransformersBackbone",
+    "TimmBackbone",
+    "TorchvisionBackbone",
+    "TransformersBackbone",
+    "conv_backbone",
+]
+
 Texts = Sequence[str] | Mapping[str, Tensor]
 
 

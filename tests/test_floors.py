@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "comparison": GROUND | ENGINE | {"fitting"} | MIDDLE,
     "cli": GROUND | ENGINE | {"fitting", "comparison", "recipes"} | MIDDLE,
     "__main__": {"cli"},
-    "__init__": ENGINE | {"modules"},
+    "__init__": ENGINE | {"modules", "_clone"},
+    "_clone": set(),
 }
 #: What else the engine may import, beside the standard library.
 ENGINE_LIBRARIES = {"torch"}
