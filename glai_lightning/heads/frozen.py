@@ -40,7 +40,8 @@ class _Yields(Generic[_T]):
 
     def __get__(self, head: Any, owner: type | None = None) -> _T:
         if head is None:
-            return cast(_T, self)
+            # ``GLAIHead.path_activations(head, x)`` asks for what the user's own names may hide.
+            return cast(_T, self._function)
         for registry in (head._modules, head._parameters, head._buffers):
             if self._name in registry:
                 return cast(_T, registry[self._name])

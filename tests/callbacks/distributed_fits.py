@@ -4,15 +4,13 @@ Run as a script, with a folder, a strategy, the kind of BatchNorm and an acceler
 that starts the script again, or spawns what imports it.
 """
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import glai_lightning  # noqa: F401  (first: it lets torchvision be imported beside a CPU-only torch)
-
-# isort: split
 import torch
 import torch.distributed as dist
 from fits import CLASSES, FEATURES, make_data, make_trainer
@@ -161,7 +159,8 @@ class DistributedFit:
 
 
 def run_as_script(folder, strategy, norm="none", accelerator="cpu"):
-    subprocess.run([sys.executable, __file__, str(folder), strategy, norm, accelerator], check=True, timeout=200)
+    command = [sys.executable, __file__, str(folder), strategy, norm, accelerator]
+    subprocess.run(command, check=True, timeout=200, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 class SaveEveryProcess(Callback):
