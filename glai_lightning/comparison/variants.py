@@ -11,8 +11,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
-from glai_lightning.fitting.conversion import find_head
 from glai_lightning.fitting.fit_record import Mode
+from glai_lightning.fitting.heads_in_module import find_head
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.heads.frozen import Paths
 from glai_lightning.heads.layout import HeadLayout, HiddenLayer, read_head

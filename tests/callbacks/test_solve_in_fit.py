@@ -165,15 +165,16 @@ def fit_tracked(callback, loader, **options):
     return module, log.logged, torch.get_rng_state()
 
 
-def solve_and_forget(self, trainer, pl_module):
+def solve_and_forget(self, trainer, slot, read):
     """Run the whole pass and the solve, then put the weights of before back: what is left is the trace."""
-    head = pl_module.get_submodule(self.head_name)
+    head = slot.module
     before = {key: value.clone() for key, value in head.state_dict().items()}
     states = {p: dict(trainer.optimizers[0].state[p]) for p in head.parameters() if p in trainer.optimizers[0].state}
-    solve(self, trainer, pl_module)
+    report = solve(self, trainer, slot, read)
     head.load_state_dict(before)
     for parameter, state in states.items():
         trainer.optimizers[0].state[parameter] = state
+    return report
 
 
 solve = HeadSolve.run
@@ -354,8 +355,8 @@ def test_a_solve_that_finds_nothing_better_says_so():
 
 def test_what_the_head_is_solved_for_can_be_said_by_a_method():
     class Said(StructureFreezeCallback):
-        def inputs_and_targets(self, trainer, pl_module, batch, batch_idx, stage):
-            return torch.tanh(pl_module.body(batch[0])), batch[1]
+        def inputs_and_targets(self, batch, batch_idx, stage, head):
+            return torch.tanh(head.pl_module.body(batch[0])), batch[1]
 
     callback = Said(HEAD, freeze_at_epoch=1, solver=LogisticSolver(), stop_after_solve=True)
     module = Unknown(body=False)
