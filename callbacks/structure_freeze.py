@@ -158,6 +158,8 @@ class StructureFreezeCallback(Callback):
         self._module: weakref.ReferenceType[Any] | None = None
         self._fits = False
         self._is_to_stop = False
+        self._val_every: int | None = None
+        self._told_of_moving = False
 
     @property
     def state_key(self) -> str:
@@ -320,7 +322,7 @@ class StructureFreezeCallback(Callback):
         # configure_optimizers has met the MLP and the optimizer can still follow a conversion before its state is read.
         for _, slot in self._watched(pl_module):
             check_head(slot, self.paths)
-            check_optimizers(trainer, slot)
+            check_optimizers(trainer, slot, self.paths)
             if self.solver is not None:
                 check_solvable(slot.module, slot.name, self.paths)
         continues = self._module is not None and self._module() is pl_module
@@ -370,6 +372,17 @@ class StructureFreezeCallback(Callback):
         if self._is_to_stop and self._finished:
             self._is_to_stop = False
             trainer.should_stop = True
+            # Lightning validates before it stops, unless the epoch is one of those without validation.
+            if trainer.check_val_every_n_epoch is not None:
+                self._val_every, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, 1
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let checkpoints, which go by how often there is validation, find the user's own setting."""
+        self._restore_val_every(trainer)
+
+    def _restore_val_every(self, trainer: Any) -> None:
+        if self._val_every is not None:
+            trainer.check_val_every_n_epoch, self._val_every = self._val_every, None
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Convert what settled in the epoch before, or was asked for this one."""
@@ -420,6 +433,16 @@ class StructureFreezeCallback(Callback):
             judge.before_freeze(trainer, slot)
         self.say(watch.freeze(trainer, slot, epoch, reason))
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """See to it that a frozen structure stands still, whatever was done to ``requires_grad``."""
+        moved = [slot.name for watch, slot in self._watched(pl_module) if watch.hold_still(slot)]
+        if moved and not self._told_of_moving:
+            self._told_of_moving = True
+            rank_zero_warn(
+                f"Parameters of the frozen structure of {moved} were set to require gradients. They stay frozen. Call "
+                "`unfreeze` of the callback between two fits to train the MLP again."
+            )
+
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log churn and whether the head is frozen."""
         for name, watch in self.heads.items():
@@ -447,6 +470,7 @@ class StructureFreezeCallback(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Stop watching."""
         self._fits = False
+        self._restore_val_every(trainer)
         for watch in self.heads.values():
             watch.close()
 

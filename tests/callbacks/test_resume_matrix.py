@@ -92,7 +92,7 @@ class Setting:
             solver=self.solver,
             check_every_n_steps=self.check_every_n_steps,
             # So few that the last batch before a check holds them: a check is then the same after any cut.
-            probe_size=8,
+            probe_size=12,
             verbose=False,
             **tolerance,
         )
