@@ -109,7 +109,7 @@ class StructureFreezeCallback(Callback):
         freeze_at_epoch: int | None = None,
         check_every_n_steps: int | None = None,
         probe_size: int = 1024,
-        solver: LogisticSolver | RidgeSolver | None = None,
+        solver: LogisticSolver | RidgeSolver | Literal["auto"] | None = None,
         stop_after_solve: bool = False,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "max",
@@ -132,9 +132,9 @@ class StructureFreezeCallback(Callback):
         check_least("probe_size", probe_size, 1)
         if check_every_n_steps is not None:
             check_least("check_every_n_steps", check_every_n_steps, 1)
-        if solver is not None and not isinstance(solver, LogisticSolver | RidgeSolver):
+        if solver not in (None, "auto") and not isinstance(solver, LogisticSolver | RidgeSolver):
             raise UserMisconfigurationError(
-                f"Expected `solver` to be a `LogisticSolver` or a `RidgeSolver`, but got {solver!r}."
+                f"Expected `solver` to be 'auto', a `LogisticSolver` or a `RidgeSolver`, but got {solver!r}."
             )
         if stop_after_solve and solver is None:
             raise UserMisconfigurationError("Expected `solver` to be given with `stop_after_solve`, but got None.")

@@ -71,7 +71,7 @@ class WatchedHead:
         self.freeze_epoch: int | None = None
         self.freeze_reason: str | None = None
         self.churn_history: list[float] = []
-        self.solve = HeadSolve(callback.solver)
+        self.solve = HeadSolve(callback.solver, callback.paths)
         self.guard = RevertGuard(name, callback)
         self._watch = ChurnWatch(name, callback.probe_size, callback.check_every_n_steps)
         self._settled = False
@@ -96,7 +96,7 @@ class WatchedHead:
             except ValueError as error:
                 raise UserMisconfigurationError(f"The head at {self.name!r} cannot be frozen. {error}") from error
         check_optimizers(trainer, head, self.name)
-        if self.callback.solver is not None:
+        if self.callback.solver not in (None, "auto"):
             check_solvable(head, self.name, self.callback.paths)
 
     def enter_fit(self, trainer: Any, pl_module: nn.Module, state: dict[str, Any] | None, continues: bool) -> None:
@@ -169,6 +169,9 @@ class WatchedHead:
 
     def after_batch(self, trainer: Any, pl_module: nn.Module) -> None:
         """Make the check that is due, and convert, solve and go back where that is done here."""
+        news = self.solve.take_news()
+        if news is not None:
+            self.callback.say(news)
         churn = self._watch.after_batch(trainer)
         if churn is not None:
             self.churn_history.append(churn)
@@ -241,7 +244,7 @@ class WatchedHead:
             due = self._may_settle() and self.callback.check_every_n_steps is not None
         else:
             epoch += 1
-            due = self.callback.solver is not None and (self._may_settle() or self._is_asked(epoch))
+            due = self.solve.pending and (self._may_settle() or self._is_asked(epoch))
         if due:
             reason = self._describe_settled() if self._may_settle() else self._describe_asked()
             self._convert(trainer, pl_module, epoch, reason)
