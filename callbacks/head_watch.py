@@ -3,18 +3,18 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.churn_watch import ChurnWatch
-from glai_lightning.callbacks.head_solve import HeadSolve, ReadHead
 from glai_lightning.checks import UserTypeError, expect_choice, expect_integer, expect_number
 from glai_lightning.fitting.conversion import freeze_in_fit, unfreeze_in_fit
 from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.sizes import count_trainable
+from glai_lightning.fitting.solving import HeadSolve, ReadBatch
 from glai_lightning.heads.record import Paths
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
@@ -46,7 +46,7 @@ class FreezeSettings:
     freeze_at_epoch: int | None = None
     check_every_n_steps: int | None = None
     probe_size: int = 1024
-    solver: LogisticSolver | RidgeSolver | None = None
+    solver: LogisticSolver | RidgeSolver | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
         expect_choice("paths", self.paths, ("output", "tangent", "independent"))
@@ -59,9 +59,9 @@ class FreezeSettings:
         if self.check_every_n_steps is not None:
             expect_integer("check_every_n_steps", self.check_every_n_steps, least=1)
         expect_integer("probe_size", self.probe_size, least=1)
-        if self.solver is not None and not isinstance(self.solver, LogisticSolver | RidgeSolver):
+        if self.solver not in (None, "auto") and not isinstance(self.solver, LogisticSolver | RidgeSolver):
             raise UserTypeError(
-                f"Expected `solver` to be a `LogisticSolver` or a `RidgeSolver`, but got {self.solver!r}."
+                f"Expected `solver` to be 'auto', a `LogisticSolver` or a `RidgeSolver`, but got {self.solver!r}."
             )
 
 
@@ -135,7 +135,7 @@ class HeadWatch:
     def __init__(self, name: str, settings: FreezeSettings) -> None:
         self.name = name
         self.settings = settings
-        self.solve = HeadSolve(settings.solver)
+        self.solve = HeadSolve(settings.solver, settings.paths)
         self._watch = ChurnWatch(settings.probe_size, settings.check_every_n_steps)
         self.start_over()
 
@@ -211,12 +211,13 @@ class HeadWatch:
         """Freeze the head in the fit."""
         before = count_trainable(slot.pl_module)
         dropout = any(isinstance(module, _DropoutNd) and module.p > 0 for module in slot.module.modules())
+        self._watch.close()
         freeze_in_fit(trainer, slot, paths=self.settings.paths, freeze_epoch=epoch)
         self.now_frozen(epoch, reason)
         trainable = (before, count_trainable(slot.pl_module))
         return Frozen(self.name, reason, trainer.global_step, epoch, self.settings.paths, trainable, dropout)
 
-    def run_solve(self, trainer: Any, slot: HeadSlot, read: ReadHead) -> Solved:
+    def run_solve(self, trainer: Any, slot: HeadSlot, read: ReadBatch) -> Solved:
         """Solve the frozen head."""
         return Solved(self.name, self.solve.run(trainer, slot, read))
 
@@ -236,6 +237,13 @@ class HeadWatch:
         self._just_reverted = True
         self._now_an_mlp()
         self._watch.start(trainer, slot)
+
+    def unwind(
+        self, trainer: Any, slot: HeadSlot, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, dict[str, Any]]
+    ) -> None:
+        """Undo a freeze whose solve failed."""
+        unfreeze_in_fit(trainer, slot, weights, optimizer_state)
+        self._now_an_mlp()
 
     def metrics(self) -> dict[str, float]:
         """Return what is logged of the head at the end of an epoch."""

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback
@@ -12,7 +13,6 @@ from torch import Tensor
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.head_watch import FreezeSettings, HeadWatch
 from glai_lightning.checks import UserValueError
-from glai_lightning.fitting.collection import Stage
 from glai_lightning.fitting.conversion import (
     check_head,
     check_unfreezable,
@@ -22,7 +22,8 @@ from glai_lightning.fitting.conversion import (
 )
 from glai_lightning.fitting.heads_in_module import HeadSlot, as_names, is_pattern, match_heads, stands_alone
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError, as_misconfiguration
-from glai_lightning.fitting.solving import check_solvable, read_step
+from glai_lightning.fitting.solving import check_solvable, unwinding
+from glai_lightning.fitting.step_reading import HeadBatch, Stage, StepReader
 from glai_lightning.fitting.support import check_launcher, check_optimizers, check_order, check_trainer
 from glai_lightning.heads.churn import structure_settled
 from glai_lightning.heads.frozen import freeze_in_place, unfreeze_in_place
@@ -123,7 +124,7 @@ class StructureFreezeCallback(Callback):
         freeze_at_epoch: int | None = None,
         check_every_n_steps: int | None = None,
         probe_size: int = 1024,
-        solver: LogisticSolver | RidgeSolver | None = None,
+        solver: LogisticSolver | RidgeSolver | Literal["auto"] | None = None,
         stop_after_solve: bool = False,
         verbose: bool = True,
     ) -> None:
@@ -210,28 +211,27 @@ class StructureFreezeCallback(Callback):
             patience=self.patience,
         )
 
-    def inputs_and_targets(self, batch: Any, batch_idx: int, stage: Stage, head: HeadSlot) -> tuple[Tensor, Tensor]:
+    def inputs_and_targets(
+        self, batch: Any, batch_idx: int, stage: Stage, head: StepReader
+    ) -> HeadBatch | tuple[Tensor, ...] | None:
         """Return what a head is given for a batch, and what it is to be solved for; override where it cannot be seen.
 
-        By default the step of the module is run up to its loss call, whose arguments say it.
+        By default the step of the module is run, and the loss that it returns says it.
 
         Args:
             batch: a batch on the device of the module.
             batch_idx: index of the batch.
             stage: 'training' or 'validation'.
-            head: the head, with its ``name``, its ``module`` and the ``pl_module`` that it stands in, in eval mode.
+            head: the head, with its ``name``, its ``module``, ``pl_module`` in eval mode, and ``trainer``.
 
         Returns:
-            Head inputs (batch, D), and targets (batch,).
+            Head inputs (n, D), targets (n,) or (n, C), and the weights of the samples (n,) if they differ; ``None`` for
+            a batch in which the head has no part.
 
         Raises:
-            MisconfigurationException: if the step calls no known loss on the outputs of the head.
+            MisconfigurationException: if the loss of the step is none that can be solved for.
         """
-        return read_step(head.pl_module.trainer, head.pl_module, head.module, batch, batch_idx, stage)
-
-    @property
-    def _reads_loss(self) -> bool:
-        return type(self).inputs_and_targets is StructureFreezeCallback.inputs_and_targets
+        return head.read(batch, batch_idx, stage)
 
     def freeze(self, name: str | None = None) -> None:
         """Freeze the structure of a head now, between fits.
@@ -320,7 +320,7 @@ class StructureFreezeCallback(Callback):
         for _, slot in self._watched(pl_module):
             check_head(slot, self.paths)
             check_optimizers(trainer, slot)
-            if self.solver is not None:
+            if self.solver not in (None, "auto"):
                 check_solvable(slot.module, slot.name, self.paths)
         continues = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
@@ -385,13 +385,13 @@ class StructureFreezeCallback(Callback):
         for watch, slot in self._watched(pl_module):
             watch.before_batch(trainer, slot, batch_idx)
             others = [other.module for _, other in self._watched(pl_module) if other != slot]
-            watch.solve.before_batch(
-                trainer, slot, batch, batch_idx, self.inputs_and_targets, reads_loss=self._reads_loss, others=others
-            )
+            watch.solve.before_batch(trainer, slot, batch, batch_idx, self.inputs_and_targets, others=others)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure churn after the last batch of an epoch, before validation and its checkpoint, or every n steps."""
         for watch, slot in self._watched(pl_module):
+            if (news := watch.solve.take_news()) is not None:
+                self.say(news)
             if watch.after_batch(trainer, slot):
                 watch.note_settled(trainer, self.should_freeze(watch))
             self._freeze_and_solve(trainer, watch, slot)
@@ -399,14 +399,18 @@ class StructureFreezeCallback(Callback):
 
     def _freeze_and_solve(self, trainer: Any, watch: HeadWatch, slot: HeadSlot) -> None:
         """Convert in the middle of an epoch where checks are made there, and at its end where a solve follows."""
-        froze = False
-        if trainer.is_last_batch:
-            if self.solver is not None:
-                froze = self._freeze_if_due(trainer, watch, slot, trainer.current_epoch + 1)
-        elif self.check_every_n_steps is not None and not trainer.fit_loop._should_accumulate():
-            froze = self._freeze_if_due(trainer, watch, slot, trainer.current_epoch)
-        if watch.frozen and watch.solve.pending and (froze or trainer.is_last_batch):
-            self.say(watch.run_solve(trainer, slot, self.inputs_and_targets))
+        between_steps = self.check_every_n_steps is not None and not trainer.fit_loop._should_accumulate()
+        if not watch.solve.pending:
+            if not trainer.is_last_batch and between_steps:
+                self._freeze_if_due(trainer, watch, slot, trainer.current_epoch)
+            return
+        if not trainer.is_last_batch and not between_steps:
+            return
+        with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)):
+            epoch = trainer.current_epoch + int(trainer.is_last_batch)
+            froze = self._freeze_if_due(trainer, watch, slot, epoch)
+            if watch.frozen and (froze or trainer.is_last_batch):
+                self.say(watch.run_solve(trainer, slot, self.inputs_and_targets))
 
     def _freeze_if_due(self, trainer: Any, watch: HeadWatch, slot: HeadSlot, epoch: int) -> bool:
         reason = watch.due_reason(epoch)

@@ -1,4 +1,4 @@
-"""What the processes of a fit tell one another."""
+"""What the processes of a fit tell each other."""
 
 from typing import TYPE_CHECKING, Any
 
