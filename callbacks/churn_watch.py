@@ -12,7 +12,6 @@ from glai_lightning.fitting.across_processes import churn_over_processes, share_
 from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.heads.churn import ChurnProbe
-from glai_lightning.heads.patterns import layout_of
 
 
 class ChurnWatch:
@@ -71,7 +70,7 @@ class ChurnWatch:
         self._batches_called += rows > 0
         self._rows += rows
         self._called_in_epoch |= rows > 0
-        if self._batches == 1 and rows == 0 and layout_of(slot.module).output.weight.grad is not None:
+        if self._batches == 1 and rows == 0 and any(p.grad is not None for p in slot.module.parameters()):
             self.close()
             raise UserMisconfigurationError(
                 f"Expected the head at {slot.name!r} to be called by `training_step`, in training mode, but only "

@@ -232,16 +232,15 @@ class HeadWatch:
             weights: state dict of the MLP to go back to.
             optimizer_state: what the optimizer remembered of its parameters, by their names.
         """
-        unfreeze_in_fit(trainer, slot, weights, optimizer_state)
+        self.unwind(trainer, slot, weights, optimizer_state)
         self._reverted_at_check = len(self.churn_history)
         self._just_reverted = True
-        self._now_an_mlp()
         self._watch.start(trainer, slot)
 
     def unwind(
         self, trainer: Any, slot: HeadSlot, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, dict[str, Any]]
     ) -> None:
-        """Undo a freeze whose solve failed."""
+        """Make the frozen head the MLP that it was before, because its solve failed."""
         unfreeze_in_fit(trainer, slot, weights, optimizer_state)
         self._now_an_mlp()
 
