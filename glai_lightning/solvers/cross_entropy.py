@@ -113,10 +113,13 @@ class CrossEntropy:
         others. Many classes are left as they are.
         """
         probabilities = logits.softmax(0)
+        # What a sample counts is not known of a sample without targets, but what it counts on average is.
+        counted = self.class_weights @ probabilities
+        counted /= counted.mean()
         if len(logits) > _MOST_ROTATED_CLASSES:
-            return None, _bounded_below((probabilities - probabilities.square()).mean(1))
-        between = probabilities @ probabilities.t() / logits.shape[1]
-        values, vectors = torch.linalg.eigh((torch.diag(probabilities.mean(1)) - between).double())
+            return None, _bounded_below((counted * (probabilities - probabilities.square())).mean(1))
+        between = (counted * probabilities) @ probabilities.t() / logits.shape[1]
+        values, vectors = torch.linalg.eigh((torch.diag((counted * probabilities).mean(1)) - between).double())
         values[0] = values[1:].mean()
         return vectors.to(logits), _bounded_below(values.to(logits))
 
@@ -177,7 +180,10 @@ class BinaryCrossEntropy:
     def curvature(self, logits: Tensor) -> tuple[None, Tensor]:
         """Return no rotation, for the outputs do not depend on one another, and the mean of p (1 - p): (C,)."""
         probabilities = logits.sigmoid()
-        return None, _bounded_below((probabilities - probabilities.square()).mean(1))
+        positive = self.positive_weights.unsqueeze(1) * probabilities
+        counted = torch.addcmul(positive, self.negative_weights.unsqueeze(1), 1.0 - probabilities)
+        counted /= counted.mean() if self.labels else len(logits)
+        return None, _bounded_below((counted * (probabilities - probabilities.square())).mean(1))
 
 
 def make_loss(
@@ -190,7 +196,7 @@ def make_loss(
     """
     labels_of_one_logit = name == "cross_entropy" and outputs == 1
     count = 2 if labels_of_one_logit else outputs
-    weights = like.new_ones(count) if class_weights is None else torch.tensor(class_weights).to(like)
+    weights = like.new_ones(count) if class_weights is None else torch.tensor(class_weights, dtype=like.dtype, device=like.device)
     if weights.shape != (count,):
         raise UserValueError(f"Expected `class_weights` to be {count} numbers, but got shape {tuple(weights.shape)}.")
     if not bool((weights.isfinite() & (weights >= 0.0)).all()):

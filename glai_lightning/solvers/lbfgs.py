@@ -67,6 +67,10 @@ class LBFGS:
         for index in range(self._length):
             self._changes[index] += difference(self._steps[index].view_as(point.weights)).flatten()
 
+    def gradient_norm(self) -> float:
+        """Return the norm of the gradient in the metric of the preconditioner, whatever the scale of each weight."""
+        return max(_dot(self.point.gradient, self._preconditioner(self.point.gradient)), 0.0) ** 0.5
+
     def step(self, max_evaluations: int) -> bool:
         """Go one step along the quasi-Newton direction, as far as the loss falls.
 
@@ -108,8 +112,10 @@ class LBFGS:
     def _remember(self, found: Point) -> None:
         step = (found.weights - self.point.weights).flatten()
         change = (found.gradient - self.point.gradient).flatten()
+        # Beside the slope before, which does not depend on how weights are scaled.
+        learned = _dot(step, change) > 1e-10 * abs(_dot(step, self.point.gradient))
         self.point = found
-        if not _dot(step, change) > 1e-10 * float(step.norm()) * float(change.norm()):
+        if not learned:
             return
         if self._length == self._memory:
             for kept in (self._steps, self._changes):
@@ -124,7 +130,7 @@ class LBFGS:
             return self._precondition(gradient)
         steps, changes = self._steps[: self._length], self._changes[: self._length]
         upper = (steps @ changes.t()).double().triu()
-        scale = float(upper[-1, -1]) / _dot(changes[-1], self._precondition(changes[-1]))
+        scale = float(upper[-1, -1]) / (_dot(changes[-1], self._precondition(changes[-1])) or 1.0)
         before = _solve(upper, steps @ gradient, upper=True)
         product = scale * self._precondition(gradient - before.to(gradient.dtype) @ changes)
         rest = upper.diagonal() * before - (changes @ product).double()

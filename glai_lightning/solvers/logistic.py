@@ -72,8 +72,8 @@ class LogisticSolver:
             loss, one for each output: what a target of 1 counts (``pos_weight`` of PyTorch).
         label_smoothing: in [0, 1).
         max_passes: most passes over the data, at least 2.
-        tolerance: quasi-Newton steps have converged when the norm of the gradient is this small beside that at the
-            start.
+        tolerance: quasi-Newton steps have converged when the norm of the gradient, in the metric of the preconditioner,
+            is this small beside that at the start.
         patience: with validation data, the solve stops after this many steps at one strength without a better score.
         loss: ``"cross_entropy"`` of class labels (N,) or of probabilities (N, C), which for a single logit is binary;
             or ``"binary_cross_entropy"`` of targets (N, C) in [0, 1], each output by itself.

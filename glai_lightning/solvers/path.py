@@ -133,12 +133,13 @@ class QuasiNewtonPath:
         self._minimiser = LBFGS(
             objective, start, self._preconditioner(start.weights, self._l2), memory=self._stopping.max_passes
         )
+        small = self._stopping.tolerance * self._minimiser.gradient_norm()
         if len(strengths) > 1 and self._follow(strengths):
             best = self._candidates.best
             assert best is not None
             assert best.point is not None
             self._go_on_with(best.l2, best.point, best.l2)
-        return self._converge(float(start.gradient.norm()))
+        return self._converge(small)
 
     def _follow(self, strengths: list[float]) -> bool:
         """Make a step for each strength while they validate better, and return whether there was one."""
@@ -152,10 +153,10 @@ class QuasiNewtonPath:
                 worse = 0 if self._took_step() else worse + 1
         return self.steps > 0
 
-    def _converge(self, start_gradient_norm: float) -> str:
+    def _converge(self, small: float) -> str:
         """Make steps at one strength until there is a reason to stop, and return it."""
         worse = 0
-        while float(self._minimiser.point.gradient.norm()) > self._stopping.tolerance * start_gradient_norm:
+        while self._minimiser.gradient_norm() > small:
             if self._passes_left <= 0:
                 return "max_passes"
             before, best = self._minimiser.point, self._candidates.best

@@ -8,9 +8,9 @@ from torch import Tensor
 from glai_lightning.solvers.processes import Processes
 
 #: Columns whose deviation is further than this from the median one are scaled, for eigenvalues to be told apart.
-_BAND = 30.0
-#: Added to eigenvalues, relative to the largest: float32 products are good to about as much.
-_JITTER = 1e-6
+_BAND = 10.0
+#: Multiples of the dtype's resolution that products of features are good to.
+_ROUNDING = 8.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FeatureSpectrum:
         centered = features - mean
         deviation = centered.square().mean(0).sqrt()
         # What is left of a constant column is the rounding of its mean.
-        varies = deviation > 8.0 * torch.finfo(features.dtype).eps * features.abs().amax(0)
+        varies = deviation > _ROUNDING * torch.finfo(features.dtype).eps * features.abs().amax(0)
         usual = float(deviation[varies].median()) if bool(varies.any()) else 1.0
         scale = torch.where(varies, deviation / deviation.clamp(usual / _BAND, usual * _BAND), 1.0)
         centered = torch.where(varies, centered / scale, 0.0)
@@ -80,10 +80,11 @@ class CovariancePreconditioner:
         self._spectrum = spectrum
         self._rotation = rotation
         self._variances = variances.unsqueeze(1)
-        values = spectrum.values + _JITTER * spectrum.values[-1] + torch.finfo(variances.dtype).tiny
+        resolution = _ROUNDING * torch.finfo(variances.dtype).eps
+        values = spectrum.values + resolution * (float(spectrum.values[-1]) or 1.0)
         self._curvature = self._variances * values + l2 * spectrum.penalties
         # What no sampled feature is seen in, where there are fewer samples than features.
-        rest = self._variances * values[:1] + l2 * float(spectrum.penalties.mean())
+        rest = self._variances * values[:1] + l2 * float(spectrum.scale.reciprocal().square().mean())
         self._rest = rest if spectrum.vectors.shape[0] > spectrum.vectors.shape[1] else None
 
     def __call__(self, gradient: Tensor) -> Tensor:
