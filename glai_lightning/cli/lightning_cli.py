@@ -10,8 +10,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch.optim import Optimizer
 
 from glai_lightning.callbacks import FitReport
+from glai_lightning.cli.checkpoints import KeepsBest, check_given, checkpoint_roots, find_checkpoint
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.modules.checkpoint_file import check_checkpoint
 from glai_lightning.modules.head_module import has_test, steps_per_batch
 
 _DESCRIPTION = "Fit, validate, test or predict with the modules, data and callbacks that a YAML configuration names."
@@ -56,19 +56,10 @@ class GlaiCLI(LightningCLI):
 
     @staticmethod
     def _check_checkpoint(config: Any) -> None:
-        checkpoint = config.get("ckpt_path")
         if config.get("weights_only") is None:
             config["weights_only"] = True
-        if checkpoint is None:
-            return
-        path = str(checkpoint)
-        if not _is_checkpoint(path):
-            raise UserMisconfigurationError(
-                f"Expected `--ckpt_path` to be a checkpoint, 'best', 'last' or 'hpc', but got '{path}', "
-                "which does not exist."
-            )
-        if os.path.isfile(path) and config["weights_only"]:
-            check_checkpoint(path)
+        if config.get("ckpt_path") is not None:
+            check_given(str(config["ckpt_path"]), weights_only=config["weights_only"])
 
     def _parse_ckpt_path(self) -> None:
         """Leave the hyper-parameters of a checkpoint alone: a file that comes from anywhere is to name no classes."""
@@ -90,7 +81,11 @@ class GlaiCLI(LightningCLI):
             )
 
     def after_instantiate_classes(self) -> None:
-        """Let all loggers of the run write into one folder."""
+        """Find the checkpoint of an earlier run, if one is named, and let all loggers write into one folder."""
+        arguments = self.config_init[self.subcommand]
+        given = arguments.get("ckpt_path")
+        if given in ("best", "last"):
+            arguments["ckpt_path"] = self._find_checkpoint(given)
         # A logger takes the next free version when it is first asked for it. Asked before any of them has made its
         # folder, those with the same name take the same version.
         for logger in self.trainer.loggers:
@@ -99,6 +94,17 @@ class GlaiCLI(LightningCLI):
                 warnings.filterwarnings(
                     "ignore", message=f"Experiment logs directory {re.escape(logger.log_dir)} exists"
                 )
+
+    def _find_checkpoint(self, name: str) -> str | None:
+        found = find_checkpoint(name, self.trainer)
+        # As in Lightning, `fit --ckpt_path=last` may be given before there is anything to resume.
+        if found is None and not (self.subcommand == "fit" and name == "last"):
+            roots = " or ".join(f"'{root}'" for root in checkpoint_roots(self.trainer))
+            raise UserMisconfigurationError(
+                f"Expected the {name} checkpoint of an earlier fit in {roots}, but found none. Name its file with "
+                "`--ckpt_path`."
+            )
+        return found
 
     @staticmethod
     def configure_optimizers(
@@ -110,7 +116,8 @@ class GlaiCLI(LightningCLI):
         return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
 
     def before_fit(self) -> None:
-        """Keep the tables for the end."""
+        """Keep the tables for the end, and the best checkpoint of a fit that is resumed."""
+        self.trainer.callbacks.insert(0, KeepsBest())  # type: ignore[attr-defined]
         for report in self._fit_reports():
             report.prints_at_fit_end = False
 
@@ -133,7 +140,3 @@ class GlaiCLI(LightningCLI):
             if getattr(checkpoint, "monitor", None) is not None and path:
                 return path
         return None
-
-
-def _is_checkpoint(path: str) -> bool:
-    return path in ("best", "last", "hpc") or "://" in path or os.path.exists(path)

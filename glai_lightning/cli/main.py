@@ -1,6 +1,7 @@
 """The ``glai`` command: fits, validates, tests, predicts and compares from YAML, and lists and copies recipes."""
 
 import argparse
+import errno
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,13 @@ from glai_lightning.checks import UserError, UserValueError
 from glai_lightning.cli.recipes import copy_recipe, list_recipes
 
 _NOT_BUILT_YET = ("export",)
+#: What a file or a folder that the user names can cause, and a disk that is full.
+_USERS_ERRNOS = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG),
+)
+#: Packages whose errors are about the network, or about what is on the other side of it.
+_DOWNLOADERS = ("huggingface_hub", "requests", "urllib", "urllib3", "httpx")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,6 +104,10 @@ def _sentence_for_users(error: BaseException) -> str | None:
         # torch's own list of what does not fit, for a checkpoint of another module.
         if isinstance(cause, RuntimeError) and str(cause).startswith("Error(s) in loading state_dict"):
             return str(cause)
+        if any(kind.__module__.split(".")[0] in _DOWNLOADERS for kind in type(cause).__mro__):
+            return f"A download failed. {error}"
+    if isinstance(error, OSError) and error.errno in _USERS_ERRNOS:
+        return f"{error.strerror}: '{error.filename}'." if error.filename else f"{error.strerror}."
     return None
 
 

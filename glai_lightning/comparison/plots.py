@@ -8,7 +8,7 @@ import numpy as np
 from glai_lightning.callbacks.fit_plots import label_axes, new_figure, save_png
 from glai_lightning.comparison.runs import Run
 from glai_lightning.comparison.statistics import mean_interval
-from glai_lightning.comparison.summary import Comparison
+from glai_lightning.comparison.verdict import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

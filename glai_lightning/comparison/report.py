@@ -7,8 +7,8 @@ from pathlib import Path
 
 from glai_lightning.comparison.runs import Run
 from glai_lightning.comparison.statistics import Interval
-from glai_lightning.comparison.summary import Comparison, Speedup, mean_of
 from glai_lightning.comparison.variants import REFERENCE, find_variant
+from glai_lightning.comparison.verdict import Comparison, Speedup, mean_of
 
 _NONE = "-"
 
@@ -117,10 +117,7 @@ def _cost_table(comparison: Comparison) -> Table:
         ("training alone [s]", lambda run: getattr(run, f"training_{comparison.clock}"), 1, ".3g"),
         ("wall-clock [s]", lambda run: run.finished_seconds, 1, ".3g"),
         ("peak memory [MB]", lambda run: run.peak_memory_bytes, 1e-6, ",.0f"),
-        ("energy [Wh]", lambda run: run.energy_watt_hours, 1, ".2g"),
     ]
-    if all(run.energy_watt_hours is None for run in comparison.runs):
-        measured.pop()
     rows = []
     for variant in comparison.summary:
         means = [(mean_of(comparison.of(variant), value), unit, form) for _, value, unit, form in measured]

@@ -178,8 +178,8 @@ class UncalledHead(Stacked):
 @pytest.mark.parametrize(
     ("make", "head", "message"),
     [
-        (Stacked, "heads.*", r"but got 'heads.\*'. Modules that look like heads: \['proj', 'pred'\]"),
-        (Stacked, ["proj", "head"], r"but got 'head'. Modules that look like heads: \['proj', 'pred'\]"),
+        (Stacked, "heads.*", r"but got 'heads.\*'. Modules that can be used as a head: \['proj', 'pred'\]"),
+        (Stacked, ["proj", "head"], r"but got 'head'. Modules that can be used as a head: \['proj', 'pred'\]"),
         (Stacked, ["proj", "proj"], "name every head once, but got 'proj' twice, by 'proj'"),
         (Stacked, ["pr*", "proj"], r"but got 'proj' twice, by 'pr\*' and 'proj'"),
         (Stacked, ["pred", "pred.0"], "to lie apart, but got 'pred.0' inside 'pred'"),
@@ -296,14 +296,19 @@ def test_a_head_without_a_loss_of_its_own_is_not_solved():
         make_trainer(callback).fit(Stacked(), make_loader())
 
 
-def test_an_override_of_what_is_solved_for_is_told_the_head():
+def test_an_override_says_for_each_head_what_it_is_solved_for():
+    asked = set()
+
     class Said(StructureFreezeCallback):
         def inputs_and_targets(self, batch, batch_idx, stage, head):
-            return batch[0], (batch[1] == 0).long() if head.name == "heads.first" else batch[1]
+            asked.add(head.name)
+            targets = batch[1] if head.name == "heads.kinds" else (batch[1] == 0).long()
+            return batch[0], targets
 
     callback = Said("heads.*", freeze_at_epoch=1, solver=LogisticSolver())
     make_trainer(callback, max_epochs=2).fit(SideBySide(), make_loader())
-    assert all(head.solve.report is not None for head in callback.heads.values())
+    assert asked == set(callback.heads)
+    assert all(head.solve.report.loss < head.solve.report.start_loss for head in callback.heads.values())
 
 
 def test_freeze_and_unfreeze_by_name_between_fits():

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from glai_lightning.comparison.recording import Mode
 from glai_lightning.comparison.runs import Run
 from glai_lightning.comparison.statistics import Interval, mean_interval, ratio_interval, signed_rank_p
 from glai_lightning.comparison.variants import REFERENCE
+from glai_lightning.fitting.fit_record import Mode
 
 Outcome = Literal["faster", "no difference", "slower"]
 Clock = Literal["cpu_seconds", "seconds"]
