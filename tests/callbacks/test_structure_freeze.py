@@ -476,9 +476,6 @@ def test_strategies_that_shard_are_refused_by_name():
             {"solver": "ridge"},
             "Expected `solver` to be 'auto', a `LogisticSolver` or a `RidgeSolver`, but got 'ridge'.",
         ),
-            {"solver": "ridge"},
-            "Expected `solver` to be 'auto', a `LogisticSolver` or a `RidgeSolver`, but got 'ridge'.",
-        ),
         ({"probe_size": 0}, "Expected `probe_size` to be an integer of at least 1, but got 0."),
     ],
 )
