@@ -38,6 +38,7 @@ GOOD = {
     "EpisodesDataModule": lambda folder: {"arrays": {"x": torch.rand(300, 4), "y": torch.arange(300) % 15}},
     "FeaturesDataModule": lambda folder: {"arrays": features()},
     "ImageFolderDataModule": lambda folder: {"root": write_images(folder)},
+    "LetterDataModule": lambda folder: {},
     "TextsDataModule": lambda folder: {"path": write_texts(folder)},
     "ViewsDataModule": lambda folder: {"arrays": {"views": torch.rand(3, 40, 5), "y": torch.arange(40) % 4}},
 }
