@@ -160,9 +160,7 @@ class ChurnWatch:
             [
                 {name: value.to(device) for name, value in (tensors | running).items()}
                 for tensors, running in zip(state["snapshot"], seen["running"], strict=False)
-            ],
-            [inputs.to(device) for inputs in seen["inputs"]],
-            seen["seen"],
+            ]
         )
 
     def __getstate__(self) -> dict[str, Any]:

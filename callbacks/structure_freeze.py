@@ -19,7 +19,7 @@ from glai_lightning.fitting.heads_in_module import as_names, is_pattern, match_h
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.fitting.solving import read_step
 from glai_lightning.heads.churn import structure_settled
-from glai_lightning.heads.frozen import Paths
+from glai_lightning.heads.record import Paths
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
 

@@ -63,7 +63,7 @@ class StructureMonitor(Callback):
         if not trainer.is_last_batch:
             return
         for name, probe in self._probes.items():
-            if pl_module.get_submodule(name) is not probe.head:
+            if isinstance(probe.head, GLAIHead):
                 # Another callback converted it: what is frozen no longer moves.
                 self.churn_history[name].append(0.0)
                 continue

@@ -20,7 +20,7 @@ from glai_lightning.fitting.conversion import (
 )
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.fitting.solving import check_solvable
-from glai_lightning.heads.frozen import GLAIHead, check_convertible
+from glai_lightning.heads.frozen import GLAIHead, check_freezable, freeze_in_place, unfreeze_in_place
 from glai_lightning.heads.restoring import HeadRestorer
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class WatchedHead:
         head = find_head(pl_module, self.name)
         if not isinstance(head, GLAIHead):
             try:
-                check_convertible(head, paths=self.callback.paths)
+                check_freezable(head, paths=self.callback.paths)
             except ValueError as error:
                 raise UserMisconfigurationError(f"The head at {self.name!r} cannot be frozen. {error}") from error
         check_optimizers(trainer, head, self.name)
@@ -265,12 +265,11 @@ class WatchedHead:
         Raises:
             ValueError: otherwise.
         """
-        check_convertible(find_head(pl_module, self.name), paths=self.callback.paths)
+        check_freezable(find_head(pl_module, self.name), paths=self.callback.paths)
 
     def freeze(self, pl_module: nn.Module) -> None:
         """Freeze the structure of the head, between fits."""
-        head = GLAIHead.adopt(find_head(pl_module, self.name), paths=self.callback.paths)
-        pl_module.set_submodule(self.name, head)
+        freeze_in_place(find_head(pl_module, self.name), paths=self.callback.paths)
         self._now_frozen(None, "frozen by hand")
 
     def check_thawable(self, pl_module: nn.Module) -> None:
@@ -288,7 +287,7 @@ class WatchedHead:
 
     def unfreeze(self, pl_module: nn.Module) -> None:
         """Put the MLP back in the place of the frozen head, between fits."""
-        pl_module.set_submodule(self.name, self._frozen_head(pl_module).thaw())
+        unfreeze_in_place(self._frozen_head(pl_module))
         self.start_over()
 
     def _frozen_head(self, pl_module: nn.Module) -> GLAIHead:

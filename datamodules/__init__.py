@@ -1,7 +1,6 @@
 """Data for heads, and for backbones with them: whole batches, resumable and sharded."""
 
-from glai_lightning.datamodules.digit_views import DigitViewsDataModule
-from glai_lightning.datamodules.digits import DigitEpisodesDataModule, DigitsDataModule
+from glai_lightning.datamodules.digits import DigitEpisodesDataModule, DigitsDataModule, DigitViewsDataModule
 from glai_lightning.datamodules.episodes import EpisodesDataModule
 from glai_lightning.datamodules.features import FeaturesDataModule
 from glai_lightning.datamodules.images import ImageFolderDataModule

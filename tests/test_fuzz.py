@@ -27,6 +27,7 @@ from glai_lightning.callbacks import FitReport, StructureFreezeCallback, Structu
 from glai_lightning.callbacks.churn_watch import ChurnWatch
 from glai_lightning.datamodules import DigitsDataModule, FeaturesDataModule
 from glai_lightning.datamodules.arrays import read_archive
+from glai_lightning.heads import freeze_in_place
 from glai_lightning.heads.restoring import HeadRestorer
 from glai_lightning.modules.checkpoint_file import check_checkpoint
 from glai_lightning.solvers import LogisticSolver, RidgeSolver
@@ -154,7 +155,7 @@ CONSTRUCTORS = {
     FeaturesDataModule: {"arrays": None},
     DigitsDataModule: {},
     freeze_structure: {"head": None},
-    GLAIHead.adopt: {"mlp": None},
+    freeze_in_place: {"head": None},
 }
 
 
@@ -205,7 +206,7 @@ def test_a_head_is_frozen_or_stays_as_it_was(data):
     before = fingerprint(head)
     paths = data.draw(st.sampled_from(["output", "tangent", "independent"]))
     max_paths = data.draw(st.sampled_from([1, 10_000_000]))
-    frozen = answer(lambda: GLAIHead.adopt(head, paths=paths, max_paths=max_paths))
+    frozen = answer(lambda: freeze_in_place(head, paths=paths, max_paths=max_paths))
     if frozen is None:
         assert fingerprint(head) == before
     else:
@@ -256,14 +257,14 @@ def malformed(data, state_dict):
 def some_frozen(data, batch_norm):
     head = mlp_head(5, 8, 3, batch_norm=batch_norm)
     paths = data.draw(st.sampled_from([None, "output", "tangent", "independent"]))
-    return head if paths is None else GLAIHead.adopt(head, paths=paths, freeze_epoch=data.draw(st.none() | st.just(3)))
+    return head if paths is None else freeze_in_place(head, paths=paths, freeze_epoch=data.draw(st.none() | st.just(3)))
 
 
 @fuzz("state dicts into heads")
 def test_a_frozen_head_takes_a_state_dict_or_stays_as_it_was(data):
     batch_norm = data.draw(st.booleans())
     paths = data.draw(st.sampled_from(["output", "tangent", "independent"]))
-    target = GLAIHead.adopt(mlp_head(5, 8, 3, batch_norm=batch_norm), paths=paths)
+    target = freeze_in_place(mlp_head(5, 8, 3, batch_norm=batch_norm), paths=paths)
     given_dict = malformed(data, some_frozen(data, batch_norm).state_dict())
     strict, assign = data.draw(st.booleans()), data.draw(st.booleans())
     before = fingerprint(target)

@@ -19,7 +19,7 @@ from glai_lightning.comparison.verdict import Comparison, Outcome
 from glai_lightning.fitting.fit_record import Mode
 from glai_lightning.fitting.heads_in_module import is_pattern
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.solvers.head_solvers import LogisticSolver, RidgeSolver
+from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 #: Exit codes of ``glai compare`` by outcome; errors have 1, arguments that cannot be parsed 2.
 EXIT_CODES: dict[Outcome, int] = {"faster": 0, "no difference": 3, "slower": 4, "worse": 4}

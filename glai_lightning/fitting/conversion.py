@@ -2,15 +2,17 @@
 
 import itertools
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.heads.frozen import GLAIHead, Paths
+from glai_lightning.heads.frozen import GLAIHead, freeze_in_place, unfreeze_in_place
 from glai_lightning.heads.layout import read_head
-from glai_lightning.heads.optimizers import follow_conversion, follow_thaw, trains_any
+from glai_lightning.heads.optimizers import replace_parameters, restore_parameters, trains_any
 from glai_lightning.heads.patterns import layout_of
+from glai_lightning.heads.record import Paths
 from glai_lightning.heads.restoring import HeadRestorer
 
 # Compared by name: a project may import the `pytorch_lightning` twin of `lightning.pytorch`, whose classes are others.
@@ -154,7 +156,7 @@ def check_optimizers(trainer: Any, head: nn.Module, head_name: str) -> None:
                 "Expected optimizers that hold the state of all parameters in every process, but got "
                 f"`{type(optimizer).__name__}`, which cannot follow a head that is replaced in the middle of a fit."
             )
-    output = head.get_submodule(layout_of(head).output_name)
+    output = layout_of(head).output
     if not any(trains_any(optimizer, output) for optimizer in trainer.optimizers):
         raise UserMisconfigurationError(
             f"Expected the optimizer to hold the parameters of the last Linear of the head at {head_name!r}, "
@@ -170,8 +172,7 @@ def freeze_head_in_fit(
     Returns:
         The frozen head, in its place in the module.
     """
-    head = GLAIHead.adopt(pl_module.get_submodule(head_name), paths=paths, freeze_epoch=freeze_epoch)
-    pl_module.set_submodule(head_name, head)
+    head = freeze_in_place(pl_module.get_submodule(head_name), paths=paths, freeze_epoch=freeze_epoch)
     follow_in_fit(trainer, head)
     return head
 
@@ -179,7 +180,7 @@ def freeze_head_in_fit(
 def follow_in_fit(trainer: Any, head: GLAIHead) -> None:
     """Let the optimizers and the strategy of a fit follow a head that was just converted."""
     for optimizer in trainer.optimizers:
-        follow_conversion(optimizer, head)
+        replace_parameters(optimizer, head)
     rewrap(trainer)
 
 
@@ -201,10 +202,8 @@ def thaw_head_in_fit(
     """
     head = pl_module.get_submodule(head_name)
     assert isinstance(head, GLAIHead)
-    mlp = head.thaw(weights)
-    pl_module.set_submodule(head_name, mlp)
     for optimizer in trainer.optimizers:
-        follow_thaw(optimizer, head, mlp, optimizer_state)
+        restore_parameters(optimizer, head, partial(unfreeze_in_place, head, weights), optimizer_state)
     rewrap(trainer)
 
 

@@ -24,7 +24,7 @@ from glai_lightning.fitting.loss_watching import LossCall
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.heads.patterns import layout_of
-from glai_lightning.solvers.head_solvers import LogisticSolver, RidgeSolver, SolveReport
+from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 from glai_lightning.solvers.processes import Processes
 
 #: Bytes of head inputs kept in memory for a solve; beyond it every pass of the solve reads the loader anew.

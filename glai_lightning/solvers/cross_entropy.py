@@ -78,7 +78,7 @@ class LogisticObjective:
         has_bias: whether the last column of weights is a bias.
         cross_entropy: the loss.
         l2: strength of the penalty.
-        center: what the penalty pulls to, see ``solve_logistic``.
+        center: what the penalty pulls to, see ``LogisticSolver``.
         processes: those that share the samples.
     """
 

@@ -2,13 +2,14 @@
 
 import math
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from glai_lightning.checks import UserValueError, expect_choice, expect_integer, expect_number
+from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.solvers.cross_entropy import (
     Center,
     CrossEntropy,
@@ -23,6 +24,7 @@ from glai_lightning.solvers.feature_batches import (
     as_batches,
     held_out_batches,
 )
+from glai_lightning.solvers.head_weights import HeadData, solve_head
 from glai_lightning.solvers.lbfgs import LBFGS, Point
 from glai_lightning.solvers.minibatch import AveragedAdam
 from glai_lightning.solvers.preconditioner import CenteredFeatures, CovariancePreconditioner
@@ -32,7 +34,7 @@ from glai_lightning.solvers.report import LinearSolution, SolveReport, check_lin
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: How the minimum is looked for, see ``solve_logistic``.
+#: How the minimum is looked for.
 Method = Literal["quasi_newton", "minibatch"]
 
 #: Steps after which the preconditioner is made anew, once: by then the probabilities are near those of the solution.
@@ -45,26 +47,9 @@ _SAMPLED_ROWS_PER_FEATURE = 4
 _MEMORY = 30
 
 
-def solve_logistic(
-    features: Tensor | Batches | FeatureBatches,
-    targets: Tensor | None = None,
-    *,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    l2: float = 1e-3,
-    center: Center = "current",
-    class_weights: Sequence[float] | Tensor | None = None,
-    label_smoothing: float = 0.0,
-    method: Method = "quasi_newton",
-    learning_rate: float = 5e-3,
-    batch_size: int = 256,
-    max_passes: int = 30,
-    tolerance: float = 1e-4,
-    patience: int = 2,
-    validation: tuple[Tensor, Tensor] | Batches | FeatureBatches | None = None,
-    group: "ProcessGroup | None" = None,
-) -> LinearSolution:
-    """Fit a linear classifier over fixed features: minimise mean cross-entropy + l2 / 2 times a penalty.
+@dataclass(frozen=True)
+class LogisticSolver:
+    """Sets a frozen head's path weights to those of the smallest mean cross-entropy + l2 / 2 times a penalty.
 
     The mean is that of ``torch.nn.functional.cross_entropy`` with the same class weights and label smoothing. One logit
     (C = 1) means binary cross-entropy, as the cross-entropy of the pair (0, logit). The penalty is
@@ -74,112 +59,189 @@ def solve_logistic(
       averaged over samples (whatever the class weights). It does not depend on how features are scaled or rotated.
 
     By default the steps are those of L-BFGS, see ``LBFGS``, preconditioned by covariances of a sample of the features,
-    see ``CovariancePreconditioner``, from the given weights on. Each reads the data once, more often where the loss
-    does not fall at once. Memory over batches is O(F^2 + F C + batch). With ``method="minibatch"`` they are steps of
-    Adam, see ``AveragedAdam``, whose average comes near the minimum in three passes or so and then approaches it
-    slowly. With many classes that is cheaper than covariances, and often as good on new data as the minimum is. The
-    same data in the same order gives the same result.
+    see ``CovariancePreconditioner``, and start at the given weights. Each step reads the data once, and more often
+    where the loss does not fall at once. Memory over batches is O(F^2 + F C + batch). With ``method="minibatch"`` they
+    are steps of Adam, see ``AveragedAdam``, whose average comes near the minimum in about three passes and then
+    approaches it slowly. With many classes that is cheaper than covariances, and often as good on new data as the
+    minimum is. The same data in the same order gives the same result.
 
     Features may be constant, collinear, fewer or more than the samples, and of scales from 1e-8 to 1e8. The logits of a
-    class without samples fall for as long as the solve goes on. Where no minimum exists (separable classes, ``l2=0``)
-    the weights grow until the solve stops, and are finite.
-
-    With a ``group``, the samples are those of all its processes, each of which reads its own. All end with the same
-    weights, to the last bit, and where one raises an error all do.
+    class without samples fall for as long as the solve runs. Where no minimum exists (separable classes, ``l2=0``) the
+    weights grow until the solve stops, and are finite.
 
     Args:
-        features: (N, F), or a re-iterable of batches ((n, F), (n,)).
-        targets: class labels (N,), integers in [0, C); for one logit also bool, or 0.0 and 1.0, and of shape (N, 1).
-        weight: (C, F), where to start; not changed. Computed in float64 if this or a tensor of features is in it, in
-            float32 otherwise.
-        bias: (C,), or ``None`` for a model without.
         l2: strength of the penalty, at least 0.
         center: ``"zero"`` or ``"current"``.
+        max_passes: most passes over the data, at least 2.
         class_weights: C numbers of at least 0; two for one logit.
         label_smoothing: in [0, 1).
-        method: ``"quasi_newton"`` or ``"minibatch"``.
-        learning_rate: of the minibatch steps.
-        batch_size: rows of a minibatch, in each process.
-        max_passes: most passes over the data, at least 2.
         tolerance: quasi-Newton steps have converged when the norm of the gradient is this small beside that at the
             start.
-        patience: with ``validation``, the solve stops after this many quasi-Newton steps, or passes of minibatch steps,
-            without a better score.
-        validation: another (features, targets), or re-iterable of batches. The weights of the best accuracy are handed
-            back, of equals the first, those at the start included.
-        group: the processes that share the samples, those of ``validation`` too; ``None`` for this one alone.
-
-    Returns:
-        ``weight`` (C, F) and ``bias`` (C,) or ``None``, in the dtype and on the device of those given, and the report.
-        With minibatches its losses and gradients are those of a sample of the data, spread evenly over it.
+        patience: with validation data, the solve stops after this many quasi-Newton steps, or passes of minibatch
+            steps, without a better score.
+        method: ``"quasi_newton"`` or ``"minibatch"``.
+        learning_rate: of minibatch steps.
+        batch_size: rows of a minibatch, in each process.
 
     Raises:
-        TypeError: if dtypes are wrong, or batches can be read only once.
-        ValueError: if a setting is out of range, shapes disagree, a label is out of range, numbers are not finite, or
-            there is no sample.
-        RuntimeError: if another process of the group raised an error.
+        ValueError: if an argument is out of range.
 
     Example:
-        >>> features = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
-        >>> targets = torch.tensor([0, 0, 1, 1])
-        >>> weight, bias, report = solve_logistic(
-        ...     features, targets, weight=torch.zeros(2, 1), bias=torch.zeros(2), center="zero"
-        ... )
-        >>> (features @ weight.T + bias).argmax(1), report.reason
-        (tensor([0, 0, 1, 1]), 'converged')
+        >>> from glai_lightning import freeze_structure, mlp_head
+        >>> head = freeze_structure(mlp_head(4, 8, 3))
+        >>> inputs, targets = torch.randn(60, 4), torch.arange(60) % 3
+        >>> report = LogisticSolver(l2=1e-2).solve(head, inputs, targets)
+        >>> report.loss < report.start_loss
+        True
     """
-    began = time.perf_counter()
-    processes = Processes(group, weight.device)
-    with processes.failing_together():
-        check_logistic_settings(
-            l2, center, label_smoothing, max_passes, tolerance, patience, method, learning_rate, batch_size
+
+    l2: float = 1e-3
+    center: Center = "current"
+    max_passes: int = 6
+    class_weights: list[float] | None = None
+    label_smoothing: float = 0.0
+    tolerance: float = 1e-4
+    patience: int = 2
+    method: Method = "quasi_newton"
+    learning_rate: float = 5e-3
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        expect_number("l2", self.l2, low=0.0)
+        expect_choice("center", self.center, ("zero", "current"))
+        expect_number("label_smoothing", self.label_smoothing, low=0.0, high=1.0, below=True)
+        expect_integer("max_passes", self.max_passes, least=2)
+        expect_number("tolerance", self.tolerance, low=0.0, high=1.0, below=True)
+        expect_integer("patience", self.patience, least=1)
+        expect_choice("method", self.method, ("quasi_newton", "minibatch"))
+        expect_number("learning_rate", self.learning_rate, low=0.0, above=True)
+        expect_integer("batch_size", self.batch_size, least=1)
+
+    def solve(
+        self,
+        head: GLAIHead,
+        inputs: Tensor | Batches,
+        targets: Tensor | None = None,
+        *,
+        validation: HeadData | None = None,
+        group: "ProcessGroup | None" = None,
+    ) -> SolveReport:
+        """Set the path weights of a head in place.
+
+        Args:
+            head: a head with output or independent paths, from (N, D) to (N, C). Its mode is left as it is.
+            inputs: (N, D), or a re-iterable of (inputs, targets) batches: then path activations are computed anew in
+                every pass, and never held all at once.
+            targets: class labels (N,), or ``None`` where ``inputs`` yields them.
+            validation: (inputs, targets), or batches of them; with it the head is never worse on them than before.
+            group: the processes of ``torch.distributed`` that share the data, each reading its own part; all end with
+                the same weights. ``None`` for this process alone.
+
+        Returns:
+            What the solve did.
+
+        Raises:
+            TypeError: if ``head`` is not frozen, or dtypes are wrong.
+            ValueError: if the head is not linear in its path weights, or the data is not what it has to be, see
+                ``solve_features``. The head is then as it was.
+            RuntimeError: if another process of the group raised an error.
+        """
+        return solve_head(self.solve_features, head, inputs, targets, validation=validation, group=group)
+
+    def solve_features(
+        self,
+        features: Tensor | Batches | FeatureBatches,
+        targets: Tensor | None = None,
+        *,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        validation: tuple[Tensor, Tensor] | Batches | FeatureBatches | None = None,
+        group: "ProcessGroup | None" = None,
+    ) -> LinearSolution:
+        """Fit a linear classifier over fixed features.
+
+        With a ``group``, the samples are those of all its processes, each of which reads its own. All end with the same
+        weights, to the last bit, and where one raises an error all do.
+
+        Args:
+            features: (N, F), or a re-iterable of batches ((n, F), (n,)).
+            targets: class labels (N,), integers in [0, C); for one logit also bool, or 0.0 and 1.0, and of shape
+                (N, 1).
+            weight: (C, F), where to start; not changed. Computed in float64 if this or a tensor of features is in it,
+                in float32 otherwise.
+            bias: (C,), or ``None`` for a model without.
+            validation: another (features, targets), or re-iterable of batches. The weights of the best accuracy are
+                handed back, of equals the first, those at the start included.
+            group: the processes that share the samples, those of ``validation`` too; ``None`` for this one alone.
+
+        Returns:
+            ``weight`` (C, F) and ``bias`` (C,) or ``None``, in the dtype and on the device of those given, and the
+            report. With minibatches its losses and gradients are those of a sample of the data, spread evenly over it.
+
+        Raises:
+            TypeError: if dtypes are wrong, or batches can be read only once.
+            ValueError: if shapes disagree, a label is out of range, numbers are not finite, or there is no sample.
+            RuntimeError: if another process of the group raised an error.
+
+        Example:
+            >>> features = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+            >>> targets = torch.tensor([0, 0, 1, 1])
+            >>> solver = LogisticSolver(center="zero", max_passes=30)
+            >>> weight, bias, report = solver.solve_features(
+            ...     features, targets, weight=torch.zeros(2, 1), bias=torch.zeros(2)
+            ... )
+            >>> (features @ weight.T + bias).argmax(1), report.reason
+            (tensor([0, 0, 1, 1]), 'converged')
+        """
+        began = time.perf_counter()
+        processes = Processes(group, weight.device)
+        with processes.failing_together():
+            check_linear(weight, bias)
+            batches = as_batches(features, targets, outputs=len(weight))
+            held_out = held_out_batches(validation, outputs=len(weight))
+        if held_out is not None:
+            check_labelled(held_out, weight, processes=processes)
+        start = weight.detach().to(_compute_dtype(batches.features, weight, processes))
+        start = torch.cat([start] if bias is None else [start, bias.detach().to(start).unsqueeze(1)], dim=1)
+        processes.from_first(start)
+        objective = LogisticObjective(
+            batches,
+            start,
+            has_bias=bias is not None,
+            cross_entropy=CrossEntropy(_class_weights(self.class_weights, start), self.label_smoothing),
+            l2=self.l2,
+            center=self.center,
+            processes=processes,
         )
-        check_linear(weight, bias)
-        batches = as_batches(features, targets, outputs=len(weight))
-        held_out = held_out_batches(validation, outputs=len(weight))
-    if held_out is not None:
-        check_labelled(held_out, weight, processes=processes)
-    start = weight.detach().to(_compute_dtype(batches.features, weight, processes))
-    start = torch.cat([start] if bias is None else [start, bias.detach().to(start).unsqueeze(1)], dim=1)
-    processes.from_first(start)
-    objective = LogisticObjective(
-        batches,
-        start,
-        has_bias=bias is not None,
-        cross_entropy=CrossEntropy(_class_weights(class_weights, start), label_smoothing),
-        l2=l2,
-        center=center,
-        processes=processes,
-    )
-    descent: _Descent | _AveragedDescent
-    if method == "minibatch":
-        steps = AveragedAdam(objective, learning_rate=learning_rate, batch_size=batch_size)
-        descent = _AveragedDescent(steps, held_out, max_passes=max_passes)
-    else:
-        descent = _Descent(objective, held_out, max_passes=max_passes)
-    reason = descent.run(tolerance=tolerance, patience=patience)
-    begin, best = descent.begin, descent.best
-    # The same in all processes, if their arithmetic is.
-    best_weights = processes.from_first(best.weights.clone())
-    solved = best_weights.to(weight)
-    return LinearSolution(
-        weight=solved if bias is None else solved[:, :-1].contiguous(),
-        bias=None if bias is None else best_weights[:, -1].to(bias, copy=True),
-        report=SolveReport(
-            loss=best.loss,
-            start_loss=begin.loss,
-            gradient_norm=float(best.gradient.norm()),
-            start_gradient_norm=float(begin.gradient.norm()),
-            score=descent.score,
-            start_score=descent.start_score,
-            l2=l2,
-            steps=descent.steps,
-            best_step=descent.best_step,
-            passes=descent.passes,
-            seconds=time.perf_counter() - began,
-            reason=reason,
-        ),
-    )
+        descent: _Descent | _AveragedDescent
+        if self.method == "minibatch":
+            steps = AveragedAdam(objective, learning_rate=self.learning_rate, batch_size=self.batch_size)
+            descent = _AveragedDescent(steps, held_out, max_passes=self.max_passes)
+        else:
+            descent = _Descent(objective, held_out, max_passes=self.max_passes)
+        reason = descent.run(tolerance=self.tolerance, patience=self.patience)
+        begin, best = descent.begin, descent.best
+        # The same in all processes, if their arithmetic is.
+        best_weights = processes.from_first(best.weights.clone())
+        solved = best_weights.to(weight)
+        return LinearSolution(
+            weight=solved if bias is None else solved[:, :-1].contiguous(),
+            bias=None if bias is None else best_weights[:, -1].to(bias, copy=True),
+            report=SolveReport(
+                loss=best.loss,
+                start_loss=begin.loss,
+                gradient_norm=float(best.gradient.norm()),
+                start_gradient_norm=float(begin.gradient.norm()),
+                score=descent.score,
+                start_score=descent.start_score,
+                l2=self.l2,
+                steps=descent.steps,
+                best_step=descent.best_step,
+                passes=descent.passes,
+                seconds=time.perf_counter() - began,
+                reason=reason,
+            ),
+        )
 
 
 class _Descent:
@@ -303,51 +365,11 @@ def _is_standstill(before: Point, after: Point) -> bool:
     return before.loss - after.loss <= resolution and bool(after.gradient.norm() >= before.gradient.norm())
 
 
-def check_logistic_settings(
-    l2: float,
-    center: str,
-    label_smoothing: float,
-    max_passes: int,
-    tolerance: float,
-    patience: int,
-    method: str,
-    learning_rate: float,
-    batch_size: int,
-) -> None:
-    """Check the settings of ``solve_logistic``.
-
-    Raises:
-        TypeError: for the first that is of the wrong type.
-        ValueError: for the first that is out of range.
-    """
-    numbers = {"l2": l2, "label_smoothing": label_smoothing, "tolerance": tolerance, "learning_rate": learning_rate}
-    for name, number in numbers.items():
-        expect_number(name, number)
-    for name, count in {"max_passes": max_passes, "patience": patience, "batch_size": batch_size}.items():
-        expect_integer(name, count)
-    if not 0.0 <= l2 < math.inf:
-        raise UserValueError(f"Expected `l2` to be finite and at least 0, but got {l2}.")
-    expect_choice("center", center, ("zero", "current"))
-    if not 0.0 <= label_smoothing < 1.0:
-        raise UserValueError(f"Expected `label_smoothing` to be in [0, 1), but got {label_smoothing}.")
-    if max_passes < 2:
-        raise UserValueError(f"Expected `max_passes` to be at least 2, but got {max_passes}.")
-    if not 0.0 <= tolerance < 1.0:
-        raise UserValueError(f"Expected `tolerance` to be in [0, 1), but got {tolerance}.")
-    if patience < 1:
-        raise UserValueError(f"Expected `patience` to be at least 1, but got {patience}.")
-    expect_choice("method", method, ("quasi_newton", "minibatch"))
-    if not 0.0 < learning_rate < math.inf:
-        raise UserValueError(f"Expected `learning_rate` to be finite and above 0, but got {learning_rate}.")
-    if batch_size < 1:
-        raise UserValueError(f"Expected `batch_size` to be at least 1, but got {batch_size}.")
-
-
-def _class_weights(given: Sequence[float] | Tensor | None, start: Tensor) -> Tensor:
+def _class_weights(given: list[float] | None, start: Tensor) -> Tensor:
     classes = max(len(start), 2)
     if given is None:
         return start.new_ones(classes)
-    weights = torch.as_tensor(given, dtype=start.dtype, device=start.device).detach()
+    weights = torch.tensor(given, dtype=start.dtype, device=start.device)
     if weights.shape != (classes,):
         raise UserValueError(f"Expected `class_weights` to be {classes} numbers, but got shape {tuple(weights.shape)}.")
     if not bool((weights.isfinite() & (weights >= 0.0)).all()):

@@ -9,7 +9,7 @@ from torch import nn
 from glai_lightning import matched_hidden_features, mlp_head
 from glai_lightning.callbacks import StructureFreezeCallback
 from glai_lightning.comparison.variants import find_variant, find_variants, freeze_callback, linear_head, matched_head
-from glai_lightning.heads.frozen import freeze_structure
+from glai_lightning.heads import freeze_structure
 from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 

@@ -6,9 +6,14 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from glai_lightning.solvers import LogisticSolver
 from glai_lightning.solvers.feature_batches import SystematicSample
-from glai_lightning.solvers.logistic import solve_logistic
 from glai_lightning.solvers.report import LinearSolution
+
+
+def solve_logistic(features, targets=None, *, weight, bias=None, validation=None, group=None, **settings):
+    solver = LogisticSolver(**{"max_passes": 30, **settings})
+    return solver.solve_features(features, targets, weight=weight, bias=bias, validation=validation, group=group)
 
 
 def blobs(samples: int = 300, num_features: int = 6, classes: int = 3, *, seed: int = 0) -> tuple[Tensor, Tensor]:
