@@ -186,8 +186,9 @@ def _in_turn(variants: Sequence[Variant], turn: int) -> list[Variant]:
 def _equal_budget(file: RunsFile, seed: int, seconds: Clock) -> int:
     """Return in how many epochs the MLP takes the time that the frozen and solved fit of this seed took."""
     mlp, solved = file.runs[REFERENCE, seed], file.runs[BUDGET, seed]
-    of_an_epoch = getattr(mlp, f"finished_{seconds}") / mlp.num_epochs
-    return max(1, round(getattr(solved, f"finished_{seconds}") / of_an_epoch))
+    of_an_epoch: float = getattr(mlp, f"finished_{seconds}") / mlp.num_epochs
+    taken: float = getattr(solved, f"finished_{seconds}")
+    return max(1, round(taken / of_an_epoch))
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
 from glai_lightning.fitting.conversion import find_head
 from glai_lightning.fitting.fit_record import Mode
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.heads.frozen import Paths
 from glai_lightning.heads.layout import HeadLayout, HiddenLayer, read_head
 from glai_lightning.heads.paths import count_path_weights, matched_hidden_features
+from glai_lightning.heads.record import Paths
 
 #: Makes, for a seed, a fresh module, its data module (or None) and a Trainer.
 MakeFit = Callable[[int], tuple[Any, Any, Any]]
@@ -321,15 +321,12 @@ def linear_head(head: nn.Module) -> nn.Sequential:
 
 
 def _hidden_modules(layer: HiddenLayer, before: int, width: int) -> list[nn.Module]:
-    norm = layer.norm
-    if norm is None:
-        return [_linear(layer.linear, before, width), copy.deepcopy(layer.activation)]
-    assert norm.momentum is not None
-    narrowed = type(norm)(width, eps=norm.eps, momentum=norm.momentum, affine=norm.affine)
-    return [_linear(layer.linear, before, width), narrowed, copy.deepcopy(layer.activation)]
+    norm: Any = layer.norm
+    norms = [] if norm is None else [type(norm)(width, eps=norm.eps, momentum=norm.momentum, affine=norm.affine)]
+    return [_linear(layer.linear, before, width), *norms, copy.deepcopy(layer.activation)]
 
 
-def _linear(like: nn.Linear, before: int, width: int) -> nn.Linear:
+def _linear(like: Any, before: int, width: int) -> nn.Linear:
     return nn.Linear(before, width, bias=like.bias is not None, dtype=like.weight.dtype)
 
 
