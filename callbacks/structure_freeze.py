@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from glai_lightning.callbacks.callback_state import MAPPING, check_entries
@@ -16,6 +15,7 @@ from glai_lightning.fitting.argument_checks import check_least, check_range
 from glai_lightning.fitting.collection import Stage
 from glai_lightning.fitting.conversion import check_order, check_trainer
 from glai_lightning.fitting.heads_in_module import as_names, is_pattern, match_heads, stands_alone
+from glai_lightning.fitting.messages import say
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.fitting.solving import read_step
 from glai_lightning.heads.churn import structure_settled
@@ -460,7 +460,7 @@ class StructureFreezeCallback(Callback):
     def say(self, message: str) -> None:
         """Tell the user, once and not once a process, if the callback is verbose."""
         if self.verbose:
-            rank_zero_info(message)
+            say(message)
 
 
 def _check_monitor(monitor: str | None, mode: str, revert_tolerance: float, revert_patience: int) -> None:

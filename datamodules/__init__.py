@@ -5,6 +5,7 @@ from glai_lightning.datamodules.episodes import EpisodesDataModule
 from glai_lightning.datamodules.features import FeaturesDataModule
 from glai_lightning.datamodules.images import ImageFolderDataModule
 from glai_lightning.datamodules.texts import TextsDataModule
+from glai_lightning.datamodules.unlabelled import UnlabelledDataModule
 from glai_lightning.datamodules.views import ViewsDataModule
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "FeaturesDataModule",
     "ImageFolderDataModule",
     "TextsDataModule",
+    "UnlabelledDataModule",
     "ViewsDataModule",
 ]

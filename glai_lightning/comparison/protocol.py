@@ -204,7 +204,10 @@ def _threads(number: int | None) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Let Lightning say of the fits only what is wrong; what it says of each would be said dozens of times."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "glai_lightning")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

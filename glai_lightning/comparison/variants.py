@@ -60,7 +60,8 @@ class Variant:
 #: The variant whose time ``annealed`` is given.
 BUDGET = "output+solve"
 
-_VARIANTS = {
+#: Every variant, by its name.
+VARIANTS = {
     variant.name: variant
     for variant in (
         Variant(REFERENCE, "the MLP, never frozen"),
@@ -80,7 +81,7 @@ _VARIANTS = {
 }
 
 #: What is compared unless told otherwise.
-DEFAULT_VARIANTS = ("mlp", "output", "output+solve", "tangent", "independent", "annealed", "linear", "random")
+DEFAULTVARIANTS = ("mlp", "output", "output+solve", "tangent", "independent", "annealed", "linear", "random")
 
 
 def find_variants(names: str | Sequence[str]) -> list[Variant]:
@@ -97,9 +98,9 @@ def find_variants(names: str | Sequence[str]) -> list[Variant]:
         ['mlp', 'output+solve']
     """
     listed = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
-    known = ", ".join(map(repr, _VARIANTS))
+    known = ", ".join(map(repr, VARIANTS))
     for name in listed:
-        if name not in _VARIANTS:
+        if name not in VARIANTS:
             raise UserMisconfigurationError(f"Expected `variants` to be some of {known}, but got {name!r}.")
     if len(set(listed)) < len(listed):
         raise UserMisconfigurationError(f"Expected every variant to be named once, but got {','.join(listed)!r}.")
@@ -112,12 +113,12 @@ def find_variants(names: str | Sequence[str]) -> list[Variant]:
         raise UserMisconfigurationError(
             f"Expected 'annealed' to stand beside '{BUDGET}', whose time it is given, but got {','.join(listed)!r}."
         )
-    return [_VARIANTS[name] for name in listed]
+    return [VARIANTS[name] for name in listed]
 
 
 def find_variant(name: str) -> Variant:
     """Return the variant of a name."""
-    return _VARIANTS[name]
+    return VARIANTS[name]
 
 
 @dataclass(frozen=True)
