@@ -14,8 +14,6 @@ import os
 import statistics
 from pathlib import Path
 
-import glai_lightning  # noqa: F401  # isort: skip  (lets lightning be imported beside a mismatched torchvision)
-
 from measuring import RESULTS, comparison_rows, machine, save_results, use_one_thread
 
 from glai_lightning.cli.compare import compare_configuration

@@ -12,8 +12,6 @@ import logging
 import statistics
 import warnings
 
-import glai_lightning  # noqa: F401  # isort: skip  (lets lightning be imported beside a mismatched torchvision)
-
 from lightning.pytorch import seed_everything
 from measuring import interleave, median_cpu, median_ratio, quiet_trainer, save_results, use_one_thread
 

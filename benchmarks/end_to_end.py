@@ -14,9 +14,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-
-import glai_lightning  # noqa: F401  # isort: skip  (lets lightning be imported beside a mismatched torchvision)
-
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer

@@ -14,8 +14,6 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-import glai_lightning  # noqa: F401  # isort: skip  (lets lightning be imported beside a mismatched torchvision)
-
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import glai_lightning  # noqa: F401  # isort: skip  (lets torchvision be imported beside a CPU-only torch)
-
 import torch
 from lightning.pytorch import Callback, Trainer
 

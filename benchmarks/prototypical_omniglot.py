@@ -19,8 +19,6 @@ from statistics import mean, stdev
 from typing import Any
 
 # First: it lets torchvision, where it is installed, be imported beside a CPU-only torch.
-import glai_lightning  # noqa: F401
-
 # isort: split
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -28,8 +26,8 @@ from measuring import save_results, use_one_thread
 from torch import nn
 
 from glai_lightning import PrototypicalModule, mlp_head
+from glai_lightning.backbones import conv_backbone
 from glai_lightning.callbacks import StructureFreezeCallback
-from glai_lightning.convolutional import conv_backbone
 from glai_lightning.datamodules import EpisodesDataModule
 from glai_lightning.datamodules.tasksets import NumberedEpisodes
 

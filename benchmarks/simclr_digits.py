@@ -7,16 +7,14 @@ import logging
 import time
 import warnings
 
-import glai_lightning  # noqa: F401  # isort: skip  (lets torchvision, which lightly needs, be imported)
-
 import torch
 from lightly.models.modules import SimCLRProjectionHead
 from lightning.pytorch import seed_everything
 from measuring import quiet_trainer, save_results, use_one_thread
 
 from glai_lightning import SimCLRModule
+from glai_lightning.backbones import conv_backbone
 from glai_lightning.callbacks import StructureFreezeCallback
-from glai_lightning.convolutional import conv_backbone
 from glai_lightning.datamodules import DigitViewsDataModule
 
 
@@ -29,7 +27,6 @@ def fit(seed: int, frozen: bool) -> dict[str, object]:
         conv_backbone(channels=32, blocks=2),
         freeze_backbone=False,
         knn_neighbors=20,
-        probe_classes=10,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
     )
     callbacks = [StructureFreezeCallback(verbose=False)] if frozen else []

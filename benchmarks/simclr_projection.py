@@ -22,8 +22,6 @@ import time
 import warnings
 from pathlib import Path
 
-import glai_lightning  # noqa: F401  # isort: skip  (lets torchvision, which lightly needs, be imported)
-
 import torch
 import torch.nn.functional as F
 from lightly.loss import NTXentLoss

@@ -2,29 +2,30 @@
 
 import multiprocessing
 import os
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback
 
-from glai_lightning.callbacks.callback_state import COUNT, FLAG, MAPPING, NUMBER, Kind, check_entries, or_none
+from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.fit_plots import as_image, churn_figure, save_png, score_figure
 from glai_lightning.callbacks.fit_table import fit_table
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
 from glai_lightning.fitting.fit_record import EpochRecord, FitRecord, FitRecorder, SolveRecord
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 
-_STATE: dict[str, Kind] = {
-    "epochs": ("a list", lambda value: isinstance(value, list)),
-    "open": or_none(MAPPING),
-    "mlp_parameters": or_none(COUNT),
-    "freeze_step": or_none(COUNT),
-    "solve": or_none(MAPPING),
+_STATE = {
+    "epochs": list,
+    "open": Mapping | None,
+    "mlp_parameters": int | None,
+    "freeze_step": int | None,
+    "solve": Mapping | None,
 }
-_KINDS = {int: COUNT, bool: FLAG, float: NUMBER, float | None: or_none(NUMBER)}
-_EPOCH: dict[str, Kind] = {entry.name: _KINDS[entry.type] for entry in fields(EpochRecord)}  # type: ignore[index]
-_SOLVE: dict[str, Kind] = {entry.name: _KINDS[entry.type] for entry in fields(SolveRecord)}  # type: ignore[index]
+_WIDER = {float: int | float, float | None: int | float | None}
+_EPOCH: dict[str, Any] = {entry.name: _WIDER.get(entry.type, entry.type) for entry in fields(EpochRecord)}  # type: ignore[call-overload]
+_SOLVE: dict[str, Any] = {entry.name: _WIDER.get(entry.type, entry.type) for entry in fields(SolveRecord)}  # type: ignore[call-overload]
 
 
 class FitReport(FitRecorder, Callback):
@@ -118,12 +119,12 @@ class FitReport(FitRecorder, Callback):
         Raises:
             MisconfigurationException: if it is not the state of a report.
         """
-        check_entries(state_dict, _STATE, "`FitReport`")
+        check_state(state_dict, _STATE, "`FitReport`")
         epochs, unfinished, solve = state_dict["epochs"], state_dict["open"], state_dict["solve"]
         for epoch in epochs if unfinished is None else [*epochs, unfinished]:
-            check_entries(epoch, _EPOCH, "an epoch of `FitReport`")
+            check_state(epoch, _EPOCH, "an epoch of `FitReport`")
         if solve is not None:
-            check_entries(solve, _SOLVE, "the solve of `FitReport`")
+            check_state(solve, _SOLVE, "the solve of `FitReport`")
         self._restored = {
             **state_dict,
             "epochs": [_only(_EPOCH, epoch) for epoch in epochs],
@@ -157,5 +158,5 @@ class FitReport(FitRecorder, Callback):
             self._notes.append("no plots were written, because the trainer has no logger with a folder")
 
 
-def _only(kinds: dict[str, Kind], entries: dict[str, Any] | None) -> dict[str, Any] | None:
+def _only(kinds: dict[str, Any], entries: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if entries is None else {name: entries[name] for name in kinds}

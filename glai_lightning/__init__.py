@@ -6,12 +6,14 @@ The engine imports torch alone; everything that needs Lightning is loaded on fir
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from glai_lightning import torchvision_operators as torchvision_operators
+from glai_lightning._clone import find_parts_beside
 from glai_lightning.heads.churn import ChurnProbe, pattern_churn, structure_settled
 from glai_lightning.heads.frozen import GLAIHead, freeze_structure
 from glai_lightning.heads.mlp import mlp_head
 from glai_lightning.heads.paths import matched_hidden_features
 from glai_lightning.heads.patterns import activation_patterns
+
+find_parts_beside()
 
 if TYPE_CHECKING:
     from glai_lightning.modules.head_module import HeadModule

@@ -1,4 +1,4 @@
-"""Backbones by name, each with the preprocessing that its weights were trained with: for images and for texts."""
+"""Backbones: models of other libraries by name, with their preprocessing, and a small convolutional one."""
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -7,9 +7,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from glai_lightning.checks import UserValueError
-from glai_lightning.datamodules.arrays import existing_file
+from glai_lightning.checks import UserValueError, expect_choice, expect_file, expect_integer
 from glai_lightning.optional import check_known, import_optional
+
+__all__ = [
+    "SentenceTransformersBackbone",
+    "TimmBackbone",
+    "TorchvisionBackbone",
+    "TransformersBackbone",
+    "conv_backbone",
+]
 
 Texts = Sequence[str] | Mapping[str, Tensor]
 
@@ -133,8 +140,7 @@ class TransformersBackbone(nn.Module):
 
     def __init__(self, name: str, pooling: Literal["mean", "cls"] = "mean", max_length: int | None = None) -> None:
         super().__init__()
-        if pooling not in ("mean", "cls"):
-            raise UserValueError(f"Expected `pooling` to be 'mean' or 'cls', but got {pooling!r}.")
+        expect_choice("pooling", pooling, ("mean", "cls"))
         transformers: Any = import_optional("transformers", needed_for="`TransformersBackbone`", extra="text")
         self.model = transformers.AutoModel.from_pretrained(name, trust_remote_code=False, use_safetensors=True)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -192,6 +198,46 @@ class SentenceTransformersBackbone(nn.Module):
         return self.model.tokenize(list(texts))  # type: ignore[no-any-return]
 
 
+class _WithChannel(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.unsqueeze(1) if images.ndim == 3 else images
+
+
+def conv_backbone(in_channels: int = 1, channels: int = 64, blocks: int = 4) -> nn.Sequential:
+    """Make the stack of convolutions that few-shot papers compare on, known as Conv-4 (Vinyals et al. 2016).
+
+    Each block is a 3x3 convolution, BatchNorm, ReLU and 2x2 max pooling, so that it halves height and width.
+
+    Args:
+        in_channels: channels of the images.
+        channels: channels of every block.
+        blocks: number of blocks; images need at least 2 ** blocks pixels a side.
+
+    Returns:
+        A module from images (batch, in_channels, height, width), or (batch, height, width) of one channel, to
+        embeddings (batch, channels * (height // 2 ** blocks) * (width // 2 ** blocks)).
+
+    Raises:
+        TypeError: if a size is not an integer.
+        ValueError: if a size is below 1.
+
+    Example:
+        >>> conv_backbone(channels=32)(torch.zeros(2, 28, 28)).shape
+        torch.Size([2, 32])
+    """
+    for name, value in {"in_channels": in_channels, "channels": channels, "blocks": blocks}.items():
+        expect_integer(name, value, least=1)
+    layers: list[nn.Module] = [_WithChannel()]
+    for block in range(blocks):
+        layers += [
+            nn.Conv2d(channels if block else in_channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+    return nn.Sequential(*layers, nn.Flatten())
+
+
 def _check_one_source(pretrained: bool, weights: str | PathLike[str] | None) -> None:
     if pretrained and weights is not None:
         raise UserValueError(
@@ -200,7 +246,7 @@ def _check_one_source(pretrained: bool, weights: str | PathLike[str] | None) -> 
 
 
 def _load_weights(model: nn.Module, path: str | PathLike[str], *, classifier: Sequence[str]) -> None:
-    path = existing_file(path)
+    path = expect_file("weights", path)
     if path.suffix == ".safetensors":
         entries = import_optional("safetensors.torch", needed_for="`weights`", extra="vision").load_file(path)
     else:

@@ -1,6 +1,8 @@
 """Errors for the user, and checks of arguments, in one grammar: "Expected `paths` to be ..., but got 'all'."."""
 
 import math
+from os import PathLike
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -88,3 +90,28 @@ def expect_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         *others, last = map(repr, choices)
         raise UserValueError(f"Expected `{name}` to be {', '.join(others)} or {last}, but got {value!r}.")
+
+
+def expect_file(name: str, value: object) -> Path:
+    """Check that an argument is the path of a file that is there, and return it.
+
+    Args:
+        name: name of the argument, for the message.
+        value: the argument.
+
+    Raises:
+        UserTypeError: if it is not a path.
+        UserValueError: if there is no such file.
+
+    Example:
+        >>> expect_file("weights", "nowhere.pt")
+        Traceback (most recent call last):
+        ...
+        glai_lightning.checks.UserValueError: Expected `weights` to be an existing file, but got 'nowhere.pt'.
+    """
+    if not isinstance(value, str | PathLike):
+        raise UserTypeError(f"Expected `{name}` to be a path, but got {value!r}.")
+    path = Path(value)
+    if "\0" in str(path) or not path.is_file():
+        raise UserValueError(f"Expected `{name}` to be an existing file, but got '{path}'.")
+    return path

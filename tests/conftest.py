@@ -2,13 +2,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
-
-import glai_lightning  # noqa: F401  (first: it lets torchvision be imported beside a CPU-only torch)
 
 settings.register_profile("project", deadline=None, max_examples=30)
 settings.load_profile("project")
@@ -32,7 +29,7 @@ def pytest_pyfunc_call(pyfuncitem):
     """
     if pyfuncitem.get_closest_marker("processes") is None or FRESH in os.environ:
         return None
-    command = [sys.executable, str(Path(__file__).parent / "in_a_fresh_process.py"), pyfuncitem.nodeid]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", pyfuncitem.nodeid]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {FRESH: "1"}
     ran = subprocess.run(
         command,

@@ -4,7 +4,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ from glai_lightning.comparison.variants import (
     prepare_fit,
 )
 from glai_lightning.comparison.verdict import Clock, Comparison, summarise
-from glai_lightning.fitting.collection import watch_next_step
 from glai_lightning.fitting.fit_record import Mode
-from glai_lightning.fitting.loss_watching import LossCall
+from glai_lightning.fitting.loss_reading import LossNotReadError
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError, as_misconfiguration
 from glai_lightning.fitting.solving import Solver
+from glai_lightning.fitting.step_reading import StepReader, isolated_step
 from glai_lightning.modules.head_module import has_test
 from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
@@ -277,6 +277,8 @@ def dry_run(
     with isolate_rng():
         parts = make_fit(seed)
         given = solver or find_freeze(parts[2], rules.head).solver
+        # 'auto' would solve nothing where inputs are not fixed, and a variant that solves is to solve.
+        given = None if given == "auto" else given
         fit = prepare_fit(parts, find_variant(REFERENCE), rules, None)
         loss = _LossKind(rules.head)
         _run_few_batches(fit, loss)
@@ -338,11 +340,11 @@ class _LossKind(Callback):
         self.head = head
         self.kind: str | None = None
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        watch_next_step(pl_module, pl_module.get_submodule(self.head), self._see)
-
-    def _see(self, calls: list[LossCall]) -> None:
-        self.kind = calls[0].kind if calls else None
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        reader = StepReader(trainer, pl_module, self.head)
+        with isolated_step(pl_module), suppress(LossNotReadError):
+            reader.read(batch, batch_idx, "training")
+        self.kind = self.kind or reader.kind
 
 
 def _listed(metrics: Iterable[str]) -> str:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
-from glai_lightning.fitting.conversion import find_head
 from glai_lightning.fitting.fit_record import Mode
+from glai_lightning.fitting.heads_in_module import find_head
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.heads.layout import HeadLayout, HiddenLayer, read_head
 from glai_lightning.heads.paths import count_path_weights, matched_hidden_features

@@ -8,9 +8,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from glai_lightning.checks import UserValueError
+from glai_lightning.optional import import_optional
 
 #: Temperature of the votes, as in Wu et al. (2018), arXiv 1805.01978.
-VOTE_TEMPERATURE = 0.1
+_VOTE_TEMPERATURE = 0.1
 
 
 class NearestNeighbourAccuracy(Metric):
@@ -60,11 +61,10 @@ class NearestNeighbourAccuracy(Metric):
             raise UserValueError(f"Expected at least two samples for nearest neighbours, but got {len(features)}.")
         if not features.isfinite().all():
             raise UserValueError("Expected finite features for nearest neighbours, but got NaN or infinite ones.")
-        # A second of imports that only those need who ask for this metric.
-        from sklearn.neighbors import KNeighborsClassifier  # type: ignore[import-untyped]
-
+        # It takes a second to import, and only this metric needs it.
+        sklearn: Any = import_optional("sklearn.neighbors", needed_for="`knn_neighbors`", extra="ssl")
         neighbors = min(self.neighbors, len(features) - 1)
-        classifier = KNeighborsClassifier(neighbors, metric="cosine", weights=_votes, algorithm="brute")
+        classifier = sklearn.KNeighborsClassifier(neighbors, metric="cosine", weights=_votes, algorithm="brute")
         classes = labels.cpu().numpy()
         # Without samples to classify, scikit-learn classifies those it knows, none of them its own neighbour.
         predicted = classifier.fit(features.cpu().numpy(), classes).predict(None)
@@ -72,4 +72,4 @@ class NearestNeighbourAccuracy(Metric):
 
 
 def _votes(distances: np.ndarray) -> np.ndarray:
-    return np.exp((1 - distances) / VOTE_TEMPERATURE)
+    return np.exp((1 - distances) / _VOTE_TEMPERATURE)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from glai_lightning.checks import UserTypeError, UserValueError
-from glai_lightning.modules.head_module import HeadModule, OptimizerFactory, SchedulerFactory
+from glai_lightning.checks import UserTypeError, UserValueError, expect_choice, expect_number
+from glai_lightning.modules.head_module import OptimizerFactory, SchedulerFactory
 from glai_lightning.modules.prototypes import (
     DISTANCES,
     Distance,
@@ -19,17 +19,18 @@ from glai_lightning.modules.prototypes import (
     positions_of,
     prototype_logits,
 )
+from glai_lightning.modules.scored import ScoredModule
 
 _KEYS = ("support", "support_labels", "query", "query_labels")
 
 
-class EpisodeInterval(Metric):
+class ConfidenceHalfWidth(Metric):
     """Half the width of the 95 % interval of a mean over episodes, as few-shot results state it: 1.96 s / sqrt(n).
 
     s is the standard deviation over the n episodes (of n - 1 degrees of freedom), and NaN for a single one.
 
     Example:
-        >>> interval = EpisodeInterval()
+        >>> interval = ConfidenceHalfWidth()
         >>> for accuracy in (0.5, 0.7):
         ...     interval.update(torch.tensor(accuracy))
         >>> round(float(interval.compute()), 3)
@@ -55,7 +56,7 @@ class EpisodeInterval(Metric):
         return 1.96 * (values.var() / len(values)).sqrt() if len(values) > 1 else torch.full_like(values[0], torch.nan)
 
 
-class PrototypicalModule(HeadModule):
+class PrototypicalModule(ScoredModule):
     """Trains a head so that queries lie near the prototype of their class (Snell et al. 2017).
 
     A batch is one episode: a dict of ``support`` (n, ...), ``support_labels`` (n,), ``query`` (m, ...) and
@@ -78,7 +79,8 @@ class PrototypicalModule(HeadModule):
     Raises:
         ValueError: if ``distance`` is neither, or ``cosine_scale`` is not above 0; from a step, if the support lacks a
             class of the query, or the parts of an episode do not fit each other.
-        TypeError: from a step, if a batch is no such dict, or labels are not integers.
+        TypeError: if ``cosine_scale`` is not a number; from a step, if a batch is no such dict, or labels are not
+            integers.
 
     Example:
         >>> from glai_lightning import PrototypicalModule, mlp_head
@@ -102,16 +104,16 @@ class PrototypicalModule(HeadModule):
         super().__init__(
             head, backbone, freeze_backbone=freeze_backbone, optimizer=optimizer, lr_scheduler=lr_scheduler
         )
-        if distance not in DISTANCES:
-            raise UserValueError(f"Expected `distance` to be 'squared_euclidean' or 'cosine', but got {distance!r}.")
-        if not cosine_scale > 0:
-            raise UserValueError(f"Expected `cosine_scale` to be above 0, but got {cosine_scale}.")
+        expect_choice("distance", distance, DISTANCES)
+        expect_number("cosine_scale", cosine_scale, low=0.0, above=True)
         self.distance: Distance = distance
         self.cosine_scale = cosine_scale
-        self.train_loss, self.train_accuracy = MeanMetric(), MeanMetric()
-        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
-        self.test_loss, self.test_accuracy = MeanMetric(), MeanMetric()
-        self.test_interval = EpisodeInterval()
+        self._set_metrics(
+            lambda stage: {
+                "accuracy": MeanMetric(),
+                **({"accuracy_interval": ConfidenceHalfWidth()} if stage == "test" else {}),
+            }
+        )
 
     def episode_logits(self, episode: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Compare the queries of an episode with its prototypes; query labels are not needed.
@@ -135,44 +137,20 @@ class PrototypicalModule(HeadModule):
         )
         return logits, classes
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Compute the loss of an episode."""
-        loss, accuracy = self._score(batch)
-        self._log_means({"train/loss": (self.train_loss, loss), "train/accuracy": (self.train_accuracy, accuracy)})
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Score an episode."""
-        loss, accuracy = self._score(batch)
-        self._log_means({"val/loss": (self.val_loss, loss), "val/accuracy": (self.val_accuracy, accuracy)})
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Score an episode."""
-        loss, accuracy = self._score(batch)
-        self._log_means(
-            {
-                "test/loss": (self.test_loss, loss),
-                "test/accuracy": (self.test_accuracy, accuracy),
-                "test/accuracy_interval": (self.test_interval, accuracy),
-            }
-        )
+    def measure(self, batch: Any) -> dict[str, tuple[Any, ...]]:
+        """Return what an episode tells the metrics."""
+        _check_episode(batch, _KEYS)
+        check_labels("query_labels", batch["query_labels"], len(batch["query"]))
+        logits, classes = self.episode_logits(batch)
+        targets = positions_of(batch["query_labels"], classes)
+        accuracy = (logits.argmax(1) == targets).float().mean()
+        loss = F.cross_entropy(logits, targets)
+        return {"loss": (loss,), "accuracy": (accuracy,), "accuracy_interval": (accuracy,)}
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the logits (queries, ways) of an episode; columns in ascending order of the support's labels."""
         _check_episode(batch, _KEYS[:3])
         return self.episode_logits(batch)[0]
-
-    def _score(self, batch: Any) -> tuple[Tensor, Tensor]:
-        _check_episode(batch, _KEYS)
-        check_labels("query_labels", batch["query_labels"], len(batch["query"]))
-        logits, classes = self.episode_logits(batch)
-        targets = positions_of(batch["query_labels"], classes)
-        return F.cross_entropy(logits, targets), (logits.argmax(1) == targets).float().mean()
-
-    def _log_means(self, values: dict[str, tuple[Metric, Tensor]]) -> None:
-        for name, (metric, value) in values.items():
-            metric.update(value.detach())
-            self.log(name, metric, on_step=False, on_epoch=True, prog_bar=not name.startswith("train"))
 
 
 def _check_episode(batch: Any, keys: tuple[str, ...]) -> None:

@@ -2,26 +2,20 @@
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import Metric
 
-from glai_lightning.checks import UserValueError
-from glai_lightning.modules.head_module import HeadModule, OptimizerFactory, SchedulerFactory
+from glai_lightning.checks import UserValueError, expect_integer, expect_number
+from glai_lightning.modules.head_module import OptimizerFactory, SchedulerFactory
 from glai_lightning.modules.nearest_neighbours import NearestNeighbourAccuracy
-from glai_lightning.modules.online_probe import OnlineProbe
+from glai_lightning.modules.scored import ScoredModule
 from glai_lightning.optional import import_optional
 
 
-class _Outputs(NamedTuple):
-    embeddings: Tensor
-    projections: Tensor
-
-
-class SimCLRModule(HeadModule):
+class SimCLRModule(ScoredModule):
     """Trains a backbone and its projection head, or the head alone, with the contrastive loss of SimCLR.
 
     Chen et al. (2020), arXiv 2002.05709: the projections of two views of a sample attract each other, those of other
@@ -33,15 +27,10 @@ class SimCLRModule(HeadModule):
     (batch, ...) as lightly's transforms and PyTorch's collation make them; labels (batch,) or ``None``. Once an epoch
     it logs ``train/loss`` and ``val/loss``.
 
-    Two evaluations show during the fit what the representation is worth. Both need labels and are off by default. They
-    look at the first view of each sample, on what the head is given (the backbone's embeddings) and on what it returns:
-
-    - ``knn_neighbors``: ``val/knn_embeddings`` and ``val/knn_projections``, the leave-one-out accuracy of a
-      k-nearest-neighbour classifier within the validation samples;
-    - ``probe_classes``: ``val/probe_embeddings`` and ``val/probe_projections``, the accuracy on validation samples of
-      linear classifiers that are trained beside the fit and send no gradient back.
-
-    Everything that is logged under ``val/`` is logged under ``test/`` by a test.
+    ``knn_neighbors`` shows during the fit what the representation is worth: ``val/knn_embeddings`` and
+    ``val/knn_projections`` are the leave-one-out accuracy of a k-nearest-neighbour classifier within the validation
+    samples. It looks at the first view of each sample: at what the head is given, and at what it returns. It needs
+    labels. A test logs the same under ``test/``.
 
     Args:
         head: the projection head, any module from embeddings (batch, D) to projections (batch, C), such as lightly's
@@ -52,12 +41,12 @@ class SimCLRModule(HeadModule):
         lr_scheduler: see ``HeadModule``.
         temperature: what the cosine similarities are divided by, above 0.
         knn_neighbors: number k of neighbours, at least 1; ``None`` for no classifier.
-        probe_classes: number of classes, at least 2; ``None`` for no linear probes.
 
     Raises:
         ModuleNotFoundError: if lightly is not installed.
-        ValueError: if an argument is out of range, or there is no Linear in the head to tell the width of the probes;
-            in a step, if there are fewer than two views or two samples, views differ in shape, or labels are missing.
+        TypeError: if ``temperature`` is not a number, or ``knn_neighbors`` not an integer.
+        ValueError: if an argument is out of range; in a step, if there are fewer than two views or two samples, views
+            differ in shape, or labels are missing.
 
     Example:
         >>> import torch
@@ -78,100 +67,46 @@ class SimCLRModule(HeadModule):
         lr_scheduler: SchedulerFactory | None = None,
         temperature: float = 0.5,
         knn_neighbors: int | None = None,
-        probe_classes: int | None = None,
     ) -> None:
         super().__init__(
             head, backbone, freeze_backbone=freeze_backbone, optimizer=optimizer, lr_scheduler=lr_scheduler
         )
-        if not temperature > 0:
-            raise UserValueError(f"Expected `temperature` to be above 0, but got {temperature}.")
-        if knn_neighbors is not None and knn_neighbors < 1:
-            raise UserValueError(f"Expected `knn_neighbors` to be at least 1, but got {knn_neighbors}.")
-        if probe_classes is not None and probe_classes < 2:
-            raise UserValueError(f"Expected `probe_classes` to be at least 2, but got {probe_classes}.")
+        expect_number("temperature", temperature, low=0.0, above=True)
+        if knn_neighbors is not None:
+            expect_integer("knn_neighbors", knn_neighbors, least=1)
         self.temperature = temperature
         self.knn_neighbors = knn_neighbors
-        self.probe_classes = probe_classes
         self.ntxent = _make_loss(temperature)
-        self.train_loss = MeanMetric()
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
-        self.val_scores, self.test_scores = self._make_scores(), self._make_scores()
-        self.probes = nn.ModuleDict()
-        if probe_classes is not None:
-            for name, width in zip(_Outputs._fields, _count_ends(head), strict=True):
-                self.probes[name] = OnlineProbe(width, probe_classes)
+        self._set_metrics(self._make_metrics)
 
-    def _make_scores(self) -> nn.ModuleDict:
-        scores: dict[str, Metric] = {}
-        for name in _Outputs._fields:
-            if self.knn_neighbors is not None:
-                scores[f"knn_{name}"] = NearestNeighbourAccuracy(self.knn_neighbors)
-            if self.probe_classes is not None:
-                scores[f"probe_{name}"] = MulticlassAccuracy(self.probe_classes, average="micro")
-        return nn.ModuleDict(scores)
-
-    def setup(self, stage: str) -> None:
-        """Check that the probes fit the data, where the data module says what it holds."""
-        super().setup(stage)
-        classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
-        if self.probe_classes is not None and isinstance(classes, int) and classes > self.probe_classes:
-            raise UserValueError(
-                f"Expected `probe_classes` to be at least the {classes} classes of the data, "
-                f"but got {self.probe_classes}."
-            )
+    def _make_metrics(self, stage: str) -> dict[str, Metric]:
+        if stage == "train" or self.knn_neighbors is None:
+            return {}
+        names = ("knn_embeddings", "knn_projections")
+        return {name: NearestNeighbourAccuracy(self.knn_neighbors) for name in names}
 
     def loss(self, projections: Tensor) -> Tensor:
         """Return the mean of the contrastive loss over all pairs of views: projections (V, batch, C) -> 0-d."""
         pairs = [self.ntxent(one, other) for one, other in combinations(projections, 2)]
         return torch.stack(pairs).mean()
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Compute the loss of a batch ``(views, labels)``, and let the probes learn from it."""
+    def measure(self, batch: Any) -> dict[str, tuple[Any, ...]]:
+        """Return what a batch ``(views, labels)`` tells the metrics."""
         views, labels = self._read(batch)
-        first, loss = self._forward_views(views)
-        # Not where the step is only run to see what the head is given.
-        if self.training:
-            for name, probe in self.probes.items():
-                assert isinstance(probe, OnlineProbe)
-                assert labels is not None
-                probe.update(getattr(first, name), labels, self._average)
-        self.train_loss.update(loss.detach(), views.shape[1])
-        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Score a batch ``(views, labels)``."""
-        self._evaluate(batch, "val", self.val_loss, self.val_scores)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Score a batch ``(views, labels)``."""
-        self._evaluate(batch, "test", self.test_loss, self.test_scores)
+        num_views, samples = views.shape[:2]
+        embeddings = self.embeddings(views.flatten(0, 1))
+        projections = self.head(embeddings)
+        return {
+            "loss": (self.loss(projections.reshape(num_views, samples, -1)), samples),
+            "knn_embeddings": (embeddings[:samples], labels),
+            "knn_projections": (projections[:samples], labels),
+        }
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the embeddings (V, batch, D) of a batch, which are what is used once the head is thrown away."""
         views = _stack(batch[0])
         embeddings = self.embeddings(views.flatten(0, 1))
         return embeddings.reshape(*views.shape[:2], *embeddings.shape[1:])
-
-    def _forward_views(self, views: Tensor) -> tuple[_Outputs, Tensor]:
-        """Return embeddings and projections of the first views, and the loss of all."""
-        num_views, samples = views.shape[:2]
-        embeddings = self.embeddings(views.flatten(0, 1))
-        projections = self.head(embeddings)
-        loss = self.loss(projections.reshape(num_views, samples, -1))
-        return _Outputs(embeddings[:samples].detach(), projections[:samples].detach()), loss
-
-    def _evaluate(self, batch: Any, stage: str, mean_loss: MeanMetric, scores: nn.ModuleDict) -> None:
-        views, labels = self._read(batch)
-        first, loss = self._forward_views(views)
-        mean_loss.update(loss, views.shape[1])
-        self.log(f"{stage}/loss", mean_loss, on_step=False, on_epoch=True, prog_bar=True)
-        for name, score in scores.items():
-            assert isinstance(score, Metric)
-            kind, _, which = name.partition("_")
-            features = getattr(first, which)
-            score.update(self.probes[which](features) if kind == "probe" else features, labels)
-            self.log(f"{stage}/{name}", score, on_step=False, on_epoch=True, prog_bar=kind == "knn")
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         if not isinstance(batch, tuple | list) or not batch:
@@ -185,18 +120,11 @@ class SimCLRModule(HeadModule):
                 "got one: let the loader drop the last batch (`drop_last=True`), or change the batch size."
             )
         labels = batch[1] if len(batch) > 1 else None
-        if labels is None and (self.knn_neighbors is not None or self.probe_classes is not None):
+        if labels is None and self.knn_neighbors is not None:
             raise UserValueError(
-                "Expected batches with labels for `knn_neighbors` and `probe_classes`, but got none: leave both at "
-                "None for data without labels."
+                "Expected batches with labels for `knn_neighbors`, but got none: leave it at None without labels."
             )
         return views, labels
-
-    def _average(self, gradient: Tensor) -> Tensor:
-        if self._trainer is None:
-            return gradient
-        averaged: Tensor = self.trainer.strategy.reduce(gradient, reduce_op="mean")
-        return averaged
 
 
 def _stack(views: Tensor | Sequence[Tensor]) -> Tensor:
@@ -219,12 +147,3 @@ def _make_loss(temperature: float) -> nn.Module:
     # One process alone gathers nothing.
     loss: nn.Module = losses.NTXentLoss(temperature, gather_distributed=torch.distributed.is_available())
     return loss
-
-
-def _count_ends(head: nn.Module) -> tuple[int, int]:
-    linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
-    if not linears:
-        raise UserValueError(
-            f"Expected a head with a Linear, whose width a linear probe takes, but got `{type(head).__name__}`."
-        )
-    return linears[0].in_features, linears[-1].out_features

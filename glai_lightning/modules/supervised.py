@@ -5,15 +5,16 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MeanSquaredError, Metric, MetricCollection, R2Score
+from torchmetrics import MeanSquaredError, Metric, R2Score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from glai_lightning.checks import UserValueError, expect_choice, expect_integer
 from glai_lightning.heads.patterns import layout_of
-from glai_lightning.modules.head_module import HeadModule, OptimizerFactory, SchedulerFactory
+from glai_lightning.modules.head_module import OptimizerFactory, SchedulerFactory
+from glai_lightning.modules.scored import ScoredModule
 
 
-class SupervisedModule(HeadModule):
+class SupervisedModule(ScoredModule):
     """Trains a head for classification (cross-entropy) or regression (mean squared error).
 
     Batches are ``(inputs, targets)``; class targets (batch,) int64, regression targets (batch,) or (batch, C) floating
@@ -61,19 +62,17 @@ class SupervisedModule(HeadModule):
         self.num_classes = outputs
         if task == "classification" and outputs < 2:
             raise UserValueError(f"Expected `num_classes` to be at least 2, but got {outputs}.")
-        self.train_loss = MeanMetric()
-        self.val_loss, self.val_scores = MeanMetric(), self._make_scores("val/", outputs)
-        self.test_loss, self.test_scores = MeanMetric(), self._make_scores("test/", outputs)
+        self._set_metrics(self._make_metrics)
 
-    def _make_scores(self, prefix: str, outputs: int) -> MetricCollection:
+    def _make_metrics(self, stage: str) -> dict[str, Metric]:
+        if stage == "train":
+            return {}
         if self.task == "regression":
-            metrics: dict[str, Metric | MetricCollection] = {"mse": MeanSquaredError(), "r2": R2Score()}
-        else:
-            metrics = {
-                "accuracy": MulticlassAccuracy(outputs, average="micro"),
-                "f1": MulticlassF1Score(outputs, average="macro"),
-            }
-        return MetricCollection(metrics, prefix=prefix)
+            return {"mse": MeanSquaredError(), "r2": R2Score()}
+        return {
+            "accuracy": MulticlassAccuracy(self.num_classes, average="micro"),
+            "f1": MulticlassF1Score(self.num_classes, average="macro"),
+        }
 
     def setup(self, stage: str) -> None:
         """Check that the head has an output for every class, where the data module says how many there are."""
@@ -92,34 +91,18 @@ class SupervisedModule(HeadModule):
             return F.mse_loss(predictions, targets.to(predictions.dtype).reshape(predictions.shape))
         return F.cross_entropy(predictions, targets)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Compute the loss of a batch ``(inputs, targets)``."""
+    def measure(self, batch: Any) -> dict[str, tuple[Any, ...]]:
+        """Return what a batch ``(inputs, targets)`` tells the metrics."""
         inputs, targets = batch
-        loss = self.loss(self(inputs), targets)
-        self.train_loss.update(loss.detach(), len(targets))
-        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Score a batch ``(inputs, targets)``."""
-        self._evaluate(batch, "val", self.val_loss, self.val_scores)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Score a batch ``(inputs, targets)``."""
-        self._evaluate(batch, "test", self.test_loss, self.test_scores)
+        predictions = self(inputs)
+        measured = {"loss": (self.loss(predictions, targets), len(targets))}
+        if self.task == "regression":
+            return measured | dict.fromkeys(("mse", "r2"), (predictions.reshape(targets.shape), targets))
+        return measured | dict.fromkeys(("accuracy", "f1"), (predictions, targets))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return logits or predictions (batch, C) of a batch, with or without targets."""
         return self.forward(batch[0] if isinstance(batch, tuple | list) else batch)
-
-    def _evaluate(self, batch: Any, stage: str, loss: MeanMetric, scores: MetricCollection) -> None:
-        inputs, targets = batch
-        predictions = self(inputs)
-        loss.update(self.loss(predictions, targets), len(targets))
-        flat = predictions.reshape(targets.shape) if self.task == "regression" else predictions
-        scores.update(flat, targets)
-        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, prog_bar=True)
-        self.log_dict(scores, on_step=False, on_epoch=True, prog_bar=True)
 
 
 def _count_outputs(head: nn.Module) -> int:

@@ -17,6 +17,7 @@ from glai_lightning.backbones import (
     TimmBackbone,
     TorchvisionBackbone,
     TransformersBackbone,
+    conv_backbone,
 )
 
 
@@ -70,7 +71,7 @@ def test_an_unknown_model_is_answered_with_those_near(kind, near):
 def test_weights_from_two_places_or_none_are_refused(kind, tmp_path):
     with pytest.raises(ValueError, match="Expected `weights` to be None with `pretrained`"):
         kind("resnet18", pretrained=True, weights=tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="Expected `path` to be an existing file"):
+    with pytest.raises(ValueError, match="Expected `weights` to be an existing file"):
         kind("resnet18", weights=tmp_path / "weights.pt")
 
 
@@ -126,3 +127,15 @@ def test_a_head_is_trained_on_texts_and_the_frozen_backbone_stands_still(encoder
     assert not any(child.training for child in backbone.modules())
     logits = module.eval()(["good film", "very bad film"])
     assert nn.functional.cross_entropy(logits, torch.tensor([0, 1])) < 0.6
+
+
+def test_conv_backbone_halves_images_in_every_block():
+    grey, coloured = torch.zeros(2, 28, 28), torch.zeros(2, 3, 8, 8)
+    assert conv_backbone(channels=4)(grey).shape == (2, 4)
+    assert conv_backbone(3, channels=4, blocks=2)(coloured).shape == (2, 16)
+
+
+@pytest.mark.parametrize(("blocks", "error"), [(0, ValueError), (1.5, TypeError), ("2", TypeError), (True, TypeError)])
+def test_conv_backbone_refuses_a_size_that_is_none(blocks, error):
+    with pytest.raises(error, match=r"Expected `blocks` to be an integer of at least 1, but got"):
+        conv_backbone(blocks=blocks)

@@ -91,7 +91,8 @@ class Setting:
             paths=self.paths,
             solver=self.solver,
             check_every_n_steps=self.check_every_n_steps,
-            probe_size=70,
+            # So few that the last batch before a check holds them: a check is then the same after any cut.
+            probe_size=8,
             verbose=False,
             **tolerance,
         )

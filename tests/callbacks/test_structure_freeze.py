@@ -408,7 +408,7 @@ class UncalledHead(SomebodysModule):
 @pytest.mark.parametrize(
     ("make", "name", "message"),
     [
-        (SomebodysModule, "head", r"but got 'head'. Modules that look like heads: \['blocks.head'\]"),
+        (SomebodysModule, "head", r"but got 'head'. Modules that can be used as a head: \['blocks.head'\]"),
         (SomebodysModule, "body", "but got `Linear` with 1 Linear"),
         (
             lambda: SomebodysModule(nn.Sequential(nn.Linear(8, 4), nn.GELU(), nn.Linear(4, 3))),
@@ -426,7 +426,7 @@ class UncalledHead(SomebodysModule):
         (SharedLayer, HEAD, "'blocks.head.2' under 'classifier' as well"),
         (ManualModule, HEAD, "manual optimization"),
         (UntrainedHead, HEAD, "it holds none of them"),
-        (UncalledHead, HEAD, "it saw no input in the first batch"),
+        (UncalledHead, HEAD, "only modules in it are called"),
     ],
 )
 def test_modules_that_cannot_be_frozen_are_refused_at_once(make, name, message):
@@ -464,9 +464,9 @@ def test_strategies_that_shard_are_refused_by_name():
     ("arguments", "message"),
     [
         ({"paths": "all"}, "Expected `paths` to be 'output', 'tangent' or 'independent', but got 'all'."),
-        ({"churn_tolerance": 1.5}, "Expected `churn_tolerance` to be a number in [0, 1], but got 1.5."),
-        ({"churn_tolerance": float("nan")}, "Expected `churn_tolerance` to be a number in [0, 1], but got nan."),
-        ({"relative_tolerance": 0.0}, "Expected `relative_tolerance` to be a number in (0, 1], but got 0.0."),
+        ({"churn_tolerance": 1.5}, "Expected `churn_tolerance` to be a finite number in [0, 1], but got 1.5."),
+        ({"churn_tolerance": float("nan")}, "Expected `churn_tolerance` to be a finite number in [0, 1], but got nan."),
+        ({"relative_tolerance": 0.0}, "Expected `relative_tolerance` to be a finite number in (0, 1], but got 0.0."),
         ({"patience": 0}, "Expected `patience` to be an integer of at least 1, but got 0."),
         ({"min_epochs": -1}, "Expected `min_epochs` to be an integer of at least 0, but got -1."),
         ({"freeze_at_epoch": -1}, "Expected `freeze_at_epoch` to be an integer of at least 0, but got -1."),

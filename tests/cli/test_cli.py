@@ -308,7 +308,7 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
                 "--trainer.callbacks+=glai_lightning.callbacks.StructureFreezeCallback",
                 "--trainer.callbacks.churn_tolerance=2",
             ],
-            "Expected `churn_tolerance` to be a number in [0, 1], but got 2.0.",
+            "Expected `churn_tolerance` to be a finite number in [0, 1], but got 2.0.",
         ),
         (
             [
@@ -319,10 +319,11 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
         ),
         (
             [
-                "--trainer.callbacks+=glai_lightning.callbacks.StructureFreezeCallback",
-                "--trainer.callbacks.revert_patience=3",
+                "--trainer.callbacks+=glai_lightning.callbacks.StructureRevert",
+                "--trainer.callbacks.monitor=val/accuracy",
+                "--trainer.callbacks.patience=0",
             ],
-            "Expected `monitor` to be given with `revert_patience`, but got None.",
+            "Expected `patience` to be an integer of at least 1, but got 0.",
         ),
         (
             ["--model.head.in_features=7"],

@@ -348,7 +348,7 @@ def test_runs_under_other_rules_are_not_mixed_in(tmp_path):
         ({"test_score": "test/beauty"}, r"Expected the test score 'test/beauty' to be logged .* 'test/accuracy'"),
         (
             {"head": "heart"},
-            r"Expected `head` to name a module .* but got 'heart'. Modules that look like heads: .'head'",
+            r"Expected `head` to name a module .* but got 'heart'. Modules that can be used as a head: .'head'",
         ),
     ],
 )

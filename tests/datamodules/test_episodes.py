@@ -5,7 +5,7 @@ from recording import quiet_trainer
 from torch.utils.data import TensorDataset
 
 from glai_lightning import PrototypicalModule, mlp_head
-from glai_lightning.convolutional import conv_backbone
+from glai_lightning.backbones import conv_backbone
 from glai_lightning.datamodules import DigitEpisodesDataModule, EpisodesDataModule
 from glai_lightning.datamodules.loader import EpisodeSampler
 from glai_lightning.datamodules.splits import split_classes

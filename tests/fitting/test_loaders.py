@@ -3,8 +3,7 @@ import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset, WeightedRandomSampler
 
-from glai_lightning.fitting.collection import draws_at_random, untouched
-from glai_lightning.fitting.sharding import WithoutRepeats
+from glai_lightning.fitting.loaders import WithoutRepeats, draws_at_random, iterate_copy
 
 
 @pytest.mark.parametrize("samples", [1, 5, 6, 7, 12])
@@ -39,12 +38,14 @@ def shard(rank, samples=7, **options):
 )
 def test_the_batches_of_a_loader_are_read_without_repeats_and_the_loader_keeps_them(make):
     loaders = [make(TensorDataset(torch.arange(7)), shard(rank)) for rank in range(2)]
-    read = [torch.cat([batch[0].reshape(-1) for batch in untouched(loader)]).tolist() for loader in loaders]
+    read = [torch.cat([batch[0].reshape(-1) for batch in iterate_copy(loader)]).tolist() for loader in loaders]
     assert read == [[0, 2, 4, 6], [1, 3, 5]]
     assert torch.cat([batch[0].reshape(-1) for batch in loaders[1]]).tolist() == [1, 3, 5, 0]
 
 
-@pytest.mark.parametrize("look", [lambda loader: list(untouched(loader)), draws_at_random])
+@pytest.mark.parametrize(
+    "look", [lambda loader: list(iterate_copy(loader)), lambda loader: draws_at_random(loader, tuple)]
+)
 def test_looking_at_a_loader_leaves_the_epoch_that_it_is_in_alone(look):
     def epoch(look):
         torch.manual_seed(0)
