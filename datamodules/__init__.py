@@ -6,6 +6,7 @@ from glai_lightning.datamodules.features import FeaturesDataModule
 from glai_lightning.datamodules.images import ImageFolderDataModule
 from glai_lightning.datamodules.letter import LetterDataModule
 from glai_lightning.datamodules.texts import TextsDataModule
+from glai_lightning.datamodules.unlabelled import UnlabelledDataModule
 from glai_lightning.datamodules.views import ViewsDataModule
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "ImageFolderDataModule",
     "LetterDataModule",
     "TextsDataModule",
+    "UnlabelledDataModule",
     "ViewsDataModule",
 ]

@@ -91,7 +91,7 @@ class ImageFolderDataModule(SampleDataModule):
             split: _Images(
                 folders.get(split, train),
                 chosen,
-                _ToTensor(self.transform),
+                ToTensor(self.transform),
                 num_views=1,
                 seed=self.seed,
                 varied=split == "train",
@@ -107,7 +107,7 @@ class ImageFolderDataModule(SampleDataModule):
             raise UserValueError(
                 f"Expected folders of at least two classes in '{path}', but got {listed(classes) or 'none'}."
             )
-        folder = _imported("torchvision.datasets").ImageFolder(str(path), loader=_read_image, allow_empty=True)
+        folder = _imported("torchvision.datasets").ImageFolder(str(path), loader=read_image, allow_empty=True)
         if self.on_error == "skip":
             self._skip_unreadable(folder)
         if len(folder) == 0:
@@ -133,18 +133,21 @@ class _Images(AugmentedViews):
         return images, labels
 
 
-class _ToTensor:
+class ToTensor:
+    """Transforms a PIL image, and makes it a tensor (channels, height, width) where it is none yet."""
+
     def __init__(self, transform: Callable[[Any], Any] | None) -> None:
         self.transform = transform
 
     def __call__(self, image: Any) -> Tensor:
+        """Return the tensor of an image."""
         transformed = image if self.transform is None else self.transform(image)
         if isinstance(transformed, Tensor):
             return transformed
         return _imported("torchvision.transforms.functional").pil_to_tensor(transformed)  # type: ignore[no-any-return]
 
 
-def _read_image(path: str | PathLike[str]) -> Any:
+def read_image(path: str | PathLike[str]) -> Any:
     """Read an image file as a PIL image in RGB.
 
     Raises:
@@ -164,7 +167,7 @@ def _read_image(path: str | PathLike[str]) -> Any:
 
 def _is_readable(path: str) -> bool:
     try:
-        _read_image(path)
+        read_image(path)
     except ValueError:
         return False
     return True
