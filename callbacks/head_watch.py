@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
@@ -47,7 +47,7 @@ class FreezeSettings:
     freeze_at_epoch: int | None = None
     check_every_n_steps: int | None = None
     probe_size: int = 1024
-    solver: LogisticSolver | RidgeSolver | None = None
+    solver: LogisticSolver | RidgeSolver | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
         expect_choice("paths", self.paths, ("output", "tangent", "independent"))
@@ -60,9 +60,9 @@ class FreezeSettings:
         if self.check_every_n_steps is not None:
             expect_integer("check_every_n_steps", self.check_every_n_steps, least=1)
         expect_integer("probe_size", self.probe_size, least=1)
-        if self.solver is not None and not isinstance(self.solver, LogisticSolver | RidgeSolver):
+        if self.solver not in (None, "auto") and not isinstance(self.solver, LogisticSolver | RidgeSolver):
             raise UserTypeError(
-                f"Expected `solver` to be a `LogisticSolver` or a `RidgeSolver`, but got {self.solver!r}."
+                f"Expected `solver` to be 'auto', a `LogisticSolver` or a `RidgeSolver`, but got {self.solver!r}."
             )
 
 
@@ -136,7 +136,7 @@ class HeadWatch:
     def __init__(self, name: str, settings: FreezeSettings) -> None:
         self.name = name
         self.settings = settings
-        self.solve = HeadSolve(settings.solver)
+        self.solve = HeadSolve(settings.solver, settings.paths)
         self._watch = ChurnWatch(settings.probe_size, settings.check_every_n_steps)
         self.start_over()
 
@@ -220,7 +220,6 @@ class HeadWatch:
         """Freeze the head in the fit."""
         before = count_trainable(slot.pl_module)
         dropout = any(isinstance(module, _DropoutNd) and module.p > 0 for module in slot.module.modules())
-        # Before the conversion, which refuses formulas in the place of modules that somebody has put a hook on.
         self._watch.close()
         freeze_in_fit(trainer, slot, paths=self.settings.paths, freeze_epoch=epoch)
         self.now_frozen(epoch, reason)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from glai_lightning.callbacks.callback_state import check_state
@@ -22,6 +22,7 @@ from glai_lightning.fitting.conversion import (
     restore_in_fit,
 )
 from glai_lightning.fitting.heads_in_module import HeadSlot, as_names, is_pattern, match_heads, stands_alone
+from glai_lightning.fitting.messages import say
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError, as_misconfiguration
 from glai_lightning.fitting.solving import check_solvable, unwinding
 from glai_lightning.fitting.step_reading import HeadBatch, Stage, StepReader
@@ -125,7 +126,7 @@ class StructureFreezeCallback(Callback):
         freeze_at_epoch: int | None = None,
         check_every_n_steps: int | None = None,
         probe_size: int = 1024,
-        solver: LogisticSolver | RidgeSolver | None = None,
+        solver: LogisticSolver | RidgeSolver | Literal["auto"] | None = None,
         stop_after_solve: bool = False,
         verbose: bool = True,
     ) -> None:
@@ -323,7 +324,7 @@ class StructureFreezeCallback(Callback):
         for _, slot in self._watched(pl_module):
             check_head(slot, self.paths)
             check_optimizers(trainer, slot, self.paths)
-            if self.solver is not None:
+            if self.solver not in (None, "auto"):
                 check_solvable(slot.module, slot.name, self.paths)
         continues = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
@@ -406,6 +407,8 @@ class StructureFreezeCallback(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure churn after the last batch of an epoch, before validation and its checkpoint, or every n steps."""
         for watch, slot in self._watched(pl_module):
+            if (news := watch.solve.take_news()) is not None:
+                self.say(news)
             if watch.after_batch(trainer, slot):
                 watch.note_settled(trainer, self.should_freeze(watch))
             self._freeze_and_solve(trainer, watch, slot)
@@ -415,10 +418,10 @@ class StructureFreezeCallback(Callback):
         """Freeze in the middle of an epoch where checks are made there, and at its end where a solve follows."""
         reason, epoch = None, trainer.current_epoch + int(trainer.is_last_batch)
         within_epoch = self.check_every_n_steps is not None and not trainer.fit_loop._should_accumulate()
-        if self.solver is not None if trainer.is_last_batch else within_epoch:
+        if watch.solve.pending if trainer.is_last_batch else within_epoch:
             reason = self._due_reason(watch, epoch)
         solves = watch.solve.pending and (reason is not None or (watch.frozen and trainer.is_last_batch))
-        with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)) if solves else nullcontext():
+        with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)) if reason and solves else nullcontext():
             if reason is not None:
                 self._freeze(trainer, watch, slot, epoch, reason)
             if solves:
@@ -499,4 +502,4 @@ class StructureFreezeCallback(Callback):
     def say(self, event: object) -> None:
         """Tell the user, once and not once a process, if the callback is verbose."""
         if self.verbose:
-            rank_zero_info(str(event))
+            say(event)

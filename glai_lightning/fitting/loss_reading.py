@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
@@ -142,6 +143,38 @@ def read_loss(loss: Tensor, outputs: Sequence[Tensor]) -> LossReading:
         "error of the outputs of the head, each with a weight, so that it can be solved for, but got another: with "
         "several terms, of outputs that were scaled or shifted, or weighted by the outputs themselves."
     )
+
+
+def label_smoothing_of(reading: LossReading) -> float:
+    """Return the smoothing that turns labels into the targets of a cross-entropy, 0 if there is no such."""
+    targets = reading.targets[reading.weights > 0]
+    if reading.kind != "cross_entropy" or not len(targets):
+        return 0.0
+    smoothing = round(float(targets.min() * targets.shape[1]), 5)
+    smoothed = 0 < smoothing < 1 and _labels(targets, smoothing) is not None
+    return smoothing if smoothed else 0.0
+
+
+def _labels(targets: Tensor, label_smoothing: float) -> Tensor | None:
+    """Return the labels (n,) of which distributions (n, C) are the smoothed ones, ``None`` if there are none."""
+    labels = targets.argmax(1)
+    smoothed = F.one_hot(labels, targets.shape[1]) * (1 - label_smoothing) + label_smoothing / targets.shape[1]
+    return labels if bool(((targets - smoothed).abs() < 1e-3).all()) else None
+
+
+def formed_targets(kind: LossKind, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return targets (n, C) as a solver wants them: labels (n,) where they are, probabilities or numbers otherwise."""
+    if kind == "mse":
+        return targets
+    if kind == "cross_entropy":
+        labels = _labels(targets, label_smoothing)
+        probabilities = targets.clamp(0, 1)
+        return probabilities / probabilities.sum(1, keepdim=True) if labels is None else labels
+    rounded = targets.round()
+    hard = bool(((targets - rounded).abs() < 1e-3).all())
+    if targets.shape[1] == 1 and hard:
+        return rounded.long().squeeze(1)
+    return rounded if hard else targets.clamp(0, 1)
 
 
 def _differentiate(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -44,6 +44,8 @@ from glai_lightning.fitting.loss_reading import (
     LossNotReadError,
     LossReading,
     as_rows,
+    formed_targets,
+    label_smoothing_of,
     loss_gradient,
     precision_of,
     probing_outputs,
@@ -282,7 +284,7 @@ class StepReader:
         inputs = rows_of(watch.inputs, watch.outputs)
         if first and stage == "training":
             self._seen = reading, inputs
-            self.label_smoothing = _label_smoothing(reading)
+            self.label_smoothing = label_smoothing_of(reading)
         self.kind = reading.kind
         read = _head_batch(reading, inputs, self.label_smoothing)
         if first:
@@ -407,7 +409,7 @@ class StepReader:
             counted = targets.ne(call.ignore_index)
             return HeadBatch(inputs, targets) if bool(counted.all()) else HeadBatch(inputs[counted], targets[counted])
         targets = targets.reshape(len(inputs), -1)
-        return HeadBatch(inputs, _formed(call.kind, targets.to(watch.outputs[call.place].dtype)))
+        return HeadBatch(inputs, formed_targets(call.kind, targets.to(watch.outputs[call.place].dtype)))
 
 
 @dataclass(frozen=True)
@@ -436,43 +438,11 @@ def rows_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.detach().reshape(z[..., 0].numel(), -1) for x, z in zip(inputs, outputs, strict=True)])
 
 
-def _label_smoothing(reading: LossReading) -> float:
-    """Return the smoothing that turns labels into the targets of a cross-entropy, 0 if there is no such."""
-    targets = reading.targets[reading.weights > 0]
-    if reading.kind != "cross_entropy" or not len(targets):
-        return 0.0
-    smoothing = round(float(targets.min() * targets.shape[1]), 5)
-    smoothed = 0 < smoothing < 1 and _labels(targets, smoothing) is not None
-    return smoothing if smoothed else 0.0
-
-
-def _labels(targets: Tensor, label_smoothing: float) -> Tensor | None:
-    """Return the labels (n,) of which distributions (n, C) are the smoothed ones, ``None`` if there are none."""
-    labels = targets.argmax(1)
-    smoothed = F.one_hot(labels, targets.shape[1]) * (1 - label_smoothing) + label_smoothing / targets.shape[1]
-    return labels if bool(((targets - smoothed).abs() < 1e-3).all()) else None
-
-
-def _formed(kind: LossKind, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return targets (n, C) as a solver wants them: labels (n,) where they are, probabilities or numbers otherwise."""
-    if kind == "mse":
-        return targets
-    if kind == "cross_entropy":
-        labels = _labels(targets, label_smoothing)
-        probabilities = targets.clamp(0, 1)
-        return probabilities / probabilities.sum(1, keepdim=True) if labels is None else labels
-    rounded = targets.round()
-    hard = bool(((targets - rounded).abs() < 1e-3).all())
-    if targets.shape[1] == 1 and hard:
-        return rounded.long().squeeze(1)
-    return rounded if hard else targets.clamp(0, 1)
-
-
 def _head_batch(reading: LossReading, inputs: Tensor, label_smoothing: float) -> HeadBatch:
     counted = reading.weights > 0
     weights = reading.weights[counted] * counted.sum()
     varied = len(weights) > 0 and bool(((weights - weights.mean()).abs() > 1e-3 * weights.mean()).any())
-    targets = _formed(reading.kind, reading.targets[counted], label_smoothing)
+    targets = formed_targets(reading.kind, reading.targets[counted], label_smoothing)
     return HeadBatch(inputs[counted], targets, weights if varied else None)
 
 

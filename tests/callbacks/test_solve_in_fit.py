@@ -386,7 +386,7 @@ def test_a_solve_within_an_epoch_is_validated_and_stops_the_fit():
 
 
 def test_a_solve_that_reads_the_data_in_every_pass_finds_the_same_weights(monkeypatch):
-    import glai_lightning.fitting.solving as solving_module
+    import glai_lightning.fitting.head_data as solving_module
 
     heads = []
     for limit in (2**30, 0):
