@@ -5,15 +5,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.fitting.across_processes import churn_over_processes, share_buffers
 from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.heads.churn import ChurnProbe
-from glai_lightning.heads.patterns import layout_of
 
 
 class ChurnWatch:
@@ -30,7 +28,6 @@ class ChurnWatch:
         self.probe_size = probe_size
         self.every_n_steps = every_n_steps
         self._probe: ChurnProbe | None = None
-        self._bypass: _Bypass | None = None
         self._steps_at_check = 0
         self._rows = self._batches = self._batches_called = 0
         self._called_in_epoch = self._told_of_uncalled = False
@@ -42,25 +39,17 @@ class ChurnWatch:
         self._rows = self._batches = self._batches_called = 0
         self._called_in_epoch = self._told_of_uncalled = False
         self._probe = ChurnProbe(slot.module, self.probe_size)
-        self._bypass = _Bypass(slot.module)
 
     def detach(self) -> None:
         """Stop watching, and keep what was seen."""
         if self._probe is not None:
             self._probe.detach()
-        self._end_first_batch()
 
     def close(self) -> None:
         """Stop watching."""
         if self._probe is not None:
             self._probe.close()
             self._probe = None
-        self._end_first_batch()
-
-    def _end_first_batch(self) -> None:
-        if self._bypass is not None:
-            self._bypass.close()
-            self._bypass = None
 
     def before_batch(self, trainer: Any, batch_idx: int) -> None:
         """Keep the inputs of the last batches before a check only."""
@@ -81,13 +70,12 @@ class ChurnWatch:
         self._batches_called += rows > 0
         self._rows += rows
         self._called_in_epoch |= rows > 0
-        if self._bypass is not None and self._bypass.happened and rows == 0:
+        if self._batches == 1 and rows == 0 and any(p.grad is not None for p in slot.module.parameters()):
             self.close()
             raise UserMisconfigurationError(
                 f"Expected the head at {slot.name!r} to be called by `training_step`, in training mode, but only "
                 "modules in it are called. Name the module whose forward is called."
             )
-        self._end_first_batch()
         if trainer.is_last_batch:
             self._tell_of_uncalled(trainer, slot)
         return self._measure(trainer, slot, self._probe) if self._check_is_due(trainer) else None
@@ -150,7 +138,7 @@ class ChurnWatch:
 
     def __getstate__(self) -> dict[str, Any]:
         # What a probe watches belongs to one process.
-        return {**vars(self), "_probe": None, "_bypass": None}
+        return {**vars(self), "_probe": None}
 
 
 def measure_churn(trainer: Any, probe: ChurnProbe) -> float | None:
@@ -167,18 +155,3 @@ def measure_churn(trainer: Any, probe: ChurnProbe) -> float | None:
         # Added up like any count, because running statistics may diverge in one process alone.
         flipped = torch.full_like(flipped, math.nan, dtype=torch.float64)
     return churn_over_processes(trainer, flipped, bits)
-
-
-class _Bypass:
-    """Notes whether the last Linear of a head is called, which says that the head is in use."""
-
-    def __init__(self, head: nn.Module) -> None:
-        self.happened = False
-        output = layout_of(head).output
-        self._handle: RemovableHandle = output.register_forward_pre_hook(self._note)
-
-    def _note(self, output: nn.Module, _: object) -> None:
-        self.happened |= torch.is_grad_enabled()
-
-    def close(self) -> None:
-        self._handle.remove()

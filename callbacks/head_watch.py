@@ -211,6 +211,7 @@ class HeadWatch:
         """Freeze the head in the fit."""
         before = count_trainable(slot.pl_module)
         dropout = any(isinstance(module, _DropoutNd) and module.p > 0 for module in slot.module.modules())
+        self._watch.close()
         freeze_in_fit(trainer, slot, paths=self.settings.paths, freeze_epoch=epoch)
         self.now_frozen(epoch, reason)
         trainable = (before, count_trainable(slot.pl_module))
@@ -231,11 +232,17 @@ class HeadWatch:
             weights: state dict of the MLP to go back to.
             optimizer_state: what the optimizer remembered of its parameters, by their names.
         """
-        unfreeze_in_fit(trainer, slot, weights, optimizer_state)
+        self.unwind(trainer, slot, weights, optimizer_state)
         self._reverted_at_check = len(self.churn_history)
         self._just_reverted = True
-        self._now_an_mlp()
         self._watch.start(trainer, slot)
+
+    def unwind(
+        self, trainer: Any, slot: HeadSlot, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, dict[str, Any]]
+    ) -> None:
+        """Make the frozen head the MLP that it was before, because its solve failed."""
+        unfreeze_in_fit(trainer, slot, weights, optimizer_state)
+        self._now_an_mlp()
 
     def metrics(self) -> dict[str, float]:
         """Return what is logged of the head at the end of an epoch."""

@@ -223,7 +223,7 @@ class StructureFreezeCallback(Callback):
             batch: a batch on the device of the module.
             batch_idx: index of the batch.
             stage: 'training' or 'validation'.
-            head: the head, with its ``name``, its ``module`` and the ``pl_module`` that it stands in, in eval mode.
+            head: the head, with its ``name``, its ``module``, ``pl_module`` in eval mode, and ``trainer``.
 
         Returns:
             Head inputs (n, D), targets (n,) or (n, C), and the weights of the samples (n,) if they differ; ``None`` for
@@ -376,7 +376,7 @@ class StructureFreezeCallback(Callback):
         # At the start of an epoch, so that the checkpoint of the epoch just ended holds the MLP, and a resume from it
         # converts once more, to the same weights.
         for watch, slot in self._watched(pl_module):
-            reason = self._due_reason(watch, slot, trainer.current_epoch)
+            reason = self._due_reason(watch, trainer.current_epoch)
             if reason is not None:
                 self._freeze(trainer, watch, slot, trainer.current_epoch, reason)
 
@@ -393,34 +393,29 @@ class StructureFreezeCallback(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure churn after the last batch of an epoch, before validation and its checkpoint, or every n steps."""
         for watch, slot in self._watched(pl_module):
+            if (news := watch.solve.take_news()) is not None:
+                self.say(news)
             if watch.after_batch(trainer, slot):
                 watch.note_settled(trainer, self.should_freeze(watch))
             self._freeze_and_solve(trainer, watch, slot)
         self.stop_if_finished(trainer)
 
     def _freeze_and_solve(self, trainer: Any, watch: HeadWatch, slot: HeadSlot) -> None:
-        """Convert in the middle of an epoch where checks are made there, and at its end where a solve follows."""
-        news = watch.solve.take_news()
-        if news is not None:
-            self.say(news)
-        reason, epoch = None, trainer.current_epoch
-        if trainer.is_last_batch:
-            epoch += 1
-            if watch.solve.pending:
-                reason = self._due_reason(watch, slot, epoch)
-        elif self.check_every_n_steps is not None and not trainer.fit_loop._should_accumulate():
-            reason = self._due_reason(watch, slot, epoch)
+        """Freeze in the middle of an epoch where checks are made there, and at its end where a solve follows."""
+        reason, epoch = None, trainer.current_epoch + int(trainer.is_last_batch)
+        within_epoch = self.check_every_n_steps is not None and not trainer.fit_loop._should_accumulate()
+        if watch.solve.pending if trainer.is_last_batch else within_epoch:
+            reason = self._due_reason(watch, epoch)
         solves = watch.solve.pending and (reason is not None or (watch.frozen and trainer.is_last_batch))
-        undone = unwinding(trainer, slot, partial(watch.revert, trainer, slot)) if reason and solves else nullcontext()
-        with undone:
+        with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)) if solves else nullcontext():
             if reason is not None:
                 self._freeze(trainer, watch, slot, epoch, reason)
             if solves:
                 self.say(watch.run_solve(trainer, slot, self.inputs_and_targets))
 
-    def _due_reason(self, watch: HeadWatch, slot: HeadSlot, epoch: int) -> str | None:
-        reason = watch.due_reason(epoch)
-        return reason if all(judge.allows_freeze(slot.name) for judge in self._judges) else None
+    def _due_reason(self, watch: HeadWatch, epoch: int) -> str | None:
+        """Say why a head is to train frozen in an epoch; ``None`` if it is not, or is frozen already."""
+        return watch.due_reason(epoch) if all(judge.allows_freeze(watch.name) for judge in self._judges) else None
 
     def _freeze(self, trainer: Any, watch: HeadWatch, slot: HeadSlot, epoch: int, reason: str) -> None:
         for judge in self._judges:

@@ -346,7 +346,7 @@ class StepReader:
     @contextmanager
     def _head_alone_trainable(self, trainable: bool) -> Iterator[list[nn.Parameter]]:
         head = self.module
-        frozen = {id(parameter) for parameter in frozen_parameters(head)} if isinstance(head, GLAIHead) else set()
+        frozen = {id(p) for p in frozen_parameters(head)} if isinstance(head, GLAIHead) else set()
         parameters = [p for p in head.parameters() if trainable and id(p) not in frozen and p.is_floating_point()]
         for parameter in parameters:
             parameter.requires_grad_(True)

@@ -108,7 +108,7 @@ def test_samples_that_a_sampler_repeats_count_once_in_a_solve(tmp_path, monkeypa
 
 class FailsInOne(StructureFreezeCallback):
     def inputs_and_targets(self, batch, batch_idx, stage, head):
-        if head.pl_module.trainer.global_rank == 1 and self.frozen:
+        if head.trainer.global_rank == 1 and self.frozen:
             raise LookupError("no such target")
         return batch[0], batch[1]
 

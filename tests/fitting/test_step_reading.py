@@ -18,7 +18,7 @@ WEIGHTS = torch.tensor([1.0, 5.0, 1.0])
 
 
 def solving(**options):
-    solver = LogisticSolver(l2=L2, center="zero", max_passes=300, tolerance=1e-7)
+    solver = LogisticSolver(l2=L2, max_passes=300, tolerance=1e-7)
     return StructureFreezeCallback(
         HEAD, **{"freeze_at_epoch": 1, "churn_tolerance": 0.0, "solver": solver, "stop_after_solve": True, **options}
     )
