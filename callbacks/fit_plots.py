@@ -73,7 +73,7 @@ def score_figure(record: FitRecord) -> "Figure":
     name = record.score_name or "score"
     axes.plot(
         [epoch.seconds for epoch in record.scored],
-        [epoch.val_score for epoch in record.scored],
+        [epoch.val_score or 0.0 for epoch in record.scored],
         "o-",
         markersize=4,
         color=_LINE,

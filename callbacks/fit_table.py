@@ -1,7 +1,7 @@
 """The table that sums up a fit, in 80 columns."""
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from glai_lightning.fitting.fit_record import EpochRecord, FitRecord, seconds_per_step
 
@@ -65,27 +65,24 @@ def _epochs(number: int) -> str:
 def _phases(record: FitRecord) -> list[str]:
     before, after = record.phase(frozen=False), record.phase(frozen=True)
     # An epoch at whose end the head was frozen and solved has the sizes of the frozen head.
-    unfrozen = next((row for row in reversed(before) if not row.frozen), None)
-    parameters_before = record.mlp_parameters if unfrozen is None else unfrozen.trainable_parameters
-    last = record.epochs[-1] if record.epochs and record.epochs[-1].frozen else None
+    mlp = [row for row in before if not row.frozen]
+    frozen = [row for row in record.epochs[-1:] if row.frozen]
+    parameters = [mlp[-1].trainable_parameters if mlp else record.mlp_parameters]
+    parameters += [frozen[0].trainable_parameters if frozen else None]
+    state = [rows[-1].optimizer_state_bytes if rows else None for rows in (mlp, frozen)]
     steps = [None if one is None else one.wall for one in (seconds_per_step(before), seconds_per_step(after))]
     lines = [
         f"{_name('')}{'before the freeze':>{_CELL_WIDTH}}{'after':>{_CELL_WIDTH}}{'before / after':>{_CELL_WIDTH}}",
-        _row("epochs", _count(before), _count(after), "{:,}".format, ratio=False),
-        _row("trainable parameters", parameters_before, last and last.trainable_parameters, "{:,}".format),
-        _row(
-            "optimizer state [bytes]",
-            unfrozen and unfrozen.optimizer_state_bytes,
-            last and last.optimizer_state_bytes,
-            "{:,}".format,
-        ),
+        _row("epochs", [_count(before), _count(after)], "{:,}", ratio=False),
+        _row("trainable parameters", parameters, "{:,}"),
+        _row("optimizer state [bytes]", state, "{:,}"),
         # No ratio: wall-clock seconds of a step are as much about what else the machine does as about the head.
-        _row("seconds per step (median)", *steps, "{:.6f}".format, ratio=False),
-        _row("training [s]", _seconds(before), _seconds(after), "{:.2f}".format, ratio=False),
+        _row("seconds per step (median)", steps, "{:.6f}", ratio=False),
+        _row("training [s]", [_seconds(before), _seconds(after)], "{:.2f}", ratio=False),
     ]
     if record.solve is not None:
-        lines.append(_row("collecting inputs [s]", None, record.solve.collecting_seconds, "{:.2f}".format))
-        lines.append(_row("solve [s]", None, record.solve.seconds, "{:.2f}".format))
+        lines.append(_row("collecting inputs [s]", [None, record.solve.collecting_seconds], "{:.2f}"))
+        lines.append(_row("solve [s]", [None, record.solve.seconds], "{:.2f}"))
     total = f"{record.finished_seconds:.2f}, validation included"
     return [*lines, f"{_name('whole fit [s]')}{total}"]
 
@@ -98,15 +95,9 @@ def _seconds(epochs: list[EpochRecord]) -> float | None:
     return sum(epoch.training_seconds for epoch in epochs) if epochs else None
 
 
-def _row(
-    name: str,
-    before: float | None,
-    after: float | None,
-    write: Callable[[float], str],
-    *,
-    ratio: bool = True,
-) -> str:
-    cells = ["-" if value is None else write(value) for value in (before, after)]
+def _row(name: str, values: Sequence[float | None], form: str, *, ratio: bool = True) -> str:
+    cells = ["-" if value is None else form.format(value) for value in values]
+    before, after = values
     cells.append(f"{before / after:.2f}" if ratio and before is not None and after else "")
     return (_name(name) + "".join(f"{cell:>{_CELL_WIDTH}}" for cell in cells)).rstrip()
 
@@ -150,11 +141,9 @@ def _sentence(record: FitRecord) -> str:
         return f"{took}. {ended}."
     choose = max if record.mode == "max" else min
     scores = [[row.val_score for row in rows if row.val_score is not None] for rows in (before, after)]
-    if not all(scores):
-        return f"{ended}, {_count(after)} of them frozen."
     step_before, step_after = seconds_per_step(before), seconds_per_step(after)
-    assert step_before is not None
-    assert step_after is not None
+    if not all(scores) or step_before is None or step_after is None or step_before.wall == 0:
+        return f"{ended}, {_count(after)} of them frozen."
     return (
         f"The best {record.score_name} was {choose(scores[0]):.4f} before the freeze and is {choose(scores[1]):.4f} "
         f"after it; a step took {step_after.wall / step_before.wall:.2f} times as long after it. {ended}."

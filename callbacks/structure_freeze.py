@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from glai_lightning.callbacks.callback_state import check_state
@@ -22,6 +22,7 @@ from glai_lightning.fitting.conversion import (
     restore_in_fit,
 )
 from glai_lightning.fitting.heads_in_module import HeadSlot, as_names, is_pattern, match_heads, stands_alone
+from glai_lightning.fitting.messages import say
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError, as_misconfiguration
 from glai_lightning.fitting.solving import check_solvable, unwinding
 from glai_lightning.fitting.step_reading import HeadBatch, Stage, StepReader
@@ -407,7 +408,11 @@ class StructureFreezeCallback(Callback):
         if watch.solve.pending if trainer.is_last_batch else within_epoch:
             reason = self._due_reason(watch, epoch)
         solves = watch.solve.pending and (reason is not None or (watch.frozen and trainer.is_last_batch))
+<<<<<<< HEAD
         with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)) if solves else nullcontext():
+=======
+        with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)) if reason and solves else nullcontext():
+>>>>>>> main
             if reason is not None:
                 self._freeze(trainer, watch, slot, epoch, reason)
             if solves:
@@ -477,4 +482,4 @@ class StructureFreezeCallback(Callback):
     def say(self, event: object) -> None:
         """Tell the user, once and not once a process, if the callback is verbose."""
         if self.verbose:
-            rank_zero_info(str(event))
+            say(event)

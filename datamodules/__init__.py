@@ -4,7 +4,9 @@ from glai_lightning.datamodules.digits import DigitEpisodesDataModule, DigitsDat
 from glai_lightning.datamodules.episodes import EpisodesDataModule
 from glai_lightning.datamodules.features import FeaturesDataModule
 from glai_lightning.datamodules.images import ImageFolderDataModule
+from glai_lightning.datamodules.letter import LetterDataModule
 from glai_lightning.datamodules.texts import TextsDataModule
+from glai_lightning.datamodules.unlabelled import UnlabelledDataModule
 from glai_lightning.datamodules.views import ViewsDataModule
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "EpisodesDataModule",
     "FeaturesDataModule",
     "ImageFolderDataModule",
+    "LetterDataModule",
     "TextsDataModule",
+    "UnlabelledDataModule",
     "ViewsDataModule",
 ]

@@ -5,15 +5,14 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from glai_lightning.checks import UserValueError, expect_choice
-from glai_lightning.datamodules.arrays import listed
-from glai_lightning.datamodules.base import SampleDataModule, Splits
+from glai_lightning.datamodules.arrays import existing_folder, listed
+from glai_lightning.datamodules.base import SampleDataModule, Splits, expect_callable
 from glai_lightning.datamodules.splits import SPLITS
 from glai_lightning.datamodules.views import AugmentedViews
 from glai_lightning.optional import import_optional
@@ -66,11 +65,11 @@ class ImageFolderDataModule(SampleDataModule):
             num_workers=num_workers,
         )
         expect_choice("on_error", on_error, ("raise", "skip"))
-        for folder, what in ((Path(root), "an existing folder"), (Path(root, "train"), "a folder that holds 'train'")):
-            if not folder.is_dir():
-                raise UserValueError(f"Expected `root` to be {what}, but got '{root}'.")
+        expect_callable("transform", transform)
+        self.root = existing_folder("root", root)
+        if not (self.root / "train").is_dir():
+            raise UserValueError(f"Expected `root` to be a folder that holds 'train', but got '{root}'.")
         _imported("torchvision.datasets")
-        self.root = Path(root)
         self.transform = transform
         self.on_error = on_error
 
@@ -92,7 +91,7 @@ class ImageFolderDataModule(SampleDataModule):
             split: _Images(
                 folders.get(split, train),
                 chosen,
-                _ToTensor(self.transform),
+                ToTensor(self.transform),
                 num_views=1,
                 seed=self.seed,
                 varied=split == "train",
@@ -108,7 +107,7 @@ class ImageFolderDataModule(SampleDataModule):
             raise UserValueError(
                 f"Expected folders of at least two classes in '{path}', but got {listed(classes) or 'none'}."
             )
-        folder = _imported("torchvision.datasets").ImageFolder(str(path), loader=_read_image, allow_empty=True)
+        folder = _imported("torchvision.datasets").ImageFolder(str(path), loader=read_image, allow_empty=True)
         if self.on_error == "skip":
             self._skip_unreadable(folder)
         if len(folder) == 0:
@@ -134,18 +133,21 @@ class _Images(AugmentedViews):
         return images, labels
 
 
-class _ToTensor:
+class ToTensor:
+    """Transforms a PIL image, and makes it a tensor (channels, height, width) where it is none yet."""
+
     def __init__(self, transform: Callable[[Any], Any] | None) -> None:
         self.transform = transform
 
     def __call__(self, image: Any) -> Tensor:
+        """Return the tensor of an image."""
         transformed = image if self.transform is None else self.transform(image)
         if isinstance(transformed, Tensor):
             return transformed
         return _imported("torchvision.transforms.functional").pil_to_tensor(transformed)  # type: ignore[no-any-return]
 
 
-def _read_image(path: str | PathLike[str]) -> Any:
+def read_image(path: str | PathLike[str]) -> Any:
     """Read an image file as a PIL image in RGB.
 
     Raises:
@@ -165,7 +167,7 @@ def _read_image(path: str | PathLike[str]) -> Any:
 
 def _is_readable(path: str) -> bool:
     try:
-        _read_image(path)
+        read_image(path)
     except ValueError:
         return False
     return True

@@ -67,6 +67,19 @@ def checkpoint_roots(trainer: Any) -> list[Path]:
     return list(dict.fromkeys([*given, *logged, Path(trainer.default_root_dir)]))
 
 
+def saved_configuration(checkpoint: str) -> Path | None:
+    """Return the configuration that a fit has saved beside the folder of its checkpoints, ``None`` without one.
+
+    Args:
+        checkpoint: a file, or 'best' or 'last' for the latest fit in ``runs``.
+    """
+    if checkpoint in ("best", "last"):
+        saved = sorted(Path("runs").glob("*/version_*/config.yaml"), key=lambda file: file.stat().st_mtime)
+        return saved[-1] if saved else None
+    beside = Path(checkpoint).parent.parent / "config.yaml"
+    return beside if beside.is_file() else None
+
+
 def _checkpoint_folders(trainer: Any) -> Iterable[Path]:
     for root in checkpoint_roots(trainer):
         yield from (root, root / "checkpoints", *root.glob("version_*/checkpoints"))

@@ -13,7 +13,7 @@ from glai_lightning.comparison.verdict import Comparison
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLORS = ("#374151", "#1f5fa8", "#c2410c", "#15803d", "#7e22ce", "#0891b2", "#be185d")
+_COLORS = ("#374151", "#1f5fa8", "#c2410c", "#15803d", "#7e22ce", "#0891b2", "#be185d", "#a16207", "#0f766e")
 
 
 def write_plots(comparison: Comparison, folder: Path) -> list[Path]:

@@ -9,17 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from glai_lightning.checks import expect_choice, expect_integer
+from glai_lightning.checks import expect_choice, expect_integer, expect_number
 from glai_lightning.comparison.machine import describe_machine
 from glai_lightning.comparison.plots import write_plots
 from glai_lightning.comparison.report import markdown_report
 from glai_lightning.comparison.runs import RunsFile, named_file, run_fit
 from glai_lightning.comparison.variants import (
+    BUDGET,
     DEFAULT_VARIANTS,
     REFERENCE,
     Fit,
@@ -31,7 +33,7 @@ from glai_lightning.comparison.variants import (
     find_variants,
     prepare_fit,
 )
-from glai_lightning.comparison.verdict import Comparison, summarise
+from glai_lightning.comparison.verdict import Clock, Comparison, summarise
 from glai_lightning.fitting.fit_record import Mode
 from glai_lightning.fitting.loss_reading import LossNotReadError
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError, as_misconfiguration
@@ -56,6 +58,8 @@ def compare(
     patience: int | None = 3,
     test_score: str | None = None,
     solver: Solver | None = None,
+    margin: float = 0.003,
+    threads: int | None = 1,
     config: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Comparison:
@@ -86,6 +90,10 @@ def compare(
         test_score: name under which the module logs the test score; by default that of the validation score with 'test'
             for 'val', or the same.
         solver: what to solve with; by default the solver of the Trainer's callback, or one for the module's loss.
+        margin: the difference in score up to which a variant is not worse, in units of the score: by default 0.3 points
+            of an accuracy.
+        threads: on how many threads PyTorch computes on the CPU meanwhile; with several, CPU seconds count threads that
+            wait, too. ``None`` to leave that as it is.
         config: what is fitted, in what JSON can hold: runs of another configuration are refused.
         progress: whether to show a progress bar.
 
@@ -115,7 +123,13 @@ def compare(
         [('mlp', 0), ('output+solve', 0)]
     """
     chosen = find_variants(variants)
-    _check(seeds=seeds, mode=mode, patience=patience)
+    with as_misconfiguration():
+        expect_integer("seeds", seeds, least=1)
+        expect_choice("mode", mode, ("min", "max"))
+        expect_number("margin", margin, low=0.0)
+        for name, value in (("patience", patience), ("threads", threads)):
+            if value is not None:
+                expect_integer(name, value, least=1)
     rules = Rules(score, mode, head, patience)
     settings: dict[str, Any] = {
         "score": score,
@@ -126,18 +140,22 @@ def compare(
     }
     settings["solver"] = None if solver is None else repr(solver)
     configuration = {"fit": dict(config or {}), "comparison": settings}
-    machine = describe_machine()
-    file = RunsFile(Path(to) / RUNS_FILE, {"config": configuration, "machine": machine})
-    order = [(variant, first_seed + turn) for turn in range(seeds) for variant in _rotated(chosen, turn % len(chosen))]
-    pending = [(variant, seed) for variant, seed in order if (variant.name, seed) not in file.runs]
-    with isolate_rng(), quiet():
+    seconds: Clock = "seconds"
+    with isolate_rng(), quiet(), _threads(threads):
+        machine = describe_machine()
+        file = RunsFile(Path(to) / RUNS_FILE, {"config": configuration, "machine": machine})
+        order = [(variant, first_seed + turn) for turn in range(seeds) for variant in _in_turn(chosen, turn)]
+        pending = [(variant, seed) for variant, seed in order if (variant.name, seed) not in file.runs]
         waiting = [variant for variant in chosen if any(variant is other for other, _ in pending)]
         found = dry_run(make_fit, waiting, rules, seed=first_seed, test_score=test_score, solver=solver)
+        if found.device == "cpu":
+            seconds = "cpu_seconds"
         with tqdm(total=len(order), initial=len(order) - len(pending), unit="run", disable=not progress) as bar:
             for variant, seed in pending:
                 bar.set_description(f"{variant.name}, seed {seed}")
                 seed_everything(seed, workers=True, verbose=False)
-                fit = prepare_fit(make_fit(seed), variant, rules, found.solver)
+                epochs = _equal_budget(file, seed, seconds) if variant.anneals else 1
+                fit = prepare_fit(make_fit(seed), variant, rules, found.solver, epochs)
                 with warnings.catch_warnings():
                     # The dry run has shown them.
                     warnings.simplefilter("ignore")
@@ -151,21 +169,45 @@ def compare(
         score=score,
         mode=mode,
         test_score=found.test_score,
-        clock="cpu_seconds" if found.device == "cpu" else "seconds",
+        clock=seconds,
+        margin=margin,
     )
     _write(comparison, Path(to))
     return comparison
 
 
-def _rotated(variants: Sequence[Variant], by: int) -> list[Variant]:
-    # No variant always runs after the same neighbour, or first.
-    return [*variants[by:], *variants[:by]]
+def _in_turn(variants: Sequence[Variant], turn: int) -> list[Variant]:
+    """Return the variants in an order in which none always runs after the same neighbour, or first."""
+    by = turn % len(variants)
+    # What is given the time of others runs after them.
+    return sorted([*variants[by:], *variants[:by]], key=lambda variant: variant.anneals)
+
+
+def _equal_budget(file: RunsFile, seed: int, seconds: Clock) -> int:
+    """Return in how many epochs the MLP takes the time that the frozen and solved fit of this seed took."""
+    mlp, solved = file.runs[REFERENCE, seed], file.runs[BUDGET, seed]
+    of_an_epoch: float = getattr(mlp, f"finished_{seconds}") / mlp.num_epochs
+    taken: float = getattr(solved, f"finished_{seconds}")
+    return max(1, round(taken / of_an_epoch))
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Let Lightning say of the fits only what is wrong; what it says of each would be said dozens of times."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "glai_lightning")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -179,14 +221,6 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _check(*, seeds: int, mode: str, patience: int | None) -> None:
-    with as_misconfiguration():
-        expect_integer("seeds", seeds, least=1)
-        expect_choice("mode", mode, ("min", "max"))
-        if patience is not None:
-            expect_integer("patience", patience, least=1)
 
 
 def _write(comparison: Comparison, folder: Path) -> None:
@@ -243,6 +277,8 @@ def dry_run(
     with isolate_rng():
         parts = make_fit(seed)
         given = solver or find_freeze(parts[2], rules.head).solver
+        # 'auto' would solve nothing where inputs are not fixed, and a variant that solves is to solve.
+        given = None if given == "auto" else given
         fit = prepare_fit(parts, find_variant(REFERENCE), rules, None)
         loss = _LossKind(rules.head)
         _run_few_batches(fit, loss)
@@ -258,7 +294,7 @@ def dry_run(
             fit.trainer.strategy.root_device.type,
         )
         for variant in variants:
-            if variant.paths is not None:
+            if variant.name != REFERENCE:
                 _run_few_batches(prepare_fit(make_fit(seed), variant, rules, found.solver))
     return found
 

@@ -1,40 +1,19 @@
-"""What the runs of a comparison say: intervals for each variant, and the verdict."""
+"""What the runs of a comparison say: intervals for each variant, and the verdict by non-inferiority."""
 
-import math
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 from glai_lightning.comparison.runs import Run
-from glai_lightning.comparison.statistics import Interval, mean_interval, ratio_interval, signed_rank_p
+from glai_lightning.comparison.statistics import Interval, Speedup, speedup, student_interval
 from glai_lightning.comparison.variants import REFERENCE
 from glai_lightning.fitting.fit_record import Mode
 
-Outcome = Literal["faster", "no difference", "slower"]
+Outcome = Literal["faster", "no difference", "slower", "worse"]
 Clock = Literal["cpu_seconds", "seconds"]
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """How many times as fast as the MLP: the geometric mean over seeds of ratios of seconds.
-
-    Args:
-        mean: the geometric mean.
-        low: lower end of its 95 % bootstrap interval; ``None`` for a single seed.
-        high: upper end.
-        p: of Wilcoxon's signed-rank test over the seeds that the ratio is 1; ``None`` for a single seed.
-    """
-
-    mean: float
-    low: float | None
-    high: float | None
-    p: float | None
-
-    @property
-    def interval(self) -> Interval:
-        """The mean and its interval."""
-        return Interval(self.mean, self.low, self.high)
+#: What a run says, ``None`` where it does not.
+Value = Callable[[Run], float | None]
 
 
 @dataclass(frozen=True)
@@ -45,9 +24,12 @@ class VariantSummary:
         speedup_finished: speed-up of the time to a finished head, by the comparison's clock.
         speedup_best: speed-up of the time to the own best validation score, likewise; ``None`` where a run has none.
         speedup_finished_wall: of the time to a finished head in wall-clock seconds, whatever the clock.
-        test_difference: difference in test score, positive where the variant is better, whatever the mode; ``None``
-            without test data.
+        test_difference: difference in test score with its Student-t interval, positive where the variant is better,
+            whatever the mode; ``None`` without test data.
         val_difference: the same of the best validation scores; ``None`` where a run has none.
+        mlp_reached_seconds: seconds after which the MLP reached the variant's best validation score, the mean over the
+            seeds in which it did; ``None`` if it never did.
+        mlp_reached_runs: how many those are.
         frozen_runs: how many runs ended frozen.
         num_runs: how many there are.
     """
@@ -57,6 +39,8 @@ class VariantSummary:
     speedup_finished_wall: Speedup
     test_difference: Interval | None
     val_difference: Interval | None
+    mlp_reached_seconds: float | None
+    mlp_reached_runs: int
     frozen_runs: int
     num_runs: int
 
@@ -66,13 +50,15 @@ class Verdict:
     """One plain sentence.
 
     Args:
-        outcome: whether the variant is faster at a score that is not worse, slower, or neither.
+        outcome: whether the variant is faster at a score that is not worse, slower, worse, or none of these.
         variant: the variant that is judged.
+        margin: the difference in score up to which a variant is not worse.
         sentence: the sentence.
     """
 
     outcome: Outcome
     variant: str
+    margin: float
     sentence: str
 
 
@@ -111,121 +97,153 @@ class Comparison:
         """Return the runs of a variant, by seed."""
         return sorted((run for run in self.runs if run.variant == variant), key=lambda run: run.seed)
 
+    def beside(self, variant: str, other: str) -> tuple[Speedup | None, Interval | None]:
+        """Return how many times as fast as another a variant finished, and its difference in score, seed by seed."""
+        pairs = list(zip(self.of(other), self.of(variant), strict=True))
+        score: Value = (lambda run: run.test_score) if self.test_score else (lambda run: run.best_val_score)
+        finished: Value = lambda run: getattr(run, f"finished_{self.clock}")  # noqa: E731
+        return _speedup(pairs, finished), _difference(pairs, score, self.mode)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the comparison as ``comparison.json`` holds it."""
-        entries = asdict(self)
-        return {**entries, "runs": [run.as_dict() for run in self.runs]}
+        return {**asdict(self), "runs": [run.as_dict() for run in self.runs]}
 
 
-def summarise(
-    runs: Iterable[Run],
-    *,
-    config: dict[str, Any],
-    machine: dict[str, Any],
-    score: str,
-    mode: Mode,
-    test_score: str | None,
-    clock: Clock,
-) -> Comparison:
-    """Sum up the runs of a comparison; the arguments are those of ``Comparison``."""
+def summarise(runs: Iterable[Run], *, margin: float, **described: Any) -> Comparison:
+    """Sum up the runs of a comparison.
+
+    Args:
+        runs: the runs.
+        margin: the difference in score up to which a variant is not worse.
+        **described: ``config``, ``machine``, ``score``, ``mode``, ``test_score`` and ``clock`` of the ``Comparison``.
+    """
     listed = list(runs)
+    mode, clock = described["mode"], described["clock"]
     variants = list(dict.fromkeys(run.variant for run in listed))
     summary = {variant: _summarise_variant(listed, variant, mode, clock) for variant in variants}
-    verdict = judge(summary, clock=clock, tested=test_score is not None)
-    return Comparison(config, machine, score, mode, test_score, clock, listed, summary, verdict)
+    verdict = judge(summary, clock=clock, test_score=described["test_score"], score=described["score"], margin=margin)
+    return Comparison(runs=listed, summary=summary, verdict=verdict, **described)
 
 
 def _summarise_variant(runs: Sequence[Run], variant: str, mode: Mode, clock: Clock) -> VariantSummary:
     by_seed = {run.seed: run for run in runs if run.variant == variant}
     pairs = [(run, by_seed[run.seed]) for run in runs if run.variant == REFERENCE]
-    sign = 1 if mode == "max" else -1
-
-    def speedup(seconds: Callable[[Run], float | None]) -> Speedup | None:
-        ratios = [(seconds(mlp), seconds(other)) for mlp, other in pairs]
-        known = [above / below for above, below in ratios if above is not None and below]
-        return _speedup(known) if len(known) == len(pairs) else None
-
-    def difference(value: Callable[[Run], float | None]) -> Interval | None:
-        values = [(value(mlp), value(other)) for mlp, other in pairs]
-        known = [sign * (other - mlp) for mlp, other in values if mlp is not None and other is not None]
-        return mean_interval(known) if len(known) == len(pairs) else None
-
-    finished = speedup(lambda run: getattr(run, f"finished_{clock}"))
-    wall = speedup(lambda run: run.finished_seconds)
+    finished = _speedup(pairs, lambda run: getattr(run, f"finished_{clock}"))
+    wall = _speedup(pairs, lambda run: run.finished_seconds)
     assert finished is not None
     assert wall is not None
+    reached = [_reached(mlp, other.best_val_score, mode, clock) for mlp, other in pairs]
+    known = [seconds for seconds in reached if seconds is not None]
     return VariantSummary(
         speedup_finished=finished,
-        speedup_best=speedup(lambda run: getattr(run, f"best_{clock}")),
+        speedup_best=_speedup(pairs, lambda run: getattr(run, f"best_{clock}")),
         speedup_finished_wall=wall,
-        test_difference=difference(lambda run: run.test_score),
-        val_difference=difference(lambda run: run.best_val_score),
+        test_difference=_difference(pairs, lambda run: run.test_score, mode),
+        val_difference=_difference(pairs, lambda run: run.best_val_score, mode),
+        mlp_reached_seconds=sum(known) / len(known) if known else None,
+        mlp_reached_runs=len(known),
         frozen_runs=sum(run.frozen for run in by_seed.values()),
         num_runs=len(by_seed),
     )
 
 
-def _speedup(ratios: Sequence[float]) -> Speedup:
-    interval = ratio_interval(ratios)
-    # The test is about differences, and those of logarithms are what the geometric mean is the mean of.
-    return Speedup(interval.mean, interval.low, interval.high, signed_rank_p([math.log(ratio) for ratio in ratios]))
+def _speedup(pairs: Sequence[tuple[Run, Run]], seconds: Value) -> Speedup | None:
+    ratios = [(seconds(one), seconds(other)) for one, other in pairs]
+    known = [above / below for above, below in ratios if above is not None and below]
+    return speedup(known) if len(known) == len(pairs) else None
 
 
-def judge(summary: dict[str, VariantSummary], *, clock: Clock, tested: bool) -> Verdict:
+def _difference(pairs: Sequence[tuple[Run, Run]], value: Value, mode: Mode) -> Interval | None:
+    sign = 1 if mode == "max" else -1
+    values = [(value(one), value(other)) for one, other in pairs]
+    known = [sign * (b - a) for a, b in values if a is not None and b is not None]
+    return student_interval(known) if len(known) == len(pairs) else None
+
+
+def _reached(mlp: Run, score: float | None, mode: Mode, clock: Clock) -> float | None:
+    sign = 1 if mode == "max" else -1
+    seconds = (
+        float(getattr(epoch, clock))
+        for epoch in mlp.epochs
+        if score is not None and epoch.val_score is not None and sign * epoch.val_score >= sign * score
+    )
+    return next(seconds, None)
+
+
+def judge(
+    summary: dict[str, VariantSummary], *, clock: Clock, score: str, test_score: str | None, margin: float
+) -> Verdict:
     """Judge 'output+solve', or the first variant beside the MLP where that was not run.
 
-    Faster: the interval of the speed-up to a finished head lies above 1, and that of the difference in score does not
-    lie below 0. Slower: the interval of the speed-up lies below 1. Otherwise there is no difference to speak of.
+    Faster: the interval of the speed-up to a finished head lies above 1, and that of the difference in score above
+    ``-margin``. Slower: the interval of the speed-up lies below 1. Worse: that of the score lies below 0, and not above
+    ``-margin``. Otherwise no difference is shown.
+
+    Args:
+        summary: for each variant what its runs say.
+        clock: whose seconds the speed-ups are ratios of.
+        score: name of the validation score.
+        test_score: name of the test score; ``None`` to judge by the validation score.
+        margin: the difference in score up to which a variant is not worse.
     """
     variant = "output+solve" if "output+solve" in summary else next(name for name in summary if name != REFERENCE)
     side = summary[variant]
-    score = side.test_difference if tested else side.val_difference
-    speed = side.speedup_finished.interval
-    worse = score is not None and score.lies_below(0)
+    difference = side.test_difference if test_score is not None else side.val_difference
+    not_worse = difference is not None and difference.lies_above(-margin)
     outcome: Outcome = "no difference"
-    if speed.lies_below(1):
+    if side.speedup_finished.lies_below(1):
         outcome = "slower"
-    elif speed.lies_above(1) and score is not None and not worse:
+    elif difference is not None and difference.lies_below(0) and not not_worse:
+        outcome = "worse"
+    elif side.speedup_finished.lies_above(1) and not_worse:
         outcome = "faster"
-    return Verdict(outcome, variant, _sentence(outcome, variant, side, clock, score, tested=tested))
-
-
-def _sentence(
-    outcome: Outcome, variant: str, side: VariantSummary, clock: Clock, score: Interval | None, *, tested: bool
-) -> str:
-    speed = side.speedup_finished
-    seconds = "CPU seconds" if clock == "cpu_seconds" else "seconds"
-    which = "test score" if tested else "validation score (there is no test data)"
-    means = "no score to compare" if score is None else f"a {which} {_better_or_worse(score)}"
-    if speed.low is None or speed.high is None:
-        return (
-            f"No difference shown on this task: a single seed says nothing of chance ({variant} was {speed.mean:.2f} "
-            f"times as fast to a finished head as the MLP, {seconds}, with {means})."
-        )
+    write = partial(signed, margin=margin)
+    name = test_score or f"{score} (there is no test data)"
     facts = (
-        f"{variant} was {speed.mean:.2f} times as fast to a finished head as the MLP "
-        f"({speed.low:.2f} to {speed.high:.2f}, {seconds}, {side.num_runs} seeds), with {means}"
+        f"{variant} finished {times(side.speedup_finished)} as fast as the MLP "
+        f"({'CPU seconds' if clock == 'cpu_seconds' else 'seconds'}, {side.num_runs} "
+        f"{'seed' if side.num_runs == 1 else 'seeds'}, p {_p(side.speedup_finished)}); {name} {write(difference)}, "
+        f"margin {margin:g}"
     )
-    stayed = side.num_runs - side.frozen_runs
-    if stayed:
+    if side.frozen_runs < side.num_runs:
+        stayed = side.num_runs - side.frozen_runs
         facts += f"; it never settled and stayed an MLP in {stayed} of {side.num_runs} runs"
-    titles = {"faster": "Faster on this task", "slower": "Slower on this task", "no difference": "No difference"}
-    title = titles[outcome]
-    if outcome == "no difference":
-        faster = side.speedup_finished.interval.lies_above(1)
-        title = "Faster on this task, but not at equal score" if faster else "No difference shown on this task"
-    return f"{title}: {facts}."
+    return Verdict(outcome, variant, margin, f"{_title(outcome, side, not_worse=not_worse)}: {facts}.")
 
 
-def _better_or_worse(score: Interval) -> str:
-    ends = "" if score.low is None else f" ({score.low:+.2g} to {score.high:+.2g})"
-    if score.mean == 0:
-        return f"that is the same{ends}"
-    return f"that is {'better' if score.mean > 0 else 'worse'} by {abs(score.mean):.2g}{ends}"
+def _title(outcome: Outcome, side: VariantSummary, *, not_worse: bool) -> str:
+    if side.num_runs == 1:
+        return "No difference shown, because a single seed says nothing of chance"
+    if outcome == "no difference" and side.speedup_finished.lies_above(1):
+        return "Faster, but the score may be worse by more than the margin"
+    titles: dict[Outcome, str] = {
+        "faster": "Faster, and not worse",
+        "slower": "Slower",
+        "worse": "Worse",
+        "no difference": "No difference shown" if not_worse else "No difference shown, neither in time nor in score",
+    }
+    return titles[outcome]
 
 
-def mean_of(runs: Iterable[Run], value: Callable[[Run], float | None]) -> float | None:
-    """Return the mean over runs of a value; ``None`` where a run does not have it."""
-    values = [value(run) for run in runs]
-    known = [one for one in values if one is not None]
-    return statistics.fmean(known) if known and len(known) == len(values) else None
+def times(interval: Interval) -> str:
+    """Write a speed-up: '1.56 times (1.40 to 1.72)'."""
+    ends = "" if interval.low is None else f" ({interval.low:.2f} to {interval.high:.2f})"
+    return f"{interval.mean:.2f} times{ends}"
+
+
+def signed(interval: Interval | None, *, margin: float) -> str:
+    """Write a difference in score, to a digit that the margin can be compared with."""
+    if interval is None:
+        return "unknown"
+    # A margin of 0.003 is written to 0.0001.
+    form = f"+.{max(0, 1 - _exponent(margin))}f"
+    ends = "" if interval.low is None else f" ({interval.low:{form}} to {interval.high:{form}})"
+    return f"{interval.mean:{form}}{ends}"
+
+
+def _exponent(value: float) -> int:
+    return int(f"{value:e}".partition("e")[2]) if value > 0 else -2
+
+
+def _p(side: Speedup) -> str:
+    return "unknown" if side.p is None else f"{side.p:.3f}"

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -15,6 +15,7 @@ from glai_lightning.fitting.head_data import HeadPass
 from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.loaders import draws_at_random, on_device, single_loader, validation_loader
 from glai_lightning.fitting.loss_reading import LossNotReadError
+from glai_lightning.fitting.messages import say
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.fitting.solver_choice import FirstLook, choose_solver
 from glai_lightning.fitting.step_reading import HeadBatch, SeenStep, Stage, StepReader, isolated_step
@@ -281,7 +282,7 @@ class HeadSolve:
             except LossNotReadError as error:
                 problem = error
         if not trainer.strategy.reduce_boolean_decision(problem is None):
-            rank_zero_info(f"The solve does not look at the validation data. {problem or ''}")
+            say(f"The solve does not look at the validation data. {problem or ''}")
             return None
         if processes_of(trainer).sum_numbers(held is None) != [0.0]:
             return batches

@@ -230,8 +230,7 @@ def features():
 def test_a_fit_resumed_with_one_head_frozen_and_one_not_ends_bitwise_the_same(tmp_path, paths, options):
     def run(checkpoints=None, ckpt_path=None):
         seed_everything(5, verbose=False)
-        # One batch is enough for a check, also after a cut.
-        module, callback = Stacked(), OneAfterTheOther({"pred": 1, "proj": 3}, paths=paths, probe_size=8)
+        module, callback = Stacked(), OneAfterTheOther({"pred": 1, "proj": 3}, paths=paths)
         trainer = make_trainer(*[c for c in (callback, checkpoints) if c is not None], max_epochs=4)
         trainer.fit(module, datamodule=features(), ckpt_path=ckpt_path)
         return module.state_dict(), trainer.optimizers[0].state_dict(), callback
@@ -274,7 +273,7 @@ def test_two_processes_freeze_each_head_together_and_stay_identical(tmp_path):
 
 
 def test_each_head_is_solved_by_its_own_loss_and_the_fit_stops_after_the_last(recwarn):
-    solver = LogisticSolver(l2=1e-2, center="zero", max_passes=200, tolerance=1e-7)
+    solver = LogisticSolver(l2=1e-2, max_passes=200, tolerance=1e-7)
     epochs = {"heads.kinds": 1, "heads.first": 3}
     callback = OneAfterTheOther(epochs, solver=solver, stop_after_solve=True)
     module = SideBySide()
@@ -297,14 +296,19 @@ def test_a_head_without_a_loss_of_its_own_is_not_solved():
         make_trainer(callback).fit(Stacked(), make_loader())
 
 
-def test_an_override_of_what_is_solved_for_is_told_the_head():
+def test_an_override_says_for_each_head_what_it_is_solved_for():
+    asked = set()
+
     class Said(StructureFreezeCallback):
         def inputs_and_targets(self, batch, batch_idx, stage, head):
-            return batch[0], (batch[1] == 0).long() if head.name == "heads.first" else batch[1]
+            asked.add(head.name)
+            targets = batch[1] if head.name == "heads.kinds" else (batch[1] == 0).long()
+            return batch[0], targets
 
     callback = Said("heads.*", freeze_at_epoch=1, solver=LogisticSolver())
     make_trainer(callback, max_epochs=2).fit(SideBySide(), make_loader())
-    assert all(head.solve.report is not None for head in callback.heads.values())
+    assert asked == set(callback.heads)
+    assert all(head.solve.report.loss < head.solve.report.start_loss for head in callback.heads.values())
 
 
 def test_freeze_and_unfreeze_by_name_between_fits():
