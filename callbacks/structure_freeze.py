@@ -408,11 +408,7 @@ class StructureFreezeCallback(Callback):
         if watch.solve.pending if trainer.is_last_batch else within_epoch:
             reason = self._due_reason(watch, epoch)
         solves = watch.solve.pending and (reason is not None or (watch.frozen and trainer.is_last_batch))
-<<<<<<< HEAD
-        with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)) if solves else nullcontext():
-=======
         with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)) if reason and solves else nullcontext():
->>>>>>> main
             if reason is not None:
                 self._freeze(trainer, watch, slot, epoch, reason)
             if solves:
