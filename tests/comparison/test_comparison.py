@@ -371,7 +371,7 @@ def test_a_loss_that_cannot_be_solved_is_found_out_in_the_dry_run(tmp_path):
 
 
 def test_several_callbacks_that_freeze_leave_no_rule(tmp_path):
-    make = Made(lambda: StructureFreezeCallback("another_head"))
+    make = Made(lambda: StructureFreezeCallback("another_head", solver=None, min_steps=0))
     with pytest.raises(MisconfigurationException, match="Expected one `StructureFreezeCallback` at most"):
         run(tmp_path, make)
 
