@@ -196,7 +196,11 @@ def make_loss(
     """
     labels_of_one_logit = name == "cross_entropy" and outputs == 1
     count = 2 if labels_of_one_logit else outputs
-    weights = like.new_ones(count) if class_weights is None else torch.tensor(class_weights, dtype=like.dtype, device=like.device)
+    weights = (
+        like.new_ones(count)
+        if class_weights is None
+        else torch.tensor(class_weights, dtype=like.dtype, device=like.device)
+    )
     if weights.shape != (count,):
         raise UserValueError(f"Expected `class_weights` to be {count} numbers, but got shape {tuple(weights.shape)}.")
     if not bool((weights.isfinite() & (weights >= 0.0)).all()):
