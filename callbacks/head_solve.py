@@ -114,5 +114,5 @@ class HeadSolve:
         if report.best_step == 0 and report.steps > 0:
             rank_zero_warn(
                 f"The solve of {self.head_name!r} found no path weights that are better than those it started from, "
-                "and leaves these as they were. More passes or another `center` or `l2` may."
+                "and leaves these as they were. More passes or another `l2` may."
             )

@@ -17,7 +17,7 @@ from glai_lightning.modules.head_module import has_test
 from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 #: What solves for a cross-entropy, where the configuration names no solver.
-DEFAULT_SOLVER = LogisticSolver(center="zero", max_passes=9)
+DEFAULT_SOLVER = LogisticSolver()
 
 _BATCHES = 2
 
