@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.checks import UserTypeError, UserValueError
 from glai_lightning.heads.frozen import GLAIHead
@@ -59,7 +60,7 @@ class LinearPathWeights:
 
     Raises:
         TypeError: if ``head`` is not a ``GLAIHead``.
-        ValueError: if its paths are 'tangent', or a module follows them.
+        ValueError: if its paths are 'tangent', or a module follows them that does something in eval mode.
     """
 
     def __init__(self, head: GLAIHead) -> None:
@@ -68,8 +69,9 @@ class LinearPathWeights:
                 f"Expected the head to be a `GLAIHead`, but got `{type(head).__name__}`: freeze it first."
             )
         layout, kind = layout_of(head), record_of(head).paths
-        if layout.trailing:
-            names = ", ".join(type(module).__name__ for module in layout.trailing)
+        acting = [module for module in layout.trailing if not isinstance(module, _DropoutNd)]
+        if acting:
+            names = ", ".join(type(module).__name__ for module in acting)
             raise UserValueError(f"Expected no module after the head's last Linear to solve for it, but got {names}.")
         self._head = head
         self._parameters: list[Tensor]

@@ -273,7 +273,7 @@ def test_two_processes_freeze_each_head_together_and_stay_identical(tmp_path):
 
 
 def test_each_head_is_solved_by_its_own_loss_and_the_fit_stops_after_the_last(recwarn):
-    solver = LogisticSolver(l2=1e-2, center="zero", max_passes=200, tolerance=1e-7)
+    solver = LogisticSolver(l2=1e-2, max_passes=200, tolerance=1e-7)
     epochs = {"heads.kinds": 1, "heads.first": 3}
     callback = OneAfterTheOther(epochs, solver=solver, stop_after_solve=True)
     module = SideBySide()
