@@ -94,7 +94,7 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "argument"), ARGUMENTS, ids="-".join)
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS, ids=list(map("-".join, ARGUMENTS)))
 def test_any_argument_is_taken_or_refused_with_a_sentence(name, argument, tmp_path):
     good = GOOD[name](tmp_path)
     sources = {"path", "arrays", "dataset"}
