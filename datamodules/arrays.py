@@ -171,7 +171,7 @@ def check_finite(key: str, values: Tensor) -> None:
     if not values.is_floating_point():
         return
     nans = infinities = 0
-    for block in values.flatten().split(_ELEMENTS_PER_BLOCK):
+    for block in torch.split(values.flatten(), _ELEMENTS_PER_BLOCK):
         if not block.isfinite().all():
             nans, infinities = nans + int(block.isnan().sum()), infinities + int(block.isinf().sum())
     if nans or infinities:
@@ -212,7 +212,7 @@ class Rows:
             return self.parts[0].index_select(0, index)
         selected = torch.empty(len(index), self.shape[1], dtype=self.dtype)
         part_of_row = torch.bucketize(index, self.starts[1:], right=True)
-        for number in part_of_row.unique().tolist():
+        for number in torch.unique(part_of_row).tolist():
             here = part_of_row == number
             selected[here] = self.parts[number].index_select(0, index[here] - self.starts[number])
         return selected
@@ -220,7 +220,7 @@ class Rows:
     def blocks(self, index: Tensor) -> Iterator[Tensor]:
         """Yield the rows of an index in float64, so many at a time that a block is small; its memory is used again."""
         buffer = torch.empty(max(1, _ELEMENTS_PER_BLOCK // self.shape[1]), self.shape[1], dtype=torch.float64)
-        for chunk in index.split(len(buffer)):
+        for chunk in torch.split(index, len(buffer)):
             yield buffer[: len(chunk)].copy_(self.select(chunk))
 
 
@@ -270,7 +270,7 @@ class Standardisation:
         """Standardise rows (N, D) of any real dtype into a new tensor (N, D), float32, or into ``out``."""
         parts = [inputs] if isinstance(inputs, Tensor) else inputs.parts
         outputs = torch.empty(inputs.shape, dtype=torch.float32) if out is None else out
-        blocks = (block for part in parts for block in part.split(max(1, _ELEMENTS_PER_BLOCK // part.shape[1])))
+        blocks = (block for part in parts for block in torch.split(part, max(1, _ELEMENTS_PER_BLOCK // part.shape[1])))
         start = 0
         for block in blocks:
             outputs[start : start + len(block)] = (block - self.mean).div_(self.scale)

@@ -23,6 +23,7 @@ class Targets:
     Args:
         arrays: targets of 'train' and other splits.
         task: what they are for, where that is known.
+        key: name of the targets of a split, for messages.
 
     Attributes:
         of_split: class labels (N,), int64, or values (N,) or (N, C), float32, of each split.
@@ -34,21 +35,22 @@ class Targets:
         ValueError: If targets have the wrong shape, do not fit those of training or the task, or are not finite.
     """
 
-    def __init__(self, arrays: Mapping[str, Any], task: Task | None) -> None:
-        read = {split: _read(f"y_{split}", array) for split, array in arrays.items()}
+    def __init__(self, arrays: Mapping[str, Any], task: Task | None, key: str | None = None) -> None:
+        self._keys = {split: f"y_{split}" if key is None else key for split in arrays}
+        read = {split: _read(self._keys[split], array) for split, array in arrays.items()}
         train = read["train"]
         if task == "classification" or (task is None and _are_classes(train)):
-            self.classes, self.of_split = _number_classes(read)
+            self.classes, self.of_split = _number_classes(read, self._keys)
             self.num_classes: int | None = int(self.of_split["train"].max()) + 1
             if task is None and isinstance(train, Tensor) and train.is_floating_point():
                 warnings.warn(
-                    f"The whole numbers in `y_train` are taken for {self.num_classes} classes. To predict them as "
-                    "values, give `task='regression'`.",
+                    f"The whole numbers in `{self._keys['train']}` are taken for {self.num_classes} classes. To "
+                    "predict them as values, give `task='regression'`.",
                     stacklevel=2,
                 )
         else:
             self.classes, self.num_classes = None, None
-            self.of_split = {split: _values(f"y_{split}", targets) for split, targets in read.items()}
+            self.of_split = {split: _values(self._keys[split], targets) for split, targets in read.items()}
         for split, targets in self.of_split.items():
             if targets.shape[1:] != self.of_split["train"].shape[1:]:
                 raise UserValueError(
@@ -102,12 +104,14 @@ def _are_classes(train: Tensor | np.ndarray) -> bool:
         return True
     if train.ndim != 1 or not len(train) or not (train == train.round()).all():
         return False
-    distinct = train.unique()
+    distinct = torch.unique(train)
     counted = distinct[0] + torch.arange(len(distinct), dtype=distinct.dtype)
     return len(distinct) > 1 and float(distinct[0]) in (0.0, 1.0) and torch.equal(distinct, counted)
 
 
-def _number_classes(read: Mapping[str, Tensor | np.ndarray]) -> tuple[list[str] | None, dict[str, Tensor]]:
+def _number_classes(
+    read: Mapping[str, Tensor | np.ndarray], keys: Mapping[str, str]
+) -> tuple[list[str] | None, dict[str, Tensor]]:
     train = read["train"]
     named = isinstance(train, np.ndarray)
     for split, targets in read.items():
@@ -116,8 +120,8 @@ def _number_classes(read: Mapping[str, Tensor | np.ndarray]) -> tuple[list[str] 
             raise UserValueError(f"Expected `y_{split}` to hold {kinds[0]}, as `y_train` does, but got {kinds[1]}.")
     if named:
         return _number_names(read)  # type: ignore[arg-type]
-    labels = {split: _labels(f"y_{split}", targets) for split, targets in read.items()}  # type: ignore[arg-type]
-    present, largest = labels["train"].unique(), int(labels["train"].max())
+    labels = {split: _labels(keys[split], targets) for split, targets in read.items()}  # type: ignore[arg-type]
+    present, largest = torch.unique(labels["train"]), int(labels["train"].max())
     for split, numbers in labels.items():
         if len(numbers) and numbers.max() > largest:
             raise UserValueError(
