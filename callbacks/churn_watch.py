@@ -9,10 +9,9 @@ from torch import Tensor
 
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.fitting.across_processes import churn_over_processes, share_buffers
-from glai_lightning.fitting.heads_in_module import HeadSlot
+from glai_lightning.fitting.heads_in_module import HeadSlot, name_heads
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.heads.churn import ChurnProbe
-from glai_lightning.heads.patterns import layout_of
 
 
 class ChurnWatch:
@@ -30,15 +29,16 @@ class ChurnWatch:
         self.every_n_steps = every_n_steps
         self._probe: ChurnProbe | None = None
         self._steps_at_check = 0
-        self._rows = self._batches = self._batches_called = 0
+        self._rows = self._seen_before = self._batches = self._batches_called = 0
         self._called_in_epoch = self._told_of_uncalled = False
 
     def start(self, trainer: Any, slot: HeadSlot) -> None:
         """Watch a head from here on."""
         self.close()
         self._steps_at_check = trainer.global_step
-        self._rows = self._batches = self._batches_called = 0
-        self._called_in_epoch = self._told_of_uncalled = False
+        self._rows = self._seen_before = self._batches = self._batches_called = 0
+        # Of an epoch that has begun it is not known.
+        self._called_in_epoch = trainer.fit_loop.batch_idx >= 0
         self._probe = ChurnProbe(slot.module, self.probe_size)
 
     def detach(self) -> None:
@@ -71,11 +71,11 @@ class ChurnWatch:
         self._batches_called += rows > 0
         self._rows += rows
         self._called_in_epoch |= rows > 0
-        if self._batches == 1 and rows == 0 and layout_of(slot.module).output.weight.grad is not None:
+        if self._batches == 1 and rows == 0 and any(p.grad is not None for p in slot.module.parameters()):
             self.close()
             raise UserMisconfigurationError(
                 f"Expected the head at {slot.name!r} to be called by `training_step`, in training mode, but only "
-                "modules in it are called. Name the module whose forward is called."
+                f"modules in it are called. {name_heads(slot.pl_module)}"
             )
         if trainer.is_last_batch:
             self._tell_of_uncalled(trainer, slot)
@@ -130,9 +130,10 @@ class ChurnWatch:
         """Go on from the snapshot of a checkpoint, once started."""
         if self._probe is None or "snapshot" not in state:
             return
-        check_state(state, {"snapshot": list}, f"the churn of the head at {slot.name!r}")
+        holder = f"the churn of the head at {slot.name!r}"
+        check_state(state, {"snapshot": list}, holder)
         for tensors in state["snapshot"]:
-            check_state(tensors, dict.fromkeys(tensors, Tensor), f"the churn of the head at {slot.name!r}")
+            check_state(tensors, dict.fromkeys(self._probe.snapshot[0].tensors(), Tensor), holder)
         device = self._probe.snapshot[0].weight.device
         snapshot = [{name: value.to(device) for name, value in tensors.items()} for tensors in state["snapshot"]]
         self._probe.resume(snapshot)

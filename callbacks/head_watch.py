@@ -15,6 +15,7 @@ from glai_lightning.fitting.conversion import freeze_in_fit, unfreeze_in_fit
 from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.sizes import count_trainable
 from glai_lightning.fitting.solving import HeadSolve, ReadBatch
+from glai_lightning.heads.frozen import frozen_parameters
 from glai_lightning.heads.record import Paths
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
@@ -169,6 +170,14 @@ class HeadWatch:
             if state is not None:
                 self._watch.resume(slot, dict(state))
 
+    def hold_still(self, slot: HeadSlot) -> bool:
+        """Stop the gradients of what the freeze has stopped; tell whether there were any again."""
+        moving = [p for p in frozen_parameters(slot.module) if p.requires_grad] if self.frozen else []
+        for parameter in moving:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        return bool(moving)
+
     def before_batch(self, trainer: Any, slot: HeadSlot, batch_idx: int) -> None:
         """Keep the inputs that the next check is made on."""
         if self._just_reverted:
@@ -232,16 +241,15 @@ class HeadWatch:
             weights: state dict of the MLP to go back to.
             optimizer_state: what the optimizer remembered of its parameters, by their names.
         """
-        unfreeze_in_fit(trainer, slot, weights, optimizer_state)
+        self.unwind(trainer, slot, weights, optimizer_state)
         self._reverted_at_check = len(self.churn_history)
         self._just_reverted = True
-        self._now_an_mlp()
         self._watch.start(trainer, slot)
 
     def unwind(
         self, trainer: Any, slot: HeadSlot, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, dict[str, Any]]
     ) -> None:
-        """Undo a freeze whose solve failed."""
+        """Make the frozen head the MLP that it was before, because its solve failed."""
         unfreeze_in_fit(trainer, slot, weights, optimizer_state)
         self._now_an_mlp()
 
@@ -289,13 +297,15 @@ class HeadWatch:
             MisconfigurationException: otherwise.
         """
         check_state(state, _STATE, f"the head at {name!r}")
+        history: list[Any] = state["churn_history"]  # type: ignore[index]
+        check_state(dict(enumerate(history)), dict.fromkeys(range(len(history)), float), f"the churn of {name!r}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from the state of a checkpoint."""
         self.frozen = state["frozen"]
         self.freeze_epoch = state["freeze_epoch"]
         self.freeze_reason = state["freeze_reason"]
-        self.churn_history = [float(churn) for churn in state["churn_history"]]
+        self.churn_history = list(state["churn_history"])
         self._settled = state["settled"]
         self._reverted_at_check = state["reverted_at_check"]
         self.solve.solved = state["solved"]

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -158,6 +159,8 @@ class StructureFreezeCallback(Callback):
         self._module: weakref.ReferenceType[Any] | None = None
         self._fits = False
         self._is_to_stop = False
+        self._val_every: int | None = None
+        self._told_of_moving = False
 
     @property
     def state_key(self) -> str:
@@ -320,7 +323,7 @@ class StructureFreezeCallback(Callback):
         # configure_optimizers has met the MLP and the optimizer can still follow a conversion before its state is read.
         for _, slot in self._watched(pl_module):
             check_head(slot, self.paths)
-            check_optimizers(trainer, slot)
+            check_optimizers(trainer, slot, self.paths)
             if self.solver not in (None, "auto"):
                 check_solvable(slot.module, slot.name, self.paths)
         continues = self._module is not None and self._module() is pl_module
@@ -370,13 +373,26 @@ class StructureFreezeCallback(Callback):
         if self._is_to_stop and self._finished:
             self._is_to_stop = False
             trainer.should_stop = True
+            # Lightning validates before it stops, unless the epoch is one of those without validation.
+            if trainer.check_val_every_n_epoch is not None:
+                self._val_every, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, 1
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let checkpoints, which go by how often there is validation, find the user's own setting."""
+        self._restore_val_every(trainer)
+
+    def _restore_val_every(self, trainer: Any) -> None:
+        if self._val_every is not None:
+            trainer.check_val_every_n_epoch, self._val_every = self._val_every, None
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Convert what settled in the epoch before, or was asked for this one."""
         # At the start of an epoch, so that the checkpoint of the epoch just ended holds the MLP, and a resume from it
         # converts once more, to the same weights.
         for watch, slot in self._watched(pl_module):
-            self._freeze_if_due(trainer, watch, slot, trainer.current_epoch)
+            reason = self._due_reason(watch, trainer.current_epoch)
+            if reason is not None:
+                self._freeze(trainer, watch, slot, trainer.current_epoch, reason)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep the inputs of the last batches before a check; see, on the first batch, that the loss can be solved."""
@@ -399,28 +415,36 @@ class StructureFreezeCallback(Callback):
         self.stop_if_finished(trainer)
 
     def _freeze_and_solve(self, trainer: Any, watch: HeadWatch, slot: HeadSlot) -> None:
-        """Convert in the middle of an epoch where checks are made there, and at its end where a solve follows."""
-        between_steps = self.check_every_n_steps is not None and not trainer.fit_loop._should_accumulate()
-        if not watch.solve.pending:
-            if not trainer.is_last_batch and between_steps:
-                self._freeze_if_due(trainer, watch, slot, trainer.current_epoch)
-            return
-        if not trainer.is_last_batch and not between_steps:
-            return
-        with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)):
-            epoch = trainer.current_epoch + int(trainer.is_last_batch)
-            froze = self._freeze_if_due(trainer, watch, slot, epoch)
-            if watch.frozen and (froze or trainer.is_last_batch):
+        """Freeze in the middle of an epoch where checks are made there, and at its end where a solve follows."""
+        reason, epoch = None, trainer.current_epoch + int(trainer.is_last_batch)
+        within_epoch = self.check_every_n_steps is not None and not trainer.fit_loop._should_accumulate()
+        if watch.solve.pending if trainer.is_last_batch else within_epoch:
+            reason = self._due_reason(watch, epoch)
+        solves = watch.solve.pending and (reason is not None or (watch.frozen and trainer.is_last_batch))
+        with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)) if reason and solves else nullcontext():
+            if reason is not None:
+                self._freeze(trainer, watch, slot, epoch, reason)
+            if solves:
                 self.say(watch.run_solve(trainer, slot, self.inputs_and_targets))
 
-    def _freeze_if_due(self, trainer: Any, watch: HeadWatch, slot: HeadSlot, epoch: int) -> bool:
-        reason = watch.due_reason(epoch)
-        if reason is None or not all(judge.allows_freeze(slot.name) for judge in self._judges):
-            return False
+    def _due_reason(self, watch: HeadWatch, epoch: int) -> str | None:
+        """Say why a head is to train frozen in an epoch; ``None`` if it is not, or is frozen already."""
+        return watch.due_reason(epoch) if all(judge.allows_freeze(watch.name) for judge in self._judges) else None
+
+    def _freeze(self, trainer: Any, watch: HeadWatch, slot: HeadSlot, epoch: int, reason: str) -> None:
         for judge in self._judges:
             judge.before_freeze(trainer, slot)
         self.say(watch.freeze(trainer, slot, epoch, reason))
-        return True
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """See to it that a frozen structure stands still, whatever was done to ``requires_grad``."""
+        moved = [slot.name for watch, slot in self._watched(pl_module) if watch.hold_still(slot)]
+        if moved and not self._told_of_moving:
+            self._told_of_moving = True
+            rank_zero_warn(
+                f"Parameters of the frozen structure of {moved} were set to require gradients. They stay frozen. Call "
+                "`unfreeze` of the callback between two fits to train the MLP again."
+            )
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log churn and whether the head is frozen."""
@@ -449,6 +473,7 @@ class StructureFreezeCallback(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Stop watching."""
         self._fits = False
+        self._restore_val_every(trainer)
         for watch in self.heads.values():
             watch.close()
 

@@ -78,9 +78,11 @@ class StructureRevert(Callback):
 
     It stands beside a ``StructureFreezeCallback``, at any place in the list of callbacks, and judges the freezes of all
     of its heads. The MLP and its optimizer state are kept until a validation of the frozen head is no worse, by more
-    than ``tolerance``, than the last one before the freeze (and before the solve). If ``patience`` validations in a row
-    are worse, the head goes back to that MLP, with that optimizer state, and structural training goes on. Layers
-    outside the head stay as they are. A head that the MLP would have overtaken by training on is not taken back.
+    than ``tolerance``, than the last one before the step of the freeze (and before the solve). If ``patience``
+    validations in a row are worse, the head goes back to that MLP, with that optimizer state, at the end of the last of
+    these validations or, where gradients are being accumulated, after the next optimizer step. Structural training then
+    goes on, and layers outside the head stay as they are. A checkpoint that is saved after that validation holds the
+    MLP, under the score of the frozen head. A head that the MLP would have overtaken by training on is not taken back.
 
     NaN is worse than any score. Without a validation before the freeze there is no baseline, so the head is reverted.
     After a revert a head must settle anew, whatever ``freeze_at_epoch`` says, and may freeze again after ``patience``
@@ -246,13 +248,14 @@ class StructureRevert(Callback):
         return float(mean)
 
     def _judge(self, trainer: Any, record: _Record, score: float, *, solved: bool) -> None:
-        record.score = score
         trial = record.trial
+        if trial is not None and trainer.global_step == trial.step and not solved:
+            # Nothing was trained since the freeze, which changes no output. A fit that is resumed from this step would
+            # not validate here, so that nothing may follow from it.
+            return
+        record.score = score
         if trial is None:
             record.validations_to_wait = max(0, record.validations_to_wait - 1)
-        elif trainer.global_step == trial.step and not solved:
-            # Nothing was trained since the freeze, which changes no output: this is the score at the freeze itself.
-            trial.reference = score
         elif not self._is_worse(score, trial.reference):
             record.trial = None
         else:

@@ -4,6 +4,7 @@ from glai_lightning.datamodules.digits import DigitEpisodesDataModule, DigitsDat
 from glai_lightning.datamodules.episodes import EpisodesDataModule
 from glai_lightning.datamodules.features import FeaturesDataModule
 from glai_lightning.datamodules.images import ImageFolderDataModule
+from glai_lightning.datamodules.letter import LetterDataModule
 from glai_lightning.datamodules.texts import TextsDataModule
 from glai_lightning.datamodules.unlabelled import UnlabelledDataModule
 from glai_lightning.datamodules.views import ViewsDataModule
@@ -15,6 +16,7 @@ __all__ = [
     "EpisodesDataModule",
     "FeaturesDataModule",
     "ImageFolderDataModule",
+    "LetterDataModule",
     "TextsDataModule",
     "UnlabelledDataModule",
     "ViewsDataModule",

@@ -7,7 +7,7 @@ import sys
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -66,11 +66,20 @@ def read_archive(
 
 def existing_file(path: str | PathLike[str]) -> Path:
     """Return ``path``, raising ``ValueError`` unless there is a file, and ``TypeError`` unless it is a path."""
+    return _existing("path", path, "file", Path.is_file)
+
+
+def existing_folder(name: str, path: str | PathLike[str]) -> Path:
+    """Return an argument, raising ``ValueError`` unless it is a folder, and ``TypeError`` unless it is a path."""
+    return _existing(name, path, "folder", Path.is_dir)
+
+
+def _existing(name: str, path: str | PathLike[str], what: str, is_there: Callable[[Path], bool]) -> Path:
     if not isinstance(path, str | PathLike):
-        raise UserTypeError(f"Expected `path` to be a path, but got {path!r}.")
+        raise UserTypeError(f"Expected `{name}` to be a path, but got {path!r}.")
     path = Path(path)
-    if "\0" in str(path) or not path.is_file():
-        raise UserValueError(f"Expected `path` to be an existing file, but got '{path}'.")
+    if "\0" in str(path) or not is_there(path):
+        raise UserValueError(f"Expected `{name}` to be an existing {what}, but got {str(path)!r}.")
     return path
 
 
@@ -118,6 +127,8 @@ def as_tensor(key: str, array: Tensor | np.ndarray) -> Tensor:
         raise UserTypeError(
             f"Expected `{key}` to be a torch.Tensor or a numpy.ndarray, but got {type(array).__name__}."
         )
+    if array.layout != torch.strided or array.is_quantized or array.is_meta or array.is_nested:
+        raise UserTypeError(f"Expected `{key}` to be a dense tensor that holds its numbers, but got another kind.")
     if array.is_complex():
         raise UserTypeError(f"Expected `{key}` to hold real numbers, but got dtype {array.dtype}.")
     return array.detach().cpu()
@@ -188,8 +199,13 @@ def _open(path: Path) -> np.lib.npyio.NpzFile:
 def _check_size(archive: np.lib.npyio.NpzFile, keys: Iterable[str], path: Path) -> None:
     """Refuse an archive that says it is larger than memory; a member is never read beyond the size that it says."""
     assert archive.zip is not None
-    sizes = {member.filename.removesuffix(".npy"): member.file_size for member in archive.zip.infolist()}
-    size, memory = sum(sizes.get(key, 0) for key in keys), _memory()
+    members = [(member.filename.removesuffix(".npy"), member.file_size) for member in archive.zip.infolist()]
+    names = [name for name, _ in members]
+    for key in keys:
+        # numpy reads `x` itself where there is `x` beside `x.npy`, and the last of two members of one name.
+        if names.count(key) > 1:
+            raise UserValueError(f"Expected '{path}' to hold one `{key}`, but it holds {names.count(key)}.")
+    size, memory = sum(size for name, size in members if name in keys), _memory()
     if size > memory:
         raise UserValueError(
             f"Expected '{path}' to fit into memory, {memory:,} bytes, but its arrays say that they take {size:,}."
@@ -211,7 +227,7 @@ def _read_array(archive: np.lib.npyio.NpzFile, key: str, path: Path) -> np.ndarr
         ) from None
     except _DAMAGED as error:
         raise UserValueError(f"Expected `{key}` in '{path}' to be readable, but it is damaged: {error}.") from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         # numpy has no narrower type for a pickled array, nor for a header that it cannot parse.
         raise UserValueError(
             f"Expected `{key}` in '{path}' to be an array of numbers, but it cannot be read as one: {error}"

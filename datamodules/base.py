@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from glai_lightning.checks import UserValueError, expect_integer
+from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
 from glai_lightning.datamodules.arrays import Standardisation, check_arrays, existing_file, read_archive
 from glai_lightning.datamodules.loader import BatchLoader, SeededBatchSampler, fit_progress
 from glai_lightning.datamodules.splits import check_fractions, split_samples
@@ -187,6 +187,21 @@ class SampleDataModule(BaseDataModule):
             num_shards=sharding.get("num_replicas", 1),
         )
         return {"sampler": sampler, "rows_per_batch": self.batch_size, "num_workers": self.num_workers}
+
+
+def expect_callable(name: str, value: object) -> None:
+    """Raise ``TypeError`` unless an argument can be called, or is ``None``."""
+    if value is not None and not callable(value):
+        raise UserTypeError(f"Expected `{name}` to be a function or another callable, but got {value!r}.")
+
+
+def expect_dataset(value: Any) -> None:
+    """Raise ``TypeError`` unless `dataset` is a map-style dataset, or ``None``."""
+    indexed = hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, Mapping | type)
+    if value is not None and not indexed:
+        raise UserTypeError(
+            f"Expected `dataset` to be a map-style dataset, with a length and numbered samples, but got {value!r}."
+        )
 
 
 def expect_one(**sources: object) -> str:

@@ -19,11 +19,13 @@ from glai_lightning.datamodules.arrays import (
     require_keys,
     selectable,
 )
-from glai_lightning.datamodules.base import BaseDataModule, Splits, array_reader, expect_one
+from glai_lightning.datamodules.base import BaseDataModule, Splits, array_reader, expect_dataset, expect_one
 from glai_lightning.datamodules.loader import EpisodeSampler
 from glai_lightning.datamodules.splits import SPLITS, check_classes, check_disjoint, split_classes
 from glai_lightning.datamodules.tasksets import NumberedEpisodes, TasksetEpisodes, check_class_sizes
 
+#: More than any data holds, and few enough for 64-bit counters of the episodes of a long fit.
+_MOST = 2**31
 _SPLIT_KEYS = tuple(f"{name}_{split}" for split in SPLITS for name in ("x", "y"))
 
 
@@ -97,6 +99,9 @@ class EpisodesDataModule(BaseDataModule):
         expect_integer("ways", ways, least=2)
         if classes is not None:
             check_classes(classes)
+        expect_dataset(dataset)
+        if groups is not None and not isinstance(groups, str):
+            raise UserTypeError(f"Expected `groups` to be the key of an array, but got {groups!r}.")
         if groups is not None and dataset is not None:
             raise UserValueError(
                 "Expected `groups` to come with `path` or `arrays`, which hold them, but got a `dataset`."
@@ -173,6 +178,8 @@ class EpisodesDataModule(BaseDataModule):
         sizes = {"shots": shots, "queries": queries, "train_episodes": train_episodes, "eval_episodes": eval_episodes}
         for name, size in sizes.items():
             expect_integer(name, size, least=1)
+            if size > _MOST:
+                raise UserValueError(f"Expected `{name}` to be at most {_MOST:,}, but got {size}.")
         self.shots, self.queries = shots, queries
         self.train_episodes, self.eval_episodes = train_episodes, eval_episodes
 
@@ -192,7 +199,8 @@ class EpisodesDataModule(BaseDataModule):
             groups = None
             if self.groups is not None:
                 require_keys(arrays, (self.groups,), self._source)
-                groups = np.asarray(arrays[self.groups])
+                groups = arrays[self.groups]
+                groups = np.asarray(as_tensor(self.groups, groups) if isinstance(groups, Tensor) else groups)
             rows = split_classes(labels, self.classes, groups=groups, seed=self.seed)
         sizes: dict[str, Any] = {"ways": self.ways, "shots": self.shots, "queries": self.queries}
         for split in SPLITS:
@@ -208,11 +216,6 @@ class EpisodesDataModule(BaseDataModule):
 
 
 def _read_dataset(dataset: Any) -> dict[str, Tensor]:
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise UserTypeError(
-            f"Expected `dataset` to be a map-style dataset, with a length and indexable, "
-            f"but got {type(dataset).__name__}."
-        )
     pairs = [dataset[index] for index in range(len(dataset))]
     for index, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(pair) < 2 or not isinstance(pair[0], Tensor):

@@ -5,15 +5,14 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from glai_lightning.checks import UserValueError, expect_choice
-from glai_lightning.datamodules.arrays import listed
-from glai_lightning.datamodules.base import SampleDataModule, Splits
+from glai_lightning.datamodules.arrays import existing_folder, listed
+from glai_lightning.datamodules.base import SampleDataModule, Splits, expect_callable
 from glai_lightning.datamodules.splits import SPLITS
 from glai_lightning.datamodules.views import AugmentedViews
 from glai_lightning.optional import import_optional
@@ -66,11 +65,11 @@ class ImageFolderDataModule(SampleDataModule):
             num_workers=num_workers,
         )
         expect_choice("on_error", on_error, ("raise", "skip"))
-        for folder, what in ((Path(root), "an existing folder"), (Path(root, "train"), "a folder that holds 'train'")):
-            if not folder.is_dir():
-                raise UserValueError(f"Expected `root` to be {what}, but got '{root}'.")
+        expect_callable("transform", transform)
+        self.root = existing_folder("root", root)
+        if not (self.root / "train").is_dir():
+            raise UserValueError(f"Expected `root` to be a folder that holds 'train', but got '{root}'.")
         _imported("torchvision.datasets")
-        self.root = Path(root)
         self.transform = transform
         self.on_error = on_error
 

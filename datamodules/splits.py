@@ -62,7 +62,7 @@ def check_classes(classes: Mapping[str, Any]) -> None:
     numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in classes.values()]
     lists = [isinstance(value, Sequence | set | range) and not isinstance(value, str) for value in classes.values()]
     if all(numbers):
-        if min(classes.values()) <= 0 or abs(sum(classes.values()) - 1) > 1e-6:
+        if not (min(classes.values()) > 0 and abs(sum(classes.values()) - 1) <= 1e-6):
             raise UserValueError(
                 f"Expected the fractions in `classes` to be above 0 and to add up to 1, but got {classes}."
             )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glai_lightning.checks import UserValueError
+from glai_lightning.checks import UserTypeError, UserValueError
 from glai_lightning.datamodules.arrays import existing_file, listed
 from glai_lightning.datamodules.base import SampleDataModule, Splits
 
@@ -77,6 +77,9 @@ class TextsDataModule(SampleDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
         self.path = existing_file(path)
+        for name, column in (("text_column", text_column), ("label_column", label_column)):
+            if not isinstance(column, str):
+                raise UserTypeError(f"Expected `{name}` to be the name of a column, but got {column!r}.")
         self.text_column = text_column
         self.label_column = label_column
 

@@ -14,7 +14,14 @@ from torch.utils.data import Dataset
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
 from glai_lightning.datamodules.arrays import Standardisation, as_tensor, check_finite
-from glai_lightning.datamodules.base import SampleDataModule, Splits, array_reader, expect_one
+from glai_lightning.datamodules.base import (
+    SampleDataModule,
+    Splits,
+    array_reader,
+    expect_callable,
+    expect_dataset,
+    expect_one,
+)
 from glai_lightning.datamodules.loader import EqualBatchSampler
 from glai_lightning.datamodules.tasksets import seed_generators
 from glai_lightning.heads.frozen import GLAIHead
@@ -101,6 +108,8 @@ class ViewsDataModule(SampleDataModule):
                 "Expected `transform` to come with a `dataset`, and a `dataset` with a `transform` that makes its "
                 f"views, but got {'no' if transform is None else 'a'} transform with `{source}`."
             )
+        expect_dataset(dataset)
+        expect_callable("transform", transform)
         expect_integer("num_views", num_views, least=2)
         if dataset is None:
             self._read_arrays = array_reader(path, arrays, required=("views",), optional=("y",))

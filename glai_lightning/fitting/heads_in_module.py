@@ -109,7 +109,7 @@ def _match(pl_module: nn.Module, given: str, argument: str) -> list[str]:
 
 
 def find_head(pl_module: nn.Module, head_name: str) -> nn.Module:
-    """Return the module at a qualified name, which must be there under that name only.
+    """Return the module at a qualified name, whose parameters must be there under that name only.
 
     Args:
         pl_module: the LightningModule.
@@ -117,7 +117,7 @@ def find_head(pl_module: nn.Module, head_name: str) -> nn.Module:
 
     Raises:
         MisconfigurationException: if there is no such module (the message names those that can be used), if it is
-            wrapped by ``torch.compile``, or if the module, a layer or a parameter of it has a second name.
+            wrapped by ``torch.compile``, or if a parameter of it has a second name, there or elsewhere.
     """
     named: dict[str, nn.Module] = dict(pl_module.named_modules(remove_duplicate=False))
     head = named.get(head_name)
@@ -131,22 +131,15 @@ def find_head(pl_module: nn.Module, head_name: str) -> nn.Module:
             f"Expected the head at {head_name!r} to be a plain module, but got one wrapped by `torch.compile(head)`. "
             f"Call `head.compile()` instead, which compiles in place."
         )
-    inside = {
-        id(child): f"{head_name}.{name}" if name else head_name
-        for name, child in head.named_modules()
-        if any(True for _ in child.parameters())
-    }
-    for name, child in named.items():
-        if id(child) in inside and not _lies_in(name, head_name):
+    names: dict[int, str] = {}
+    for name, parameter in pl_module.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if first != name and any(one.startswith(f"{head_name}.") for one in (first, name)):
             raise UserMisconfigurationError(
-                f"Expected the head to be registered under one name, but got {inside[id(child)]!r} "
+                f"Expected every parameter of the head at {head_name!r} to have one name, but got {first!r} "
                 f"under {name!r} as well, where it would be frozen too."
             )
     return head
-
-
-def _lies_in(name: str, head_name: str) -> bool:
-    return name == head_name or name.startswith(f"{head_name}.")
 
 
 def list_heads(pl_module: nn.Module) -> list[str]:
@@ -168,9 +161,16 @@ def why_no_head(module: nn.Module) -> str | None:
 def name_heads(pl_module: nn.Module) -> str:
     """Name, in a sentence, the modules that can be used as a head; if there are none, the closest and what it lacks."""
     heads = list_heads(pl_module)
+    # A wrapper and the head in it are one and the same, and the forward of the head is called in any case.
+    linears = {name: _linears(pl_module.get_submodule(name)) for name in heads}
+    heads = [
+        name
+        for name in heads
+        if not any(name != i and linears[i] == linears[name] and i.startswith(f"{name}.") for i in heads)
+    ]
     if heads:
         return f"Modules that can be used as a head: {heads}."
-    candidates = [(name, module) for name, module in pl_module.named_modules() if name and _count_linears(module) > 1]
+    candidates = [(name, module) for name, module in pl_module.named_modules() if name and len(_linears(module)) > 1]
     if not candidates:
         return "No module of it holds two Linear layers, and so none can be used as a head."
     # The innermost of the last: heads stand at the end.
@@ -178,5 +178,5 @@ def name_heads(pl_module: nn.Module) -> str:
     return f"No module of it can be used as a head. The closest is {name!r}: {why_no_head(module)}"
 
 
-def _count_linears(module: nn.Module) -> int:
-    return sum(isinstance(child, nn.Linear) for child in module.modules())
+def _linears(module: nn.Module) -> list[int]:
+    return [id(child) for child in module.modules() if isinstance(child, nn.Linear)]

@@ -1,7 +1,6 @@
 """Solving for the path weights of a head that was just frozen, in the middle of a fit."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -301,7 +300,7 @@ def _batches_to_read(trainer: Any) -> float:
 
 
 def _solver_for(solver: Solver, reader: StepReader, first: HeadBatch) -> Solver:
-    """Return the solver for the very loss that was read: with its label smoothing.
+    """Return the solver for the very loss that was read.
 
     Raises:
         MisconfigurationException: if the solver is for another loss.
@@ -311,11 +310,17 @@ def _solver_for(solver: Solver, reader: StepReader, first: HeadBatch) -> Solver:
             "Expected `solver` to be a `RidgeSolver` for a module that minimises a squared error, but got "
             "`LogisticSolver`."
         )
-    if first.weights is not None and "sample_weights" not in inspect.signature(solver.solve).parameters:
+    if first.weights is not None and isinstance(solver, RidgeSolver):
         raise UserMisconfigurationError(
-            f"Expected a loss in which all samples count the same with a `{type(solver).__name__}`, but got weights "
-            "that differ, of classes or of samples."
+            "Expected a loss in which all samples count the same with a `RidgeSolver`, but got weights that differ, of "
+            "classes or of samples."
         )
-    if isinstance(solver, LogisticSolver) and reader.label_smoothing:
-        return dataclasses.replace(solver, label_smoothing=reader.label_smoothing)
+    if isinstance(solver, LogisticSolver) and reader.kind is not None:
+        several = reader.kind == "binary_cross_entropy" and layout_of(reader.module).output.out_features > 1
+        return dataclasses.replace(
+            solver,
+            loss="binary_cross_entropy" if several else "cross_entropy",
+            label_smoothing=reader.label_smoothing or solver.label_smoothing,
+            class_weights=None if first.weights is not None else solver.class_weights,
+        )
     return solver

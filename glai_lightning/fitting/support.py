@@ -15,6 +15,8 @@ _WORKING_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 _OTHER_STRATEGIES = ("DeepSpeed", "FSDP", "XLA", "HPU", "Bagua", "ColossalAI")
 _COPYING_CALLBACKS = ("WeightAveraging", "StochasticWeightAveraging")
 _NAMING_CALLBACKS = ("BaseFinetuning",)
+_MASKING_CALLBACKS = ("ModelPruning",)
+_MATRIX_OPTIMIZERS = ("Muon",)
 
 
 def check_trainer(trainer: Any, pl_module: Any) -> None:
@@ -22,7 +24,7 @@ def check_trainer(trainer: Any, pl_module: Any) -> None:
 
     Raises:
         MisconfigurationException: for manual optimization, for a strategy that shards parameters or restores them after
-            wrapping, and for callbacks that keep a copy of the weights.
+            wrapping, and for callbacks that keep a copy of the weights or put masks on them.
     """
     if not pl_module.automatic_optimization:
         raise UserMisconfigurationError(
@@ -46,6 +48,11 @@ def check_trainer(trainer: Any, pl_module: Any) -> None:
             raise UserMisconfigurationError(
                 f"Expected no callback that averages weights beside the structure freeze, but got "
                 f"`{type(callback).__name__}`: its copy of the head would keep the old structure."
+            )
+        if any(name in _MASKING_CALLBACKS for name in _class_names(callback)):
+            raise UserMisconfigurationError(
+                "Expected no callback that prunes weights beside the structure freeze, but got "
+                f"`{type(callback).__name__}`: a masked weight is computed from others, and cannot be frozen."
             )
 
 
@@ -85,18 +92,23 @@ def check_launcher(trainer: Any, slot: HeadSlot, paths: str) -> None:
         )
 
 
-def check_optimizers(trainer: Any, slot: HeadSlot) -> None:
+def check_optimizers(trainer: Any, slot: HeadSlot, paths: str) -> None:
     """Check that an optimizer trains what goes on being trained once the head is frozen.
 
     Raises:
-        MisconfigurationException: if none holds a parameter of its last Linear, or of the paths in the place of it, or
-            if one shares its state out among processes.
+        MisconfigurationException: if none holds a parameter of its last Linear, or of the paths in the place of it, if
+            one shares its state out among processes, or cannot train path weights.
     """
     for optimizer in trainer.optimizers:
         if "ZeroRedundancyOptimizer" in _class_names(optimizer):
             raise UserMisconfigurationError(
                 "Expected optimizers that hold the state of all parameters in every process, but got "
                 f"`{type(optimizer).__name__}`, which cannot follow a head that is frozen in the middle of a fit."
+            )
+        if paths == "independent" and any(name in _MATRIX_OPTIMIZERS for name in _class_names(optimizer)):
+            raise UserMisconfigurationError(
+                "Expected optimizers for parameters of any shape with `paths='independent'`, but got "
+                f"`{type(optimizer).__name__}`, which is for matrices, and path weights have three dimensions."
             )
     output = layout_of(slot.module).output
     if not any(trains_any(optimizer, output) for optimizer in trainer.optimizers):

@@ -144,7 +144,7 @@ def check_fits(
         own = _head_shapes(head, _read_paths(head, name, state_dict))
         shapes = {key: shape for key, shape in shapes.items() if not key.startswith(prefix)}
         shapes |= {prefix + key: shape for key, shape in own.items()}
-    _check_shapes(type(module).__name__, state_dict, shapes, strict=strict)
+    _check_shapes(f"a `{type(module).__name__}` like this one", state_dict, shapes, strict=strict)
 
 
 def check_head_fits(head: nn.Module, name: str, state_dict: Mapping[str, Any]) -> FreezeMetadata | None:
@@ -163,7 +163,7 @@ def check_head_fits(head: nn.Module, name: str, state_dict: Mapping[str, Any]) -
     """
     paths = _read_paths(head, name, state_dict)
     part = {key.removeprefix(f"{name}."): value for key, value in state_dict.items() if key.startswith(f"{name}.")}
-    _check_shapes(type(head).__name__, part, _head_shapes(head, paths), strict=paths is not None)
+    _check_shapes(f"a head like that at '{name}'", part, _head_shapes(head, paths), strict=paths is not None)
     return read_freeze(state_dict, name)
 
 
@@ -177,7 +177,7 @@ def _read_paths(head: nn.Module, name: str, state_dict: Mapping[str, Any]) -> Pa
     return None if freeze is None else freeze.paths
 
 
-def _check_shapes(kind: str, state_dict: Mapping[str, Any], shapes: Shapes, *, strict: bool) -> None:
+def _check_shapes(what: str, state_dict: Mapping[str, Any], shapes: Shapes, *, strict: bool) -> None:
     extra = [key for key in state_dict if key not in shapes and not key.endswith("_extra_state")]
     wrong = [f"it lacks `{key}`" for key in shapes if key not in state_dict] if strict else []
     wrong += [f"it also holds `{key}`" for key in extra] if strict else []
@@ -187,7 +187,8 @@ def _check_shapes(kind: str, state_dict: Mapping[str, Any], shapes: Shapes, *, s
         if key in state_dict and not (isinstance(state_dict[key], Tensor) and state_dict[key].shape == shape)
     ]
     if wrong:
-        raise StateDictError(f"Expected the state dict of a `{kind}` like this one, but {', and '.join(wrong)}.")
+        more = [f"there are {len(wrong) - 4} more such entries"] if len(wrong) > 4 else []
+        raise StateDictError(f"Expected the state dict of {what}, but {', and '.join(wrong[:4] + more)}.")
 
 
 def _head_shapes(head: nn.Module, paths: Paths | None) -> Shapes:

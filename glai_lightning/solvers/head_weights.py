@@ -5,20 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.checks import UserTypeError, UserValueError
 from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.heads.patterns import layout_of
 from glai_lightning.heads.record import record_of
-from glai_lightning.solvers.feature_batches import Batches, FeatureBatches, as_batches
+from glai_lightning.solvers.feature_batches import Batches, Data, FeatureBatches, as_batches, as_tensors
 from glai_lightning.solvers.processes import Processes
 from glai_lightning.solvers.report import LinearSolution, SolveReport
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-#: Inputs and targets of a head: a pair of tensors, or a re-iterable of batches of such pairs.
-HeadData = tuple[Tensor, Tensor] | Batches
 
 
 def solve_head(
@@ -26,8 +24,9 @@ def solve_head(
     head: GLAIHead,
     inputs: Tensor | Batches,
     targets: Tensor | None,
+    sample_weights: Tensor | None,
     *,
-    validation: HeadData | None,
+    validation: Data | None,
     group: "ProcessGroup | None",
 ) -> SolveReport:
     """Solve for a head's path weights and set them in place; after an error the head is as it was.
@@ -38,13 +37,14 @@ def solve_head(
         inputs: (N, D), or a re-iterable of (inputs, targets) batches: then path activations are computed anew in every
             pass, and never held all at once.
         targets: of N samples, or ``None`` where ``inputs`` yields them.
-        validation: (inputs, targets), or batches of them.
+        sample_weights: (N,), or ``None``.
+        validation: tensors (inputs, targets) or (inputs, targets, weights), or batches of them.
         group: the processes of ``torch.distributed`` that share the data.
     """
     path_weights = LinearPathWeights(head)
     with Processes(group, path_weights.device).failing_together():
-        features = path_weights.features(inputs, targets)
-        held_out = path_weights.validation_features(validation)
+        features = path_weights.features(inputs, targets, sample_weights)
+        held_out = None if validation is None else path_weights.features(*as_tensors(validation))
     solution = solve_features(
         features, weight=path_weights.weight(), bias=path_weights.bias, validation=held_out, group=group
     )
@@ -60,7 +60,7 @@ class LinearPathWeights:
 
     Raises:
         TypeError: if ``head`` is not a ``GLAIHead``.
-        ValueError: if its paths are 'tangent', or a module follows them.
+        ValueError: if its paths are 'tangent', or a module follows them that does something in eval mode.
     """
 
     def __init__(self, head: GLAIHead) -> None:
@@ -69,8 +69,9 @@ class LinearPathWeights:
                 f"Expected the head to be a `GLAIHead`, but got `{type(head).__name__}`: freeze it first."
             )
         layout, kind = layout_of(head), record_of(head).paths
-        if layout.trailing:
-            names = ", ".join(type(module).__name__ for module in layout.trailing)
+        acting = [module for module in layout.trailing if not isinstance(module, _DropoutNd)]
+        if acting:
+            names = ", ".join(type(module).__name__ for module in acting)
             raise UserValueError(f"Expected no module after the head's last Linear to solve for it, but got {names}.")
         self._head = head
         self._parameters: list[Tensor]
@@ -104,20 +105,14 @@ class LinearPathWeights:
             if self.bias is not None and solution.bias is not None:
                 self.bias.copy_(solution.bias)
 
-    def features(self, inputs: Tensor | Batches, targets: Tensor | None) -> FeatureBatches:
+    def features(
+        self, inputs: Tensor | Batches, targets: Tensor | None, sample_weights: Tensor | None
+    ) -> FeatureBatches:
         """Return path activations and targets: computed once for a tensor of inputs, in every pass for batches."""
-        read = FeatureBatches(inputs, targets, transform=self._activations)
+        read = FeatureBatches(inputs, targets, sample_weights, transform=self._activations)
         if isinstance(inputs, Tensor):
-            return as_batches(self._activations(inputs), targets, outputs=len(self._parameters[0]))
+            return as_batches(self._activations(inputs), targets, sample_weights, outputs=len(self._parameters[0]))
         return read
-
-    def validation_features(self, validation: HeadData | None) -> FeatureBatches | None:
-        """Return path activations and targets of validation data, if there is any."""
-        if validation is None:
-            return None
-        if isinstance(validation, tuple) and len(validation) == 2 and isinstance(validation[0], Tensor):
-            return self.features(validation[0], validation[1])
-        return self.features(validation, None)
 
     def _activations(self, inputs: Tensor) -> Tensor:
         layout = layout_of(self._head)

@@ -7,19 +7,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from glai_lightning.checks import UserTypeError, UserValueError, expect_number
+from glai_lightning.checks import UserTypeError, UserValueError
 from glai_lightning.heads.frozen import GLAIHead
-from glai_lightning.solvers.feature_batches import Batches, FeatureBatches, as_batches, held_out_batches
-from glai_lightning.solvers.head_weights import HeadData, solve_head
+from glai_lightning.solvers.feature_batches import (
+    Batches,
+    Data,
+    FeatureBatches,
+    as_batches,
+    held_out_batches,
+)
+from glai_lightning.solvers.head_weights import solve_head
 from glai_lightning.solvers.moments import Moments
 from glai_lightning.solvers.processes import Processes
-from glai_lightning.solvers.report import LinearSolution, SolveReport, check_linear
+from glai_lightning.solvers.report import LinearSolution, SolveReport, check_linear, check_strengths
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 #: Strengths of the penalty to choose from, relative to the mean variance of the features.
-RELATIVE_GRID = tuple(10.0 ** (exponent / 2.0) for exponent in range(-12, 5))
+RELATIVE_GRID = tuple(10.0 ** (exponent / 2.0) for exponent in range(4, -13, -1))
 
 MIXED_TARGETS = "Expected all targets to be class labels (integers) or all to be numbers (floating), but got both."
 
@@ -79,13 +85,13 @@ class RidgeTargets:
             return (2.0 * labels - 1.0).double().unsqueeze(1)
         return torch.nn.functional.one_hot(labels, classes).double()
 
-    def score(self, outputs: Tensor, encoded: Tensor) -> Tensor:
-        """Return the summed scores of outputs (G, n, C): correct classes, or minus squared errors; (G,)."""
+    def scores(self, outputs: Tensor, encoded: Tensor) -> Tensor:
+        """Return the summed scores of outputs (G, n, C): correct classes (G, 1), or minus squared errors (G, C)."""
         if not self.classification:
-            return -(outputs - encoded).square().sum((1, 2)) / self.outputs
+            return -(outputs - encoded).square().sum(1)
         if self.outputs == 1:
-            return ((outputs > 0.0) == (encoded > 0.0)).double().sum((1, 2))
-        return (outputs.argmax(2) == encoded.argmax(1)).double().sum(1)
+            return ((outputs > 0.0) == (encoded > 0.0)).double().sum(1)
+        return (outputs.argmax(2) == encoded.argmax(1)).double().sum(1, keepdim=True)
 
 
 class RidgePath:
@@ -115,11 +121,10 @@ class RidgePath:
         inverse = 1.0 / (self.eigenvalues + l2.unsqueeze(1))
         return torch.where(self._kept, inverse, 0.0)
 
-    def weight(self, l2: float) -> Tensor:
-        """Return the weights (C, F) for one strength."""
-        shrinkage = self.shrinkage(torch.tensor([l2], dtype=torch.float64, device=self.eigenvalues.device))
-        weight: Tensor = self.vectors @ (shrinkage.t() * self.rotated)
-        return weight.t()
+    def weight(self, l2: Tensor) -> Tensor:
+        """Return the weights (C, F) for a strength of each output, (C,)."""
+        weight: Tensor = (self.shrinkage(l2) * self.rotated.t()) @ self.vectors.t()
+        return weight
 
     def bias(self, weight: Tensor) -> Tensor:
         """Return the bias (C,) that goes with weights (C, F)."""
@@ -170,8 +175,7 @@ class RidgeSolver:
     l2: float | list[float] | None = None
 
     def __post_init__(self) -> None:
-        if self.l2 is not None:
-            _strengths(self.l2)
+        check_strengths(self.l2)
 
     def solve(
         self,
@@ -179,7 +183,7 @@ class RidgeSolver:
         inputs: Tensor | Batches,
         targets: Tensor | None = None,
         *,
-        validation: HeadData | None = None,
+        validation: Data | None = None,
         group: "ProcessGroup | None" = None,
     ) -> SolveReport:
         """Set the path weights of a head in place.
@@ -202,7 +206,7 @@ class RidgeSolver:
                 ``solve_features``. The head is then as it was.
             RuntimeError: if another process of the group raised an error.
         """
-        return solve_head(self.solve_features, head, inputs, targets, validation=validation, group=group)
+        return solve_head(self.solve_features, head, inputs, targets, None, validation=validation, group=group)
 
     def solve_features(
         self,
@@ -211,7 +215,7 @@ class RidgeSolver:
         *,
         weight: Tensor,
         bias: Tensor | None = None,
-        validation: tuple[Tensor, Tensor] | Batches | FeatureBatches | None = None,
+        validation: Data | FeatureBatches | None = None,
         group: "ProcessGroup | None" = None,
     ) -> LinearSolution:
         """Fit a linear model over fixed features.
@@ -247,31 +251,30 @@ class RidgeSolver:
         began = time.perf_counter()
         processes = Processes(group, weight.device)
         with processes.failing_together():
-            strengths = None if self.l2 is None else _strengths(self.l2)
             check_linear(weight, bias)
-            batches = as_batches(features, targets, outputs=len(weight))
+            batches = as_batches(features, targets, None, outputs=len(weight))
             held_out = held_out_batches(validation, outputs=len(weight))
         moments, code = _moments(batches, weight, has_bias=bias is not None, processes=processes)
         path = RidgePath(moments)
+        strengths = check_strengths(self.l2)
         if strengths is None:
-            spread = float(path.eigenvalues.clamp(min=0.0).mean())
-            strengths = [relative * spread for relative in RELATIVE_GRID] if spread > 0.0 else [1.0]
-        candidates = torch.tensor(sorted(strengths, reverse=True), dtype=torch.float64, device=path.eigenvalues.device)
+            spread = float(path.eigenvalues.clamp(min=0.0).mean()) or 1.0
+            strengths = [relative * spread for relative in RELATIVE_GRID]
+        candidates = torch.tensor(strengths, dtype=torch.float64, device=path.eigenvalues.device)
         start_weight = weight.detach().double()
         start_bias = None if bias is None else bias.detach().double()
-        passes, score, start_score, best = 1, None, None, 0
+        passes, start_score, scores = 1, None, None
         if held_out is not None:
             scores, start_score = _validation_scores(
                 path, code, held_out, candidates, start_weight, start_bias, processes
             )
-            best = int(scores.argmax())
-            score = float(scores[best])
         elif len(candidates) > 1:
             scores = _leave_one_out_scores(path, code, batches, candidates, processes)
             passes += 1
-            best = int(scores.argmax())
-            score = float(scores[best])
-        chosen = float(candidates[best])
+        # Of equal scores the first, for the strongest penalty.
+        best = torch.zeros(1, dtype=torch.int64) if scores is None else scores.argmax(0)
+        chosen = candidates[best].expand(len(weight))
+        score = None if start_score is None or scores is None else float(scores.amax(0).mean())
         kept = start_score is not None and score is not None and score <= start_score
         found_weight = start_weight if kept else path.weight(chosen)
         found_bias = start_bias if kept or start_bias is None else path.bias(found_weight)
@@ -281,6 +284,7 @@ class RidgeSolver:
             found_bias = processes.from_first(found_bias.contiguous())
         loss, gradient_norm = _penalised(moments, found_weight, found_bias, chosen)
         start_loss, start_gradient_norm = _penalised(moments, start_weight, start_bias, chosen)
+        by_strength = [None] * len(strengths) if scores is None else scores.mean(1).tolist()
         return LinearSolution(
             weight=found_weight.to(weight, copy=True),
             bias=None if bias is None or found_bias is None else found_bias.to(bias, copy=True),
@@ -291,7 +295,9 @@ class RidgeSolver:
                 start_gradient_norm=start_gradient_norm,
                 score=start_score if kept else score,
                 start_score=start_score,
-                l2=chosen,
+                l2=float(chosen.mean()),
+                tried=tuple(zip(strengths, by_strength, strict=True)),
+                method="closed_form",
                 steps=1,
                 best_step=0 if kept else 1,
                 passes=passes,
@@ -301,21 +307,14 @@ class RidgeSolver:
         )
 
 
-def _strengths(l2: float | list[float]) -> list[float]:
-    strengths = l2 if isinstance(l2, list | tuple) else [l2]
-    if not strengths:
-        raise UserValueError("Expected `l2` to be a number or several, but got none.")
-    for strength in strengths:
-        expect_number("l2", strength, low=0.0)
-    return [float(strength) for strength in strengths]
-
-
 def _moments(
     batches: FeatureBatches, weight: Tensor, *, has_bias: bool, processes: Processes
 ) -> tuple[Moments, RidgeTargets]:
     moments, code = Moments(weight.shape[1], len(weight), has_bias=has_bias, device=weight.device), None
     with processes.failing_together():
-        for features, targets in batches:
+        for features, targets, sample_weights in batches:
+            if sample_weights is not None:
+                raise UserValueError("Expected no weights of samples for `RidgeSolver`, but got some.")
             if code is None:
                 code = RidgeTargets.of(targets, len(weight))
             moments.add(*_doubled(features, targets, code, weight))
@@ -346,14 +345,14 @@ def _doubled(features: Tensor, targets: Tensor, code: RidgeTargets, weight: Tens
 def _leave_one_out_scores(
     path: RidgePath, code: RidgeTargets, batches: FeatureBatches, l2: Tensor, processes: Processes
 ) -> Tensor:
-    total = torch.zeros_like(l2)
+    total = _no_scores(code, l2)
     with processes.failing_together():
-        for features, targets in batches:
+        for features, targets, _ in batches:
             doubled, encoded = _doubled(features, targets, code, path.rotated.t())
             outputs, leverages = path.outputs(doubled, l2)
             # A leverage of 1 leaves nothing to predict the sample from.
             errors = (encoded - outputs) / (1.0 - leverages).clamp(min=1e-8).unsqueeze(2)
-            total += code.score(encoded - errors, encoded)
+            total += code.scores(encoded - errors, encoded)
     return processes.sum(total) / path.samples
 
 
@@ -366,15 +365,15 @@ def _validation_scores(
     start_bias: Tensor | None,
     processes: Processes,
 ) -> tuple[Tensor, float]:
-    total, own_start_total, own_samples = torch.zeros_like(l2), 0.0, 0
+    total, own_start_total, own_samples = _no_scores(code, l2), 0.0, 0
     with processes.failing_together():
-        for features, targets in held_out:
+        for features, targets, _ in held_out:
             doubled, encoded = _doubled(features, targets, code, start_weight)
             if not bool(doubled.isfinite().all()):
                 raise UserValueError("Expected validation features to be finite, but got NaN or infinity.")
-            total += code.score(path.outputs(doubled, l2)[0], encoded)
+            total += code.scores(path.outputs(doubled, l2)[0], encoded)
             at_start = doubled @ start_weight.t() if start_bias is None else doubled @ start_weight.t() + start_bias
-            own_start_total += float(code.score(at_start.unsqueeze(0), encoded))
+            own_start_total += float(code.scores(at_start.unsqueeze(0), encoded).mean())
             own_samples += len(encoded)
     processes.sum(total)
     start_total, samples = processes.sum_numbers(own_start_total, own_samples)
@@ -383,7 +382,11 @@ def _validation_scores(
     return total / samples, start_total / samples
 
 
-def _penalised(moments: Moments, weight: Tensor, bias: Tensor | None, l2: float) -> tuple[float, float]:
+def _no_scores(code: RidgeTargets, l2: Tensor) -> Tensor:
+    return l2.new_zeros(len(l2), 1 if code.classification else code.outputs)
+
+
+def _penalised(moments: Moments, weight: Tensor, bias: Tensor | None, l2: Tensor) -> tuple[float, float]:
     loss, gradient = moments.half_squared_error(weight, bias)
-    gradient[:, : weight.shape[1]] += l2 * weight
-    return loss + 0.5 * l2 * float(weight.square().sum()), float(gradient.norm())
+    gradient[:, : weight.shape[1]] += l2.unsqueeze(1) * weight
+    return loss + 0.5 * float(l2 @ weight.square().sum(1)), float(gradient.norm())

@@ -127,7 +127,7 @@ class DistributedFit:
             freeze_at_epoch=self.freeze_at_epoch,
             check_every_n_steps=self.check_every_n_steps,
             probe_size=self.samples,
-            solver=LogisticSolver(center="zero", l2=1e-2, max_passes=8) if self.solver else None,
+            solver=LogisticSolver(l2=1e-2, max_passes=8) if self.solver else None,
         )
         callbacks = [freeze, StructureRevert("worse", mode="min", patience=1)] if self.revert else [freeze]
         inputs, targets = make_data(self.samples + 51)

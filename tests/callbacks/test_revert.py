@@ -292,14 +292,14 @@ def test_a_freeze_forced_at_step_one_ends_as_good_as_without_it(paths, make_opti
     assert revert.reverts["head"] == 1
 
 
-def test_a_validation_before_the_first_step_after_a_freeze_is_the_score_at_the_freeze():
+def test_a_validation_before_the_first_step_after_a_freeze_says_nothing():
     # Validation and check both follow step 2, at which nothing has been trained frozen.
     class Counts(Scripted):
         validations = 0
 
         def validation_step(self, batch, batch_idx):
-            scores = [0.1, 0.9, 0.5, 0.5]
-            self.log("score", scores[min(Counts.validations, 3)], batch_size=1)
+            scores = [0.9, 0.1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+            self.log("score", scores[min(Counts.validations, 7)], batch_size=1)
             Counts.validations += 1
 
     callback = freezing(
@@ -313,9 +313,44 @@ def test_a_validation_before_the_first_step_after_a_freeze_is_the_score_at_the_f
 
     trainer = make_trainer(callback, judging(), Steps(), max_epochs=1, val_check_interval=1, num_sanity_val_steps=0)
     trainer.fit(Counts(), make_loader(batch_size=16), make_loader(160, 160))
-    # Frozen after step 2 at a score of 0.9; worse after steps 3 and 4; back after step 5. It waits for two validations,
-    # freezes again at a score of 0.5, and stays.
+    # Frozen after step 2, at a score of 0.9 after step 1; worse after steps 3 and 4, and back. It waits for two
+    # validations, freezes again at a score of 0.5, and stays.
     assert steps == [False, True, True, True, False, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("when", ["before the validation", "after the validation"])
+def test_a_checkpoint_on_the_step_of_a_freeze_and_a_validation_resumes_to_the_same_end(tmp_path, when):
+    class ByStep(Scripted):
+        def validation_step(self, batch, batch_idx):
+            frozen = isinstance(self.blocks["head"], GLAIHead)
+            self.log("score", 0.1 if frozen and self.global_step < 12 else 0.5 + 0.01 * self.global_step, batch_size=1)
+
+    def run(*checkpoints, ckpt_path=None):
+        seed_everything(5, verbose=False)
+        settles = {"churn_tolerance": 1.0, "relative_tolerance": 1.0, "probe_size": 16, "min_epochs": 0}
+        callback, revert = freezing(freeze_at_epoch=None, check_every_n_steps=2, **settles), judging(patience=1)
+        module = ByStep()
+        trainer = make_trainer(callback, revert, *checkpoints, max_epochs=5, val_check_interval=2)
+        trainer.fit(module, datamodule=features(), ckpt_path=ckpt_path)
+        return module.state_dict(), callback, revert
+
+    options = {"every_n_train_steps": 2} if when == "before the validation" else {"save_on_train_epoch_end": False}
+    weights, callback, revert = run(ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", **options))
+    assert revert.reverts[HEAD] >= 1
+    cuts = 0
+    for cut in sorted(tmp_path.glob("*.ckpt")):
+        saved = torch.load(cut, weights_only=True)
+        (state,) = (v for k, v in saved["callbacks"].items() if "StructureRevert" in k)
+        trial = state["heads"][HEAD]["trial"]
+        if when == "before the validation" and (trial is None or trial["step"] != saved["global_step"]):
+            # Lightning leaves out the validation that would follow, and with it a score.
+            continue
+        cuts += 1
+        resumed, resumed_callback, resumed_revert = run(ckpt_path=cut)
+        assert str(resumed_callback.state_dict()) == str(callback.state_dict()), cut
+        assert str(resumed_revert.state_dict()) == str(revert.state_dict()), cut
+        assert all(torch.equal(value, resumed[key]) for key, value in weights.items()), cut
+    assert cuts >= 2
 
 
 def features():

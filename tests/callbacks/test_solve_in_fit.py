@@ -60,7 +60,7 @@ def test_the_solved_head_is_validated_logged_and_checkpointed_before_the_fit_sto
 
 @pytest.mark.parametrize("paths", ["output", "independent"])
 def test_the_solve_is_that_of_the_solver_on_the_data_of_the_fit(paths):
-    solver = LogisticSolver(l2=1e-2, center="zero", max_passes=200, tolerance=1e-7)
+    solver = LogisticSolver(l2=1e-2, max_passes=200, tolerance=1e-7)
     callback = solving(solver=solver, paths=paths, stop_after_solve=True)
     module = fixed_module(mlp_head(FEATURES, 6, CLASSES))
     make_trainer(callback, max_epochs=9).fit(module, make_loader())
@@ -287,7 +287,7 @@ def test_a_second_fit_after_a_solve_trains_on():
 
 
 def test_a_solve_that_finds_nothing_better_says_so():
-    callback = solving(stop_after_solve=True, solver=LogisticSolver(center="zero", l2=1e6))
+    callback = solving(stop_after_solve=True, solver=LogisticSolver(l2=1e6))
     with pytest.warns(UserWarning, match="no path weights that are better"):
         make_trainer(callback).fit(fixed_module(), make_loader(), make_loader(64))
 
@@ -316,7 +316,7 @@ def test_validation_without_a_loss_is_left_out_and_said(caplog):
 
 
 def test_with_validation_the_solved_head_is_never_worse_on_it():
-    callback = solving(stop_after_solve=True, solver=LogisticSolver(center="zero", l2=100.0))
+    callback = solving(stop_after_solve=True, solver=LogisticSolver(l2=100.0))
     make_trainer(callback).fit(fixed_module(), make_loader(), make_loader(64))
     assert callback.solve_report.score >= callback.solve_report.start_score
 

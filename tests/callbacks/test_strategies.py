@@ -75,4 +75,4 @@ def test_an_optimizer_that_shards_its_state_is_refused_by_name():
     module = SomebodysModule()
     trainer = SimpleNamespace(optimizers=[ZeroRedundancyOptimizer(module.parameters(), 0.1)])
     with pytest.raises(MisconfigurationException, match="but got `ZeroRedundancyOptimizer`"):
-        check_optimizers(trainer, HeadSlot(module, HEAD))
+        check_optimizers(trainer, HeadSlot(module, HEAD), "output")

@@ -422,8 +422,8 @@ class UncalledHead(SomebodysModule):
             HEAD,
             "momentum=None",
         ),
-        (TwoNames, HEAD, "under 'projection' as well"),
-        (SharedLayer, HEAD, "'blocks.head.2' under 'classifier' as well"),
+        (TwoNames, HEAD, r"'blocks.head.0.weight' under 'projection.0.weight' as well"),
+        (SharedLayer, HEAD, "'blocks.head.2.weight' under 'classifier.weight' as well"),
         (ManualModule, HEAD, "manual optimization"),
         (UntrainedHead, HEAD, "it holds none of them"),
         (UncalledHead, HEAD, "only modules in it are called"),
@@ -472,7 +472,10 @@ def test_strategies_that_shard_are_refused_by_name():
         ({"freeze_at_epoch": -1}, "Expected `freeze_at_epoch` to be an integer of at least 0, but got -1."),
         ({"min_epochs": None}, "Expected `min_epochs` to be an integer of at least 0, but got None."),
         ({"churn_tolerance": "a"}, "Expected `churn_tolerance` to be a number in [0, 1], but got 'a'."),
-        ({"solver": "ridge"}, "Expected `solver` to be a `LogisticSolver` or a `RidgeSolver`, but got 'ridge'."),
+        (
+            {"solver": "ridge"},
+            "Expected `solver` to be 'auto', a `LogisticSolver` or a `RidgeSolver`, but got 'ridge'.",
+        ),
         ({"probe_size": 0}, "Expected `probe_size` to be an integer of at least 1, but got 0."),
     ],
 )

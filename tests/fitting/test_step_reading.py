@@ -18,7 +18,7 @@ WEIGHTS = torch.tensor([1.0, 5.0, 1.0])
 
 
 def solving(**options):
-    solver = LogisticSolver(l2=L2, center="zero", max_passes=300, tolerance=1e-7)
+    solver = LogisticSolver(l2=L2, max_passes=300, tolerance=1e-7)
     return StructureFreezeCallback(
         HEAD, **{"freeze_at_epoch": 1, "churn_tolerance": 0.0, "solver": solver, "stop_after_solve": True, **options}
     )
@@ -95,10 +95,9 @@ def test_the_solved_head_is_where_the_users_own_loss_is_smallest(name):
     loader = make_loader()
     callback = solving()
     make_trainer(callback).fit(module, loader)
-    assert callback.solve_report.reason == "converged"
+    assert callback.solve_report.reason in ("converged", "no_progress")
     # As the fit weighs them: every batch the same.
-    scale = {"scaled": 4, "sum": 1 / 32, "two terms": 1 / 2, "several binary outputs": outputs}.get(name, 1)
-    scale = outputs if name == "sigmoid and binary cross-entropy" else scale
+    scale = {"scaled": 4, "sum": 1 / 32, "two terms": 1 / 2}.get(name, 1)
     total = sum(module.training_step(batch, 0) for batch in loader) * scale / len(loader)
     weight = module.blocks["head"][2].weight
     (gradient,) = torch.autograd.grad(total + L2 / 2 * weight.square().sum(), weight)
