@@ -78,10 +78,11 @@ def export_model(module: Any, to: str, path: str | PathLike[str], example: Any =
     """Write a trained module to a file, preprocessing included.
 
     - ``onnx`` and ``torch-export`` hold the deployed module, for any batch size. It takes rows as the data file has
-      them, images of the size that the backbone crops to, texts as ``input_ids`` and ``attention_mask``.
+      them, images in [0, 1] of the size that the backbone crops to, texts as ``input_ids`` and ``attention_mask``.
     - ``mlp`` holds what follows the backbone, as layers of ``torch.nn`` (``plain_mlp``): ``torch.load`` returns a dict
       of ``layers``, each a name and arguments, and a ``state_dict``.
-    - ``safetensors`` holds the weights of the deployed module, and in its metadata a description in JSON.
+    - ``safetensors`` holds the weights of the deployed module, and in its metadata a description of
+      what follows the backbone, in JSON.
 
     Args:
         module: a ``HeadModule``, such as ``SupervisedModule.load_from_checkpoint`` returns.
@@ -123,7 +124,7 @@ def export_model(module: Any, to: str, path: str | PathLike[str], example: Any =
     else:
         safetensors = import_optional("safetensors.torch", needed_for="an export to safetensors", extra="export")
         weights = {name: entry.contiguous() for name, entry in deployed(module).state_dict().items()}
-        described = {"head": describe(module.head), **_names(module)}
+        described = {name: part for name, part in module.description().items() if name != "backbone"}
         safetensors.save_file(weights, path, metadata={"glai_lightning": json.dumps(described)})
     return path
 
@@ -166,7 +167,7 @@ def _made_up(module: Any) -> Any:
     if hasattr(backbone, "tokenize"):
         return ["one", "another text"]
     if hasattr(backbone, "preprocessing"):
-        return torch.zeros(2, 3, *backbone.preprocessing["size"], dtype=torch.uint8)
+        return torch.zeros(2, 3, *backbone.preprocessing["size"])
     raise UserValueError(
         f"Expected an example of the inputs of `{type(backbone or module.head).__name__}`, but got none."
     )
@@ -182,9 +183,9 @@ def _traced(trace: Any) -> Any:
             return trace()
     except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserValueError(
-            f"Expected a module that can be exported, but torch cannot trace it: {lines[0]}"
-        ) from error
+        raise UserValueError(f"Expected a module that torch can trace, but it cannot: {lines[0]}") from error
+    finally:
+        symbols.setLevel(level)
 
 
 def _as_batch_norm(standardise: Standardise) -> nn.BatchNorm1d:

@@ -199,19 +199,23 @@ class HeadModule(LightningModule):
             checkpoint_path, map_location, hparams_file, strict, weights_only=weights_only, **arguments
         )
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put into a checkpoint what ``load_from_checkpoint`` makes the module of."""
+    def description(self) -> dict[str, Any]:
+        """Return what ``load_from_checkpoint`` makes the module of, in primitives and tensors, weights apart."""
         if not isinstance(self.head, GLAIHead):
             self._described_head = describe(self.head)
         if self.backbone is not None and self._described_backbone is None:
             self._described_backbone = describe(self.backbone)
-        checkpoint[DESCRIPTION] = {
+        return {
             "version": 1,
             "head": self._described_head,
             "backbone": self._described_backbone,
             "has_backbone": self.backbone is not None,
             "inputs_standardised": self.inputs_standardised,
         }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put into a checkpoint what ``load_from_checkpoint`` makes the module of."""
+        checkpoint[DESCRIPTION] = self.description()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take out of a checkpoint what is known of the inputs."""

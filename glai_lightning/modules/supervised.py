@@ -113,10 +113,9 @@ class SupervisedModule(ScoredModule):
             names = getattr(data, "class_names", None) or getattr(data, "classes", None)
             self.class_names = list(names) if _are_names(names, self.num_classes) else None
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put into a checkpoint what ``load_from_checkpoint`` makes the module of, class names included."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[DESCRIPTION]["class_names"] = self.class_names
+    def description(self) -> dict[str, Any]:
+        """Return what ``load_from_checkpoint`` makes the module of, class names included."""
+        return super().description() | {"class_names": self.class_names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take out of a checkpoint what is known of inputs and classes."""
