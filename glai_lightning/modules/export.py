@@ -80,7 +80,7 @@ def export_model(module: Any, to: str, path: str | PathLike[str], example: Any =
     - ``onnx`` and ``torch-export`` hold the deployed module, for any batch size. It takes rows as the data file has
       them, images in [0, 1] of the size that the backbone crops to, texts as ``input_ids`` and ``attention_mask``.
     - ``mlp`` holds what follows the backbone, as layers of ``torch.nn`` (``plain_mlp``): ``torch.load`` returns a dict
-      of ``layers``, each a name and arguments, and a ``state_dict``.
+      of ``layers``, each a class and its arguments, and a ``state_dict``.
     - ``safetensors`` holds the weights of the deployed module, and in its metadata a description of
       what follows the backbone, in JSON.
 

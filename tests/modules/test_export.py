@@ -42,7 +42,6 @@ def run_torch_export(path, *inputs):
 
 
 def run_mlp(path, inputs):
-    # What docs/exporting.md tells users to do.
     saved = torch.load(path, weights_only=True)
     mlp = nn.Sequential(*(getattr(nn, name.removeprefix("torch.nn."))(**options) for name, options in saved["layers"]))
     mlp.load_state_dict(saved["state_dict"])
