@@ -16,7 +16,7 @@ from lightning.pytorch import seed_everything
 from measuring import interleave, median_cpu, median_ratio, quiet_trainer, save_results, use_one_thread
 
 from glai_lightning import SupervisedModule, mlp_head
-from glai_lightning.comparison.recording import RunRecorder
+from glai_lightning.comparison.runs import Recorder
 from glai_lightning.comparison.statistics import ratio_interval
 from glai_lightning.datamodules import DigitsDataModule
 
@@ -34,16 +34,16 @@ def main() -> None:
     data.setup("fit")
     counted: list[tuple[float, float]] = []
 
-    def fit(*callbacks: RunRecorder) -> None:
+    def fit(*callbacks: Recorder) -> None:
         seed_everything(0, verbose=False)
         trainer = quiet_trainer(arguments.epochs, *callbacks)
         trainer.fit(SupervisedModule(mlp_head(64, arguments.hidden, 10)), data)
 
     def recorded() -> None:
-        recorder = RunRecorder("val/accuracy", "max")
+        recorder = Recorder("val/accuracy", "max")
         fit(recorder)
-        run = recorder.run("mlp", 0, None)
-        counted.append((run.finished_cpu_seconds, run.bookkeeping_cpu_seconds))
+        record = recorder.fit_record
+        counted.append((record.finished_cpu_seconds, record.bookkeeping_cpu_seconds))
 
     times = interleave({"plain": fit, "recorded": recorded}, arguments.repeats, warmups=1)
     counted = counted[1:]

@@ -124,9 +124,10 @@ def comparison_rows(comparison: Comparison) -> list[dict[str, object]]:
     """Return the runs of a comparison as rows, without their epochs."""
     rows = []
     for run in comparison.runs:
-        row = run.as_dict()
-        del row["epochs"]
-        parameters = row.pop("parameters")
-        flat = {**row, **parameters, "epochs": len(run.epochs)}
+        entries = run.as_dict()
+        flat = {"variant": run.variant, "seed": run.seed, **entries["parameters"], "epochs": run.num_epochs}
+        flat |= {name: value for name, value in entries.items() if isinstance(value, int | float)}
+        flat |= {name: entries[name] for name in ("test_score", "best_val_score", "freeze_epoch")}
         rows.append({name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in flat.items()})
-    return rows
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in columns} for row in rows]

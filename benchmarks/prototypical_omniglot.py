@@ -29,7 +29,7 @@ from glai_lightning import PrototypicalModule, mlp_head
 from glai_lightning.backbones import conv_backbone
 from glai_lightning.callbacks import StructureFreezeCallback
 from glai_lightning.datamodules import EpisodesDataModule
-from glai_lightning.datamodules.episode_drawing import NumberedEpisodes
+from glai_lightning.datamodules.tasksets import NumberedEpisodes
 
 ALPHABETS = {
     "train": ["Early_Aramaic", "Greek", "Japanese_(katakana)", "Korean", "Sanskrit"],

@@ -23,7 +23,7 @@ from measuring import RESULTS, interleave, median_cpu, save_results, use_one_thr
 from step_cost import SIZES, make_steps
 
 from glai_lightning import ChurnProbe, freeze_structure, mlp_head
-from glai_lightning.solvers import solve_logistic
+from glai_lightning.solvers import LogisticSolver
 
 PROBE_SIZE = 1024
 SAMPLES = 8192
@@ -79,9 +79,8 @@ def head_work(size: tuple[int, int, int, int], steps: int) -> dict[str, Work]:
 
     def solve(passes: int) -> Callable[[], None]:
         def run() -> None:
-            solution = solve_logistic(
-                activations, labels, weight=weight, bias=bias, center="zero", tolerance=0.0, max_passes=passes
-            )
+            solver = LogisticSolver(center="zero", tolerance=0.0, max_passes=passes)
+            solution = solver.solve_features(activations, labels, weight=weight, bias=bias)
             assert solution.report.passes == passes
 
         return run

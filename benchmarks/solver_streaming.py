@@ -15,7 +15,7 @@ import torch
 from measuring import RESULTS, machine
 from torch import Tensor
 
-from glai_lightning.solvers import solve_logistic
+from glai_lightning.solvers import LogisticSolver
 
 
 class GeneratedFeatures:
@@ -56,7 +56,8 @@ def main() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cpu_seconds = time.process_time()
     weight, bias = torch.zeros(arguments.classes, arguments.features), torch.zeros(arguments.classes)
-    report = solve_logistic(batches, weight=weight, bias=bias, center="zero", max_passes=arguments.max_passes).report
+    solver = LogisticSolver(center="zero", max_passes=arguments.max_passes)
+    report = solver.solve_features(batches, weight=weight, bias=bias).report
     row = {
         "samples": arguments.samples,
         "features": arguments.features,

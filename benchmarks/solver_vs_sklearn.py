@@ -27,8 +27,8 @@ from sklearn.linear_model import LogisticRegression, _logistic
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from glai_lightning.heads.frozen import freeze_structure, mlp_head
-from glai_lightning.solvers import solve_logistic
+from glai_lightning.heads import freeze_structure, mlp_head
+from glai_lightning.solvers import LogisticSolver
 from glai_lightning.solvers.report import LinearSolution
 
 DATASETS = ("clinc150_minilm", "cifar10_resnet_features", "fashion_mnist")
@@ -67,16 +67,9 @@ def objective(features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor) -
 
 def solve(features: Tensor, targets: Tensor, *, max_passes: int, tolerance: float = 0.0) -> LinearSolution:
     classes = int(targets.max()) + 1
-    return solve_logistic(
-        features,
-        targets,
-        weight=features.new_zeros(classes, features.shape[1]),
-        bias=features.new_zeros(classes),
-        l2=L2,
-        center="zero",
-        max_passes=max_passes,
-        tolerance=tolerance,
-    )
+    solver = LogisticSolver(l2=L2, center="zero", max_passes=max_passes, tolerance=tolerance)
+    weight, bias = features.new_zeros(classes, features.shape[1]), features.new_zeros(classes)
+    return solver.solve_features(features, targets, weight=weight, bias=bias)
 
 
 def fit_sklearn(features: Tensor, targets: Tensor, *, max_iter: int, tol: float = 1e-12) -> LogisticRegression:

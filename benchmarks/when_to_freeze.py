@@ -30,7 +30,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from glai_lightning import freeze_structure, mlp_head
-from glai_lightning.datamodules.splits import Splits, make_splits
+from glai_lightning.datamodules.base import Splits
+from glai_lightning.datamodules.features import make_splits
 from glai_lightning.heads.churn import count_flipped
 from glai_lightning.heads.layout import read_head
 from glai_lightning.heads.patterns import HiddenUnits, hidden_units

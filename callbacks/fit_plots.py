@@ -18,7 +18,7 @@ _FROZEN = "#c7dcf9"
 
 
 def churn_figure(record: FitRecord) -> "Figure":
-    """Draw churn after each epoch, with the two thresholds and the freeze marked.
+    """Draw churn at each check until the freeze, with the two thresholds.
 
     Args:
         record: what the fit was like.
@@ -27,8 +27,7 @@ def churn_figure(record: FitRecord) -> "Figure":
         A figure; ``save_png`` and ``as_image`` turn it into pixels.
 
     Example:
-        >>> record = FitRecord([], False, None, None, churn_tolerance=0.1, relative_tolerance=0.25)
-        >>> as_image(churn_figure(record)).shape
+        >>> as_image(churn_figure(FitRecord(epochs=[], churn_tolerance=0.1, relative_tolerance=0.25))).shape
         (450, 800, 3)
     """
     from matplotlib.ticker import MaxNLocator
@@ -38,33 +37,31 @@ def churn_figure(record: FitRecord) -> "Figure":
     finished = [number for number, _ in measured]
     churn = [100 * value for _, value in measured]
     axes.plot(finished, churn, "o-", color=_LINE, label="churn", zorder=3)
-    axes.axhline(
-        100 * record.churn_tolerance,
-        color=_THRESHOLD,
-        linestyle="--",
-        label=f"churn_tolerance = {record.churn_tolerance:g}",
-    )
-    end = max((epoch.epoch + 1 for epoch in record.epochs), default=1) + 0.5
-    relative = [record.relative_tolerance * largest for largest in accumulate(churn, max)]
-    axes.step(
-        [*finished, end],
-        [*relative, *relative[-1:]] if relative else [float("nan")],
-        where="post",
-        color=_THRESHOLD,
-        linestyle=":",
-        label=f"relative_tolerance = {record.relative_tolerance:g}, of the largest so far",
-    )
+    end = max([*finished, record.freeze_epoch or 0 if record.frozen else record.num_epochs, 1]) + 0.5
+    if record.churn_tolerance is not None and record.relative_tolerance is not None:
+        label = f"churn_tolerance = {record.churn_tolerance:g}"
+        axes.axhline(100 * record.churn_tolerance, color=_THRESHOLD, linestyle="--", label=label)
+        relative = [record.relative_tolerance * largest for largest in accumulate(churn, max)]
+        axes.step(
+            [*finished, end],
+            [*relative, *relative[-1:]] if relative else [float("nan")],
+            where="post",
+            color=_THRESHOLD,
+            linestyle=":",
+            label=f"relative_tolerance = {record.relative_tolerance:g}, of the largest so far",
+        )
+    # The part that matters: there is no churn after the freeze.
     axes.set_xlim(0, end)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if record.frozen:
         _mark_freeze(axes, record.freeze_epoch or 0, end)
-    label_axes(axes, "Churn of the structure", "finished epochs", "pattern bits flipped in the epoch [%]")
+    label_axes(axes, "Churn of the structure", "finished epochs", "pattern bits flipped since the last check [%]")
     return figure
 
 
 def score_figure(record: FitRecord) -> "Figure":
-    """Draw the validation score against the seconds spent on training, with the freeze and the best epoch marked.
+    """Draw the validation score against the seconds of the fit, with freeze, solve and best validation marked.
 
     Args:
         record: what the fit was like.
@@ -73,27 +70,39 @@ def score_figure(record: FitRecord) -> "Figure":
         A figure.
     """
     figure, axes = new_figure()
-    ends = dict(
-        zip(
-            (epoch.epoch for epoch in record.epochs),
-            accumulate(epoch.seconds for epoch in record.epochs),
-            strict=True,
-        )
-    )
-    points = [(ends[epoch.epoch], epoch.score) for epoch in record.epochs if epoch.score is not None]
     name = record.score_name or "score"
-    axes.plot([at for at, _ in points], [score for _, score in points], "o-", markersize=4, color=_LINE, label=name)
+    axes.plot(
+        [epoch.seconds for epoch in record.scored],
+        [epoch.val_score or 0.0 for epoch in record.scored],
+        "o-",
+        markersize=4,
+        color=_LINE,
+        label=name,
+    )
     best = record.best
-    if best is not None and best.score is not None:
-        label = f"best: {best.score:.4f} (epoch {best.epoch})"
-        axes.plot(ends[best.epoch], best.score, "*", markersize=14, color=_BEST, label=label)
-    end = max(ends.values(), default=1.0)
-    axes.set_xlim(0, 1.03 * end)
+    if best is not None and best.val_score is not None:
+        label = f"best: {best.val_score:.4f} (epoch {best.epoch})"
+        axes.plot(best.seconds, best.val_score, "*", markersize=14, color=_BEST, label=label)
+    end = 1.03 * max((epoch.seconds for epoch in record.epochs), default=1.0)
+    axes.set_xlim(0, end)
     if record.frozen:
-        frozen_at = sum(epoch.seconds for epoch in record.epochs if not epoch.frozen)
-        _mark_freeze(axes, frozen_at, 1.03 * end)
-    label_axes(axes, "Score against training time", "training seconds (without validation)", name)
+        frozen_at = _freeze_seconds(record)
+        _mark_freeze(axes, frozen_at, end)
+        if record.solve is not None:
+            solved_at = frozen_at + record.solve.collecting_seconds + record.solve.seconds
+            axes.axvline(solved_at, color=_BEST, linewidth=1, linestyle="--", label="solved", zorder=1)
+    label_axes(axes, "Score against time", "seconds of the fit", name)
     return figure
+
+
+def _freeze_seconds(record: FitRecord) -> float:
+    """Return the seconds after which the structure froze, to the end of a row of training."""
+    before = 0.0
+    for epoch in record.epochs:
+        if epoch.frozen:
+            return before if epoch.trained_frozen else before + epoch.training_seconds
+        before = epoch.seconds
+    return before
 
 
 def save_png(figure: "Figure", file: IO[bytes]) -> None:

@@ -3,26 +3,29 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
 
+from glai_lightning.callbacks.churn_watch import measure_churn
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
-from glai_lightning.fitting.across_processes import churn_over_processes
-from glai_lightning.fitting.argument_checks import check_least
-from glai_lightning.fitting.conversion import list_heads
-from glai_lightning.fitting.heads_in_module import as_names, match_heads, stands_alone
-from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.checks import expect_integer
+from glai_lightning.fitting.heads_in_module import (
+    HeadSlot,
+    as_names,
+    match_heads,
+    name_heads,
+    stands_alone,
+    why_no_head,
+)
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError, as_misconfiguration
 from glai_lightning.heads.churn import ChurnProbe
-from glai_lightning.heads.frozen import GLAIHead
-from glai_lightning.heads.layout import read_head
 
 
 class StructureMonitor(Callback):
     """Logs the churn of any number of MLP blocks, once an epoch, and leaves them as they are.
 
     It logs ``structure/churn/<name>`` for every module watched (``structure/churn`` for a single one that was named
-    without a wildcard, unless there is a ``StructureFreezeCallback``), but for those whose churn that callback logs
-    under the same key.
+    without a wildcard, unless there is a ``StructureFreezeCallback``), except for those whose churn that callback logs
+    under the same key. A module that saw no input in an epoch is left out in it.
 
     Args:
         modules: qualified name of an MLP block, or a pattern such as ``encoder.layers.*.ffn`` that stands for all MLP
@@ -40,7 +43,8 @@ class StructureMonitor(Callback):
 
     def __init__(self, modules: str | Sequence[str] = "head", probe_size: int = 1024) -> None:
         super().__init__()
-        check_least("probe_size", probe_size, 1)
+        with as_misconfiguration():
+            expect_integer("probe_size", probe_size, least=1)
         self.modules = as_names("modules", modules)
         self.probe_size = probe_size
         self.churn_history: dict[str, list[float]] = {}
@@ -63,12 +67,10 @@ class StructureMonitor(Callback):
         if not trainer.is_last_batch:
             return
         for name, probe in self._probes.items():
-            if pl_module.get_submodule(name) is not probe.head:
-                # Another callback converted it: what is frozen no longer moves.
-                self.churn_history[name].append(0.0)
-                continue
-            flipped, bits = probe.measure() if probe.has_inputs else (torch.zeros((), device=pl_module.device), 0)
-            self.churn_history[name].append(churn_over_processes(trainer, flipped, bits))
+            # What another callback froze no longer moves.
+            churn = 0.0 if HeadSlot(pl_module, name).is_frozen else measure_churn(trainer, probe)
+            if churn is not None:
+                self.churn_history[name].append(churn)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the churn of every module watched."""
@@ -92,14 +94,11 @@ class StructureMonitor(Callback):
         if module is None:
             raise UserMisconfigurationError(
                 f"Expected `modules` to name a module of `{type(pl_module).__name__}`, but got {name!r}. "
-                f"Modules that look like heads: {list_heads(pl_module) or 'none'}."
+                f"{name_heads(pl_module)}"
             )
-        if isinstance(module, GLAIHead):
-            return
-        try:
-            read_head(module)
-        except ValueError as error:
-            raise UserMisconfigurationError(f"The structure of {name!r} cannot be watched. {error}") from error
+        reason = why_no_head(module)
+        if reason is not None:
+            raise UserMisconfigurationError(f"The structure of {name!r} cannot be watched. {reason}")
 
     def _close(self) -> None:
         for probe in self._probes.values():

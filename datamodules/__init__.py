@@ -1,11 +1,12 @@
 """Data for heads, and for backbones with them: whole batches, resumable and sharded."""
 
-from glai_lightning.datamodules.digit_views import DigitViewsDataModule
-from glai_lightning.datamodules.digits import DigitEpisodesDataModule, DigitsDataModule
+from glai_lightning.datamodules.digits import DigitEpisodesDataModule, DigitsDataModule, DigitViewsDataModule
 from glai_lightning.datamodules.episodes import EpisodesDataModule
 from glai_lightning.datamodules.features import FeaturesDataModule
 from glai_lightning.datamodules.images import ImageFolderDataModule
+from glai_lightning.datamodules.letter import LetterDataModule
 from glai_lightning.datamodules.texts import TextsDataModule
+from glai_lightning.datamodules.unlabelled import UnlabelledDataModule
 from glai_lightning.datamodules.views import ViewsDataModule
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "EpisodesDataModule",
     "FeaturesDataModule",
     "ImageFolderDataModule",
+    "LetterDataModule",
     "TextsDataModule",
+    "UnlabelledDataModule",
     "ViewsDataModule",
 ]

@@ -1,4 +1,4 @@
-"""Arrays out of an ``.npz`` file, with an error that says what is wrong with it."""
+"""Arrays as data modules take them: read from an ``.npz`` file, checked, and standardised."""
 
 import lzma
 import os
@@ -7,12 +7,15 @@ import sys
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from glai_lightning.checks import UserTypeError, UserValueError
 
@@ -30,6 +33,8 @@ _DAMAGED = (
     tokenize.TokenError,
     UnicodeError,
 )
+# Blocks of 4 MiB in float64: statistics are exact for every input dtype without a float64 copy of the data.
+_ELEMENTS_PER_BLOCK = 2**19
 
 
 def read_archive(
@@ -61,11 +66,20 @@ def read_archive(
 
 def existing_file(path: str | PathLike[str]) -> Path:
     """Return ``path``, raising ``ValueError`` unless there is a file, and ``TypeError`` unless it is a path."""
+    return _existing("path", path, "file", Path.is_file)
+
+
+def existing_folder(name: str, path: str | PathLike[str]) -> Path:
+    """Return an argument, raising ``ValueError`` unless it is a folder, and ``TypeError`` unless it is a path."""
+    return _existing(name, path, "folder", Path.is_dir)
+
+
+def _existing(name: str, path: str | PathLike[str], what: str, is_there: Callable[[Path], bool]) -> Path:
     if not isinstance(path, str | PathLike):
-        raise UserTypeError(f"Expected `path` to be a path, but got {path!r}.")
+        raise UserTypeError(f"Expected `{name}` to be a path, but got {path!r}.")
     path = Path(path)
-    if "\0" in str(path) or not path.is_file():
-        raise UserValueError(f"Expected `path` to be an existing file, but got '{path}'.")
+    if "\0" in str(path) or not is_there(path):
+        raise UserValueError(f"Expected `{name}` to be an existing {what}, but got {str(path)!r}.")
     return path
 
 
@@ -75,12 +89,103 @@ def require_keys(present: Iterable[str], required: Iterable[str], holder: str) -
     missing = [key for key in required if key not in present]
     if missing:
         raise UserValueError(
-            f"Expected {holder} to hold {_listed(required)}, but it lacks {_listed(missing)}:"
-            f" it holds {_listed(present) or 'nothing'}."
+            f"Expected {holder} to hold {_quoted(required)}, but it lacks {_quoted(missing)}:"
+            f" it holds {_quoted(present) or 'nothing'}."
         )
 
 
-def _listed(keys: Iterable[str]) -> str:
+def check_arrays(arrays: Any, required: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the arrays that an argument holds, raising ``TypeError`` unless it is a mapping with the keys required."""
+    if not isinstance(arrays, Mapping):
+        raise UserTypeError(f"Expected `arrays` to be a mapping of arrays by key, but got {type(arrays).__name__}.")
+    require_keys(arrays, required, "`arrays`")
+    return dict(arrays)
+
+
+def listed(values: Iterable[Any], most: int = 10) -> str:
+    """Write values in one line, the first few of them where there are many."""
+    values = list(values)
+    rest = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(str(value) for value in values[:most]) + rest
+
+
+def as_tensor(key: str, array: Tensor | np.ndarray) -> Tensor:
+    """Return an array of real numbers as a tensor on the CPU that shares its memory where it can.
+
+    Raises:
+        TypeError: If it is no tensor or array, or does not hold real numbers.
+    """
+    if isinstance(array, np.ndarray):
+        if array.dtype.kind not in "biuf":
+            raise UserTypeError(f"Expected `{key}` to hold real numbers, but got dtype {array.dtype}.")
+        if array.dtype.itemsize > 8:
+            array = array.astype(np.float64)
+        # torch takes native byte order only, and warns of arrays that it may not write to.
+        native = array.dtype.newbyteorder("=")
+        return torch.from_numpy(np.require(array, dtype=native, requirements=["C", "W"]))
+    if not isinstance(array, Tensor):
+        raise UserTypeError(
+            f"Expected `{key}` to be a torch.Tensor or a numpy.ndarray, but got {type(array).__name__}."
+        )
+    if array.layout != torch.strided or array.is_quantized or array.is_meta or array.is_nested:
+        raise UserTypeError(f"Expected `{key}` to be a dense tensor that holds its numbers, but got another kind.")
+    if array.is_complex():
+        raise UserTypeError(f"Expected `{key}` to hold real numbers, but got dtype {array.dtype}.")
+    return array.detach().cpu()
+
+
+def check_finite(key: str, values: Tensor) -> None:
+    """Raise ``ValueError`` with their number, if there are values that are not finite."""
+    if not values.is_floating_point() or values.isfinite().all():
+        return
+    nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
+    raise UserValueError(
+        f"Expected `{key}` to hold finite numbers, but got {nans} NaN and {infinities} infinite among {values.numel()}."
+    )
+
+
+def selectable(values: Tensor) -> Tensor:
+    """Return values in a dtype that torch can select rows of: it holds wide unsigned integers, but cannot do that."""
+    return values.double() if values.dtype in (torch.uint16, torch.uint32, torch.uint64) else values
+
+
+@dataclass(frozen=True)
+class Standardisation:
+    """The map x -> (x - mean) / scale, a column at a time.
+
+    Args:
+        mean: training mean of each column, shape (D,), float64.
+        scale: training standard deviation of each column (biased, as in scikit-learn), shape (D,), float64;
+            1 where the column is constant in training, so that it becomes 0 instead of NaN.
+
+    Example:
+        >>> standardise = Standardisation.fit(torch.tensor([[0.0, 7.0], [2.0, 7.0]]))
+        >>> standardise(torch.tensor([[0.0, 7.0], [4.0, 8.0]]))
+        tensor([[-1.,  0.],
+                [ 3.,  1.]])
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def fit(cls, inputs: Tensor) -> "Standardisation":
+        """Measure the columns of training rows (N, D), N at least 1, of any real dtype."""
+        mean = _sum_of_rows(_blocks(inputs)) / len(inputs)
+        variance = _sum_of_rows((block - mean).square_() for block in _blocks(inputs)) / len(inputs)
+        # The mean of equal numbers may be off by a rounding error, which must not pass for a deviation.
+        constant = (inputs == inputs[0]).all(0) | (variance == 0)
+        return cls(mean, variance.sqrt().masked_fill(constant, 1.0))
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Standardise rows (N, D) of any real dtype into a new tensor (N, D), float32."""
+        outputs = torch.empty(inputs.shape, dtype=torch.float32)
+        for target, block in zip(_split(outputs), _blocks(inputs), strict=True):
+            target.copy_((block - self.mean).div_(self.scale))
+        return outputs
+
+
+def _quoted(keys: Iterable[str]) -> str:
     return ", ".join(f"`{key}`" for key in keys)
 
 
@@ -94,8 +199,13 @@ def _open(path: Path) -> np.lib.npyio.NpzFile:
 def _check_size(archive: np.lib.npyio.NpzFile, keys: Iterable[str], path: Path) -> None:
     """Refuse an archive that says it is larger than memory; a member is never read beyond the size that it says."""
     assert archive.zip is not None
-    sizes = {member.filename.removesuffix(".npy"): member.file_size for member in archive.zip.infolist()}
-    size, memory = sum(sizes.get(key, 0) for key in keys), _memory()
+    members = [(member.filename.removesuffix(".npy"), member.file_size) for member in archive.zip.infolist()]
+    names = [name for name, _ in members]
+    for key in keys:
+        # numpy reads `x` itself where there is `x` beside `x.npy`, and the last of two members of one name.
+        if names.count(key) > 1:
+            raise UserValueError(f"Expected '{path}' to hold one `{key}`, but it holds {names.count(key)}.")
+    size, memory = sum(size for name, size in members if name in keys), _memory()
     if size > memory:
         raise UserValueError(
             f"Expected '{path}' to fit into memory, {memory:,} bytes, but its arrays say that they take {size:,}."
@@ -117,7 +227,7 @@ def _read_array(archive: np.lib.npyio.NpzFile, key: str, path: Path) -> np.ndarr
         ) from None
     except _DAMAGED as error:
         raise UserValueError(f"Expected `{key}` in '{path}' to be readable, but it is damaged: {error}.") from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         # numpy has no narrower type for a pickled array, nor for a header that it cannot parse.
         raise UserValueError(
             f"Expected `{key}` in '{path}' to be an array of numbers, but it cannot be read as one: {error}"
@@ -125,3 +235,15 @@ def _read_array(archive: np.lib.npyio.NpzFile, key: str, path: Path) -> np.ndarr
     if not isinstance(array, np.ndarray):
         raise UserValueError(f"Expected `{key}` in '{path}' to be an array, but it is some other file in the archive.")
     return array
+
+
+def _split(inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(inputs, max(1, _ELEMENTS_PER_BLOCK // inputs.shape[1]))
+
+
+def _blocks(inputs: Tensor) -> Iterator[Tensor]:
+    return (block.double() for block in _split(inputs))
+
+
+def _sum_of_rows(blocks: Iterator[Tensor]) -> Tensor:
+    return torch.stack([block.sum(0) for block in blocks]).sum(0)

@@ -1,9 +1,16 @@
 """Scikit-learn's handwritten digits: 1,797 images of 8x8 pixels that are installed with it."""
 
+import math
+
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from glai_lightning.datamodules.episodes import EpisodesDataModule
 from glai_lightning.datamodules.features import FeaturesDataModule
+from glai_lightning.datamodules.views import ViewsDataModule
 
 
 class DigitsDataModule(FeaturesDataModule):
@@ -30,7 +37,7 @@ class DigitsDataModule(FeaturesDataModule):
     """
 
     def __init__(self, batch_size: int = 64, val_fraction: float = 0.2, seed: int = 0) -> None:
-        super().__init__(arrays=_digits(), batch_size=batch_size, val_fraction=val_fraction, seed=seed)
+        super().__init__(arrays=_split_digits(), batch_size=batch_size, val_fraction=val_fraction, seed=seed)
 
 
 class DigitEpisodesDataModule(EpisodesDataModule):
@@ -66,10 +73,7 @@ class DigitEpisodesDataModule(EpisodesDataModule):
         eval_episodes: int = 600,
         seed: int = 0,
     ) -> None:
-        # A second of imports that users of their own data need not wait for.
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-
-        images, labels = load_digits(return_X_y=True)
+        images, labels = _load_digits()
         super().__init__(
             arrays={"x": images.reshape(-1, 8, 8), "y": labels},
             ways=ways,
@@ -82,11 +86,79 @@ class DigitEpisodesDataModule(EpisodesDataModule):
         )
 
 
-def _digits() -> dict[str, np.ndarray]:
+class DigitViewsDataModule(ViewsDataModule):
+    """Two augmented views of each of the 1,797 digits, images (1, 8, 8), augmented anew in every epoch.
+
+    Everything else is as in :class:`ViewsDataModule`.
+
+    Args:
+        batch_size: most samples in a batch, in each process, at least 2.
+        val_fraction: part of the digits to validate on, in (0, 1).
+        test_fraction: part of the digits to test on, in [0, 1).
+        seed: of the splits, the order and the augmentation, at least 0.
+
+    Raises:
+        TypeError: If ``batch_size`` or ``seed`` is no int.
+        ValueError: If an argument is out of its range, or leaves a split with fewer than two digits.
+
+    Example:
+        >>> digits = DigitViewsDataModule()
+        >>> views, labels = next(iter(digits.train_dataloader()))
+        >>> views.shape, digits.num_classes
+        (torch.Size([2, 216, 1, 8, 8]), 10)
+    """
+
+    def __init__(
+        self, batch_size: int = 256, val_fraction: float = 0.2, test_fraction: float = 0.2, seed: int = 0
+    ) -> None:
+        images, labels = _load_digits()
+        # Pixels are 0 to 16; the mean is near 5, the deviation near 6.
+        pixels = (torch.from_numpy(images).float().reshape(-1, 1, 8, 8) - 5) / 6
+        super().__init__(
+            dataset=_Digits(pixels, torch.from_numpy(labels)),
+            transform=_augment_digit,
+            batch_size=batch_size,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            seed=seed,
+        )
+
+
+class _Digits(TensorDataset):
+    classes = tuple(range(10))
+
+
+def _augment_digit(image: Tensor, *, degrees: float = 15.0, shift: float = 0.125, noise: float = 0.1) -> Tensor:
+    """Turn, stretch and shift an image at random, and add noise.
+
+    Args:
+        image: image (channels, height, width), normalised.
+        degrees: most degrees to turn it either way; it is stretched by up to 20 % either way.
+        shift: furthest to shift it, as a fraction of half its side.
+        noise: standard deviation of the noise.
+
+    Returns:
+        An image of the same shape.
+    """
+    angle, scale, *offsets = torch.empty(4).uniform_(-1, 1).tolist()
+    angle, scale = math.radians(degrees) * angle, 1.2**scale
+    cosine, sine = scale * math.cos(angle), scale * math.sin(angle)
+    motion = torch.tensor([[[cosine, -sine, shift * offsets[0]], [sine, cosine, shift * offsets[1]]]])
+    grid = F.affine_grid(motion, [1, *image.shape], align_corners=False)
+    # Outside of the image its edge is repeated: the edge of a digit is blank.
+    moved = F.grid_sample(image[None], grid, padding_mode="border", align_corners=False)[0]
+    return moved + noise * torch.randn_like(moved)
+
+
+def _load_digits() -> tuple[np.ndarray, np.ndarray]:
     # A second of imports that users of their own data need not wait for.
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+
+    return load_digits(return_X_y=True)  # type: ignore[no-any-return]
+
+
+def _split_digits() -> dict[str, np.ndarray]:
     from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 
-    images, labels = load_digits(return_X_y=True)
-    x_train, x_test, y_train, y_test = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
-    return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
+    parts = train_test_split(*_load_digits(), test_size=0.2, random_state=0, stratify=_load_digits()[1])
+    return dict(zip(("x_train", "x_test", "y_train", "y_test"), parts, strict=True))

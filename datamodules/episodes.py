@@ -1,35 +1,35 @@
-"""Episodes for few-shot learning, out of labelled samples or somebody's tasks."""
+"""Episodes for few-shot learning, from labelled samples or from tasksets."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from os import PathLike
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glai_lightning.checks import UserTypeError, UserValueError
-from glai_lightning.datamodules.arrays import existing_file, read_archive, require_keys
-from glai_lightning.datamodules.checks import as_tensor, check_finite, check_integer
-from glai_lightning.datamodules.class_splits import (
-    SPLITS,
-    check_classes,
-    check_disjoint,
-    check_episodes_fit,
-    rows_of_splits,
+from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
+from glai_lightning.datamodules.arrays import (
+    Standardisation,
+    as_tensor,
+    check_finite,
+    listed,
+    require_keys,
+    selectable,
 )
-from glai_lightning.datamodules.episode_drawing import EpisodeSampler, NumberedEpisodes
-from glai_lightning.datamodules.loader import Batches, BatchLoader, fit_progress
-from glai_lightning.datamodules.standardisation import Standardisation
-from glai_lightning.datamodules.tasksets import TasksetEpisodes, check_tasksets_disjoint
+from glai_lightning.datamodules.base import BaseDataModule, Splits, array_reader, expect_dataset, expect_one
+from glai_lightning.datamodules.loader import EpisodeSampler
+from glai_lightning.datamodules.splits import SPLITS, check_classes, check_disjoint, split_classes
+from glai_lightning.datamodules.tasksets import NumberedEpisodes, TasksetEpisodes, check_class_sizes
 
+#: More than any data holds, and few enough for 64-bit counters of the episodes of a long fit.
+_MOST = 2**31
 _SPLIT_KEYS = tuple(f"{name}_{split}" for split in SPLITS for name in ("x", "y"))
 
 
-class EpisodesDataModule(pl.LightningDataModule):
+class EpisodesDataModule(BaseDataModule):
     """Episodes of ``ways`` classes with ``shots`` support and ``queries`` query samples each, from any labelled data.
 
     A batch is one episode: a dict of ``support``, ``support_labels``, ``query`` and ``query_labels``, where labels are
@@ -93,45 +93,24 @@ class EpisodesDataModule(pl.LightningDataModule):
         seed: int = 0,
         groups: str | None = None,
     ) -> None:
-        super().__init__()
-        given = [
-            name for name, value in (("path", path), ("arrays", arrays), ("dataset", dataset)) if value is not None
-        ]
-        if len(given) != 1:
-            got = " and ".join(f"`{name}`" for name in given) or "none"
-            raise UserValueError(f"Expected one of `path`, `arrays` and `dataset`, but got {got}.")
-        check_integer("ways", ways, at_least=2)
-        check_integer("shots", shots, at_least=1)
-        check_integer("queries", queries, at_least=1)
-        check_integer("train_episodes", train_episodes, at_least=1)
-        check_integer("eval_episodes", eval_episodes, at_least=1)
-        check_integer("seed", seed, at_least=0)
+        super().__init__(seed=seed)
+        expect_one(path=path, arrays=arrays, dataset=dataset)
+        self._set_sizes(shots, queries, train_episodes, eval_episodes)
+        expect_integer("ways", ways, least=2)
         if classes is not None:
             check_classes(classes)
+        expect_dataset(dataset)
+        if groups is not None and not isinstance(groups, str):
+            raise UserTypeError(f"Expected `groups` to be the key of an array, but got {groups!r}.")
         if groups is not None and dataset is not None:
             raise UserValueError(
                 "Expected `groups` to come with `path` or `arrays`, which hold them, but got a `dataset`."
             )
-        if path is not None:
-            optional = ("x", "y", *_SPLIT_KEYS, *(() if groups is None else (groups,)))
-            read: Callable[[], Mapping[str, Any]] = partial(
-                read_archive, existing_file(path), required=(), optional=optional
-            )
-        elif arrays is not None:
-            if not isinstance(arrays, Mapping):
-                raise UserTypeError(
-                    f"Expected `arrays` to be a mapping of arrays by key, but got {type(arrays).__name__}."
-                )
-            read = partial(dict, arrays)
-        else:
-            read = partial(_read_dataset, dataset)
-        self._read = read
+        optional = ("x", "y", *_SPLIT_KEYS, *(() if groups is None else (groups,)))
+        of_dataset = partial(_read_dataset, dataset)
+        self._read_arrays = array_reader(path, arrays, optional=optional) if dataset is None else of_dataset
         self._source = "`arrays`" if path is None else f"'{path}'"
-        self.ways, self.shots, self.queries = ways, shots, queries
-        self.train_episodes, self.eval_episodes = train_episodes, eval_episodes
-        self.classes, self.groups = classes, groups
-        self.seed = seed
-        self._episodes: dict[str, Batches] | None = None
+        self.ways, self.classes, self.groups = ways, classes, groups
 
     @classmethod
     def from_tasksets(
@@ -151,8 +130,9 @@ class EpisodesDataModule(pl.LightningDataModule):
         A task is a pair of samples (n, ...) and labels (n,), as learn2learn's ``NWays``, ``KShots(k=shots + queries)``
         and ``LoadData`` make it. Of each class, in the order of the task, the first ``shots`` samples are the support
         and the next ``queries`` the query. Samples are taken as they come, not standardised. A taskset of a number of
-        tasks (``num_tasks``) is read round and round; one without (``num_tasks=-1``) has new tasks for ever, and for
-        evaluation the same ones in every epoch.
+        tasks (``num_tasks``) is read round and round. One without (``num_tasks=-1``) always has new tasks, and for
+        evaluation the same ones in every epoch. Give each split a taskset of classes of its own: transforms may number
+        the classes of a task anew, so that classes shared between splits cannot be seen here.
 
         Args:
             train: taskset to train on; indexable, with a length.
@@ -168,16 +148,12 @@ class EpisodesDataModule(pl.LightningDataModule):
             The data module; nothing of it needs learn2learn.
 
         Raises:
-            ValueError: If tasksets that draw from one and the same dataset share classes with that for training, which
-                cannot be seen of different datasets. From the loaders, if a task has too few samples of a class.
+            TypeError: If what is to be a taskset has no length or is not indexable, or a number is no integer.
+            ValueError: If a number is out of its range; from the loaders, if a task has too few samples of a class.
         """
         data = cls.__new__(cls)
-        pl.LightningDataModule.__init__(data)
-        check_integer("shots", shots, at_least=1)
-        check_integer("queries", queries, at_least=1)
-        check_integer("train_episodes", train_episodes, at_least=1)
-        check_integer("eval_episodes", eval_episodes, at_least=1)
-        check_integer("seed", seed, at_least=0)
+        BaseDataModule.__init__(data, seed=seed)
+        data._set_sizes(shots, queries, train_episodes, eval_episodes)
         tasksets = {"train": train, "val": val, "test": test}
         for split, taskset in tasksets.items():
             if not hasattr(taskset, "__getitem__") or not hasattr(taskset, "__len__"):
@@ -185,104 +161,61 @@ class EpisodesDataModule(pl.LightningDataModule):
                     f"Expected the taskset `{split}` to have a length and to be indexable, "
                     f"but got {type(taskset).__name__}."
                 )
-        check_tasksets_disjoint(tasksets)
-        data._episodes = {
-            split: TasksetEpisodes(
-                taskset,
-                episodes=train_episodes if split == "train" else eval_episodes,
-                shots=shots,
-                queries=queries,
-                seeds=(seed, SPLITS.index(split)),
-            )
-            for split, taskset in tasksets.items()
-        }
+        data._splits = Splits(
+            {
+                split: TasksetEpisodes(taskset, shots=shots, queries=queries, **data._numbers(split))
+                for split, taskset in tasksets.items()
+            }
+        )
         return data
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read and check the data, and share out its classes; only the first call does.
-
-        Args:
-            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; all of them need the training classes, whose
-                statistics standardise the others.
-        """
-        _ = self.episodes
-
     @property
-    def episodes(self) -> dict[str, Batches]:
+    def episodes(self) -> Mapping[str, Any]:
         """The episodes of 'train', 'val' and 'test', by number: ``data.episodes["test"][0]``."""
-        if self._episodes is None:
-            self._episodes = self._make_episodes()
-        return self._episodes
+        return self.splits
 
-    @property
-    def num_features(self) -> int | None:
-        """Columns of the samples, D; ``None`` where they are not of shape (D,)."""
-        episodes = self.episodes["train"]
-        inputs = episodes.inputs if isinstance(episodes, NumberedEpisodes) else None
-        return inputs.shape[1] if inputs is not None and inputs.ndim == 2 else None
+    def _set_sizes(self, shots: int, queries: int, train_episodes: int, eval_episodes: int) -> None:
+        sizes = {"shots": shots, "queries": queries, "train_episodes": train_episodes, "eval_episodes": eval_episodes}
+        for name, size in sizes.items():
+            expect_integer(name, size, least=1)
+            if size > _MOST:
+                raise UserValueError(f"Expected `{name}` to be at most {_MOST:,}, but got {size}.")
+        self.shots, self.queries = shots, queries
+        self.train_episodes, self.eval_episodes = train_episodes, eval_episodes
 
-    def train_dataloader(self) -> BatchLoader:
-        """Return the training episodes, other ones in every epoch."""
-        trainer = self.trainer
-        progress = partial(fit_progress, trainer) if trainer is not None and trainer.training else None
-        return self._loader("train", progress)
+    def _numbers(self, split: str) -> dict[str, Any]:
+        episodes = self.train_episodes if split == "train" else self.eval_episodes
+        return {"episodes": episodes, "seeds": (self.seed, SPLITS.index(split))}
 
-    def val_dataloader(self) -> BatchLoader:
-        """Return the validation episodes."""
-        return self._loader("val")
+    def _loader_options(self, split: str, sharding: Mapping[str, int]) -> dict[str, Any]:
+        return {"sampler": EpisodeSampler(self.episodes[split], fresh=split == "train", **sharding)}
 
-    def test_dataloader(self) -> BatchLoader:
-        """Return the test episodes."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> BatchLoader:
-        """Return the test episodes, with the labels of their queries."""
-        return self._loader("test")
-
-    def _loader(self, split: str, progress: Callable[[], tuple[int, int]] | None = None) -> BatchLoader:
-        # None unless the strategy is a distributed one.
-        sharding = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        episodes = self.episodes[split]
-        sampler = EpisodeSampler(episodes, fresh=split == "train", **(sharding or {}))
-        return BatchLoader(episodes, sampler=sampler, progress=progress)
-
-    def _make_episodes(self) -> dict[str, Batches]:
-        arrays = self._read()
-        inputs, labels, given = _labelled(arrays, self._source)
-        if given is not None and self.classes is None and self.groups is None:
-            rows = given
+    def _read(self) -> Splits:
+        arrays = self._read_arrays()
+        inputs, labels, rows = _labelled(arrays, self._source)
+        if rows is not None and self.classes is None and self.groups is None:
             check_disjoint({split: torch.unique(labels[rows[split]]).tolist() for split in SPLITS})
         else:
             groups = None
             if self.groups is not None:
                 require_keys(arrays, (self.groups,), self._source)
-                groups = np.asarray(arrays[self.groups])
-            rows = rows_of_splits(labels, self.classes, groups=groups, seed=self.seed)
-        sizes = {"ways": self.ways, "shots": self.shots, "queries": self.queries}
+                groups = arrays[self.groups]
+                groups = np.asarray(as_tensor(self.groups, groups) if isinstance(groups, Tensor) else groups)
+            rows = split_classes(labels, self.classes, groups=groups, seed=self.seed)
+        sizes: dict[str, Any] = {"ways": self.ways, "shots": self.shots, "queries": self.queries}
         for split in SPLITS:
-            check_episodes_fit(split, labels[rows[split]], **sizes)
+            _check_episodes_fit(split, labels[rows[split]], **sizes)
         mean, scale = _statistics(inputs.index_select(0, rows["train"]))
-        return {
+        sources = {
             split: NumberedEpisodes(
-                inputs,
-                labels,
-                rows[split],
-                mean=mean,
-                scale=scale,
-                episodes=self.train_episodes if split == "train" else self.eval_episodes,
-                seeds=(self.seed, SPLITS.index(split)),
-                **sizes,
+                inputs, labels, rows[split], mean=mean, scale=scale, **sizes, **self._numbers(split)
             )
             for split in SPLITS
         }
+        return Splits(sources, inputs.shape[1] if inputs.ndim == 2 else None)
 
 
 def _read_dataset(dataset: Any) -> dict[str, Tensor]:
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise UserTypeError(
-            f"Expected `dataset` to be a map-style dataset, with a length and indexable, "
-            f"but got {type(dataset).__name__}."
-        )
     pairs = [dataset[index] for index in range(len(dataset))]
     for index, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(pair) < 2 or not isinstance(pair[0], Tensor):
@@ -335,10 +268,19 @@ def _checked(arrays: Mapping[str, Any], x: str, y: str) -> tuple[Tensor, Tensor]
             f"but got the shape {tuple(labels.shape)}."
         )
     check_finite(x, inputs)
-    if inputs.dtype in (torch.float64, torch.uint16, torch.uint32, torch.uint64):
-        # Wider than what episodes come in; and torch can hold unsigned integers, but not select rows of them.
-        inputs = inputs.float()
-    return inputs, labels.to(torch.int64)
+    inputs = selectable(inputs)
+    # float64 is wider than what episodes come in.
+    return inputs.float() if inputs.dtype == torch.float64 else inputs, labels.to(torch.int64)
+
+
+def _check_episodes_fit(split: str, labels: Tensor, *, ways: int, shots: int, queries: int) -> None:
+    classes, counts = torch.unique(labels, return_counts=True)
+    if len(classes) < ways:
+        raise UserValueError(
+            f"Expected at least {ways} classes in '{split}' for episodes of {ways} ways, but got {len(classes)}: "
+            f"{listed(classes.tolist()) or 'none'}."
+        )
+    check_class_sizes(f"in '{split}'", classes, counts, shots=shots, queries=queries)
 
 
 def _statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:

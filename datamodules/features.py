@@ -1,27 +1,25 @@
 """Features and labels in memory, for heads on cached features and for plain tables."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
-import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
-from glai_lightning.checks import UserTypeError, UserValueError, expect_number
-from glai_lightning.datamodules.arrays import existing_file, read_archive
-from glai_lightning.datamodules.checks import check_integer
-from glai_lightning.datamodules.loader import BatchLoader, SeededBatchSampler, TensorRows, fit_progress
-from glai_lightning.datamodules.splits import (
-    OPTIONAL_KEYS,
-    REQUIRED_KEYS,
-    Splits,
-    make_splits,
-    require_split_keys,
-)
+from glai_lightning.checks import UserValueError
+from glai_lightning.datamodules.arrays import Standardisation, as_tensor, check_finite, require_keys, selectable
+from glai_lightning.datamodules.base import SampleDataModule, Splits, array_reader, expect_one
+from glai_lightning.datamodules.loader import TensorRows
+from glai_lightning.datamodules.splits import SPLITS, split_samples
+
+_REQUIRED_KEYS = ("x_train", "y_train", "x_test", "y_test")
+_OPTIONAL_KEYS = ("x_val", "y_val")
+
+_Rows = tuple[Tensor, Tensor]
 
 
-class FeaturesDataModule(pl.LightningDataModule):
+class FeaturesDataModule(SampleDataModule):
     """Labelled features from an ``.npz`` file or from arrays, standardised, in batches ``(inputs, targets)``.
 
     The keys are ``x_train``, ``y_train``, ``x_test``, ``y_test`` and, where the data has validation rows of its
@@ -32,8 +30,7 @@ class FeaturesDataModule(pl.LightningDataModule):
     All data is held in memory, and a batch is cut out of it at once, in the process itself: worker processes
     would only add copies, whatever Lightning's warning about their number says. The order of the training rows
     follows from (seed, epoch). A checkpoint holds the position, so that a fit resumed in the middle of an epoch
-    goes on with the batches that it would have had. Under distributed strategies every row is read by one
-    process an epoch.
+    gets the batches that it would have had. Under distributed strategies one process reads each row of an epoch.
 
     Args:
         path: the ``.npz`` file; nothing in it is unpickled.
@@ -71,92 +68,106 @@ class FeaturesDataModule(pl.LightningDataModule):
         val_fraction: float = 0.2,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if (path is None) == (arrays is None):
-            got = "neither" if path is None else "both"
-            raise UserValueError(f"Expected one of `path` and `arrays`, but got {got}.")
-        if path is not None:
-            read = partial(read_archive, existing_file(path), required=REQUIRED_KEYS, optional=OPTIONAL_KEYS)
-            self._read_arrays: Callable[[], Mapping[str, Any]] = read
-        else:
-            if not isinstance(arrays, Mapping):
-                raise UserTypeError(
-                    f"Expected `arrays` to be a mapping of arrays by key, but got {type(arrays).__name__}."
-                )
-            require_split_keys(arrays)
-            self._read_arrays = partial(dict, arrays)
-        check_integer("batch_size", batch_size, at_least=1)
-        check_integer("seed", seed, at_least=0)
-        expect_number("val_fraction", val_fraction)
-        if not 0 < val_fraction < 1:
-            raise UserValueError(f"Expected `val_fraction` to be in (0, 1), but got {val_fraction}.")
-        self.batch_size = batch_size
-        self.val_fraction = val_fraction
-        self.seed = seed
-        self._splits: Splits | None = None
-
-    def setup(self, stage: str | None = None) -> None:
-        """Read, check, split and standardise the data; only the first call does.
-
-        Args:
-            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; all of them need the training rows,
-                whose statistics standardise the others.
-        """
-        _ = self.splits
-
-    @property
-    def splits(self) -> Splits:
-        """All rows of the three splits as whole tensors, for solvers and other users of more than a batch."""
-        if self._splits is None:
-            self._splits = make_splits(self._read_arrays(), val_fraction=self.val_fraction, seed=self.seed)
-        return self._splits
+        super().__init__(batch_size=batch_size, val_fraction=val_fraction, seed=seed)
+        expect_one(path=path, arrays=arrays)
+        self._read_arrays = array_reader(path, arrays, required=_REQUIRED_KEYS, optional=_OPTIONAL_KEYS)
 
     @property
     def num_features(self) -> int:
         """Columns of the flattened inputs, D."""
-        inputs, _ = self.splits.train
-        return inputs.shape[1]
+        assert self.splits.num_features is not None
+        return self.splits.num_features
 
-    @property
-    def num_classes(self) -> int | None:
-        """One more than the largest label in ``y_train``; ``None`` for regression."""
-        return self.splits.num_classes
+    def _read(self) -> Splits:
+        return make_splits(self._read_arrays(), val_fraction=self.val_fraction, seed=self.seed)
 
-    def train_dataloader(self) -> BatchLoader:
-        """Return the training rows, in another order in every epoch."""
-        trainer = self.trainer
-        progress = partial(fit_progress, trainer) if trainer is not None and trainer.training else None
-        return self._loader(
-            self.splits.train,
-            shuffle_seed=self.seed,
-            progress=progress,
+
+def make_splits(arrays: Mapping[str, Any], *, val_fraction: float, seed: int) -> Splits:
+    """Check and split labelled arrays, and standardise them by the statistics of the training rows.
+
+    Arguments, errors and the rows of the result are those of :class:`FeaturesDataModule`.
+
+    Example:
+        >>> arrays = {"x_train": torch.rand(10, 2, 3), "y_train": torch.arange(10) % 3}
+        >>> arrays |= {"x_test": torch.rand(4, 2, 3), "y_test": torch.tensor([0, 1, 2, 0])}
+        >>> splits = make_splits(arrays, val_fraction=0.2, seed=0)
+        >>> splits.train[0].shape, splits.val[0].shape, splits.num_classes
+        (torch.Size([8, 6]), torch.Size([2, 6]), 3)
+    """
+    own_validation = any(key in arrays for key in _OPTIONAL_KEYS)
+    require_keys(arrays, (*_REQUIRED_KEYS, *(_OPTIONAL_KEYS if own_validation else ())), "`arrays`")
+    rows = {split: _checked_rows(arrays, split) for split in SPLITS if f"x_{split}" in arrays}
+    for split in rows:
+        _check_against_training(split, rows[split], rows["train"])
+    targets = rows["train"][1]
+    num_classes = None if targets.is_floating_point() else int(targets.max()) + 1
+
+    if not own_validation:
+        chosen = split_samples(len(targets), val_fraction=val_fraction, test_fraction=0, seed=seed)
+        rows |= {split: (rows["train"][0][numbers], targets[numbers]) for split, numbers in chosen.items()}
+    standardise = Standardisation.fit(rows["train"][0])
+    sources = {split: TensorRows(standardise(inputs), targets) for split, (inputs, targets) in rows.items()}
+    return Splits(sources, rows["train"][0].shape[1], num_classes, standardisation=standardise)
+
+
+def _checked_rows(arrays: Mapping[str, Any], split: str) -> _Rows:
+    inputs = _checked_inputs(f"x_{split}", as_tensor(f"x_{split}", arrays[f"x_{split}"]))
+    targets = _checked_targets(f"y_{split}", as_tensor(f"y_{split}", arrays[f"y_{split}"]))
+    if len(inputs) != len(targets):
+        raise UserValueError(
+            f"Expected `x_{split}` and `y_{split}` to be of the same length, but got {len(inputs)} and {len(targets)}."
+        )
+    return inputs, targets
+
+
+def _checked_inputs(key: str, inputs: Tensor) -> Tensor:
+    if inputs.ndim < 2 or inputs.numel() == 0:
+        raise UserValueError(
+            f"Expected `{key}` to have the shape (samples, features...), none of them 0, but got {tuple(inputs.shape)}."
+        )
+    check_finite(key, inputs)
+    return selectable(inputs).flatten(1)
+
+
+def _checked_targets(key: str, targets: Tensor) -> Tensor:
+    if targets.is_floating_point():
+        if targets.ndim not in (1, 2):
+            raise UserValueError(
+                f"Expected `{key}` to have the shape (samples,) or (samples, outputs), but got {tuple(targets.shape)}."
+            )
+        targets = targets.to(torch.float32, copy=True)
+        check_finite(key, targets)
+        return targets
+    if targets.ndim != 1:
+        raise UserValueError(
+            f"Expected `{key}`, class labels, to have the shape (samples,), but got {tuple(targets.shape)}."
+        )
+    targets = targets.to(torch.int64, copy=True)
+    if len(targets) and targets.min() < 0:
+        raise UserValueError(f"Expected `{key}` to hold class labels of at least 0, but got {int(targets.min())}.")
+    return targets
+
+
+def _check_against_training(split: str, rows: _Rows, train: _Rows) -> None:
+    (inputs, targets), (train_inputs, train_targets) = rows, train
+    if inputs.shape[1] != train_inputs.shape[1]:
+        raise UserValueError(
+            f"Expected `x_{split}` to have the {train_inputs.shape[1]} features of `x_train`,"
+            f" but got {inputs.shape[1]}."
+        )
+    if targets.dtype != train_targets.dtype or targets.shape[1:] != train_targets.shape[1:]:
+        raise UserValueError(
+            f"Expected `y_{split}` to hold targets like those of `y_train`, {_described(train_targets)},"
+            f" but got {_described(targets)}."
+        )
+    if not targets.is_floating_point() and targets.max() > train_targets.max():
+        raise UserValueError(
+            f"Expected `y_{split}` to hold labels up to {int(train_targets.max())}, the largest in `y_train`,"
+            f" but got {int(targets.max())}."
         )
 
-    def val_dataloader(self) -> BatchLoader:
-        """Return the validation rows, always in the same order."""
-        return self._loader(self.splits.val)
 
-    def test_dataloader(self) -> BatchLoader:
-        """Return the test rows, in the order of the data."""
-        return self._loader(self.splits.test)
-
-    def predict_dataloader(self) -> BatchLoader:
-        """Return the test rows, in the order of the data, with their targets."""
-        return self._loader(self.splits.test)
-
-    def _loader(
-        self,
-        rows: tuple[Tensor, Tensor],
-        shuffle_seed: int | None = None,
-        progress: Callable[[], tuple[int, int]] | None = None,
-    ) -> BatchLoader:
-        # What Lightning is about to shard the sampler with; None unless the strategy is a distributed one.
-        sharding = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        dataset = TensorRows(*rows, batch_size=self.batch_size)
-        sampler = SeededBatchSampler(
-            len(dataset),
-            self.batch_size,
-            shuffle_seed=shuffle_seed,
-            num_shards=1 if sharding is None else sharding["num_replicas"],
-        )
-        return BatchLoader(dataset, sampler=sampler, progress=progress)
+def _described(targets: Tensor) -> str:
+    if not targets.is_floating_point():
+        return "class labels"
+    return f"floating-point values of shape {('samples', *targets.shape[1:])}".replace("'", "")

@@ -2,29 +2,28 @@
 
 import struct
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from glai_lightning.checks import UserValueError, expect_choice
-from glai_lightning.datamodules.class_splits import SPLITS, listed
-from glai_lightning.datamodules.labelled import LabelledDataModule
-from glai_lightning.datamodules.splits import split_samples
-from glai_lightning.datamodules.view_batches import AugmentedViews
+from glai_lightning.datamodules.arrays import existing_folder, listed
+from glai_lightning.datamodules.base import SampleDataModule, Splits, expect_callable
+from glai_lightning.datamodules.splits import SPLITS
+from glai_lightning.datamodules.views import AugmentedViews
 from glai_lightning.optional import import_optional
 
 
-class ImageFolderDataModule(LabelledDataModule):
+class ImageFolderDataModule(SampleDataModule):
     """Batches ``(images, labels)`` out of torchvision's ``ImageFolder``: ``root/train/cat/1.jpg`` is of class 'cat'.
 
     Where there is no ``root/val`` or no ``root/test``, images of ``root/train`` are set apart for it. Images are read,
     in RGB, and transformed when their batch is made. Order and transformation follow from the seed, the epoch and the
-    image, so that a fit resumed in the middle of an epoch goes on with what it would have had.
+    image, so that a fit resumed in the middle of an epoch gets what it would have had.
 
     Args:
         root: the folder that holds ``train`` and, if you like, ``val`` and ``test``, with the same classes.
@@ -36,8 +35,8 @@ class ImageFolderDataModule(LabelledDataModule):
             there is ``test``.
         seed: of the splits, of the order and of random transformations, at least 0.
         num_workers: processes that read images ahead; 0 for none.
-        unreadable: 'stop' with an error where an image cannot be read; or 'skip' such images, which reads all of them
-            once beforehand, and names them in one warning.
+        on_error: 'raise' an error where an image cannot be read; or 'skip' such images, which reads all of them once
+            beforehand, and names them in one warning.
 
     Raises:
         ModuleNotFoundError: If torchvision is not installed.
@@ -56,7 +55,7 @@ class ImageFolderDataModule(LabelledDataModule):
         test_fraction: float = 0.2,
         seed: int = 0,
         num_workers: int = 0,
-        unreadable: Literal["stop", "skip"] = "stop",
+        on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -65,16 +64,16 @@ class ImageFolderDataModule(LabelledDataModule):
             seed=seed,
             num_workers=num_workers,
         )
-        expect_choice("unreadable", unreadable, ("stop", "skip"))
-        for folder, what in ((Path(root), "an existing folder"), (Path(root, "train"), "a folder that holds 'train'")):
-            if not folder.is_dir():
-                raise UserValueError(f"Expected `root` to be {what}, but got '{root}'.")
+        expect_choice("on_error", on_error, ("raise", "skip"))
+        expect_callable("transform", transform)
+        self.root = existing_folder("root", root)
+        if not (self.root / "train").is_dir():
+            raise UserValueError(f"Expected `root` to be a folder that holds 'train', but got '{root}'.")
         _imported("torchvision.datasets")
-        self.root = Path(root)
         self.transform = transform
-        self.unreadable = unreadable
+        self.on_error = on_error
 
-    def _read(self) -> tuple[Mapping[str, AugmentedViews], list[str]]:
+    def _read(self) -> Splits:
         folders = {split: self._read_folder(split) for split in SPLITS if (self.root / split).is_dir()}
         train = folders["train"]
         for folder in folders.values():
@@ -86,14 +85,20 @@ class ImageFolderDataModule(LabelledDataModule):
         absent = [train.classes[label] for label in set(range(len(train.classes))) - set(train.targets)]
         if absent:
             raise UserValueError(f"Expected images of every class in '{train.root}', but got none of {listed(absent)}.")
-        rows = split_samples(
-            len(train),
-            val_fraction=0 if "val" in folders else self.val_fraction,
-            test_fraction=0 if "test" in folders else self.test_fraction,
-            seed=self.seed,
-        )
+        rows = self._split(len(train), **{f"{split}_fraction": 0 for split in folders if split != "train"})
         rows |= {split: torch.arange(len(folder)) for split, folder in folders.items() if split != "train"}
-        return {split: self._images(split, folders.get(split, train), rows[split]) for split in rows}, train.classes
+        sources = {
+            split: _Images(
+                folders.get(split, train),
+                chosen,
+                ToTensor(self.transform),
+                num_views=1,
+                seed=self.seed,
+                varied=split == "train",
+            )
+            for split, chosen in rows.items()
+        }
+        return Splits(sources, num_classes=len(train.classes), classes=train.classes)
 
     def _read_folder(self, split: str) -> Any:
         path = self.root / split
@@ -103,7 +108,7 @@ class ImageFolderDataModule(LabelledDataModule):
                 f"Expected folders of at least two classes in '{path}', but got {listed(classes) or 'none'}."
             )
         folder = _imported("torchvision.datasets").ImageFolder(str(path), loader=read_image, allow_empty=True)
-        if self.unreadable == "skip":
+        if self.on_error == "skip":
             self._skip_unreadable(folder)
         if len(folder) == 0:
             raise UserValueError(f"Expected images in the folders of '{path}', but got none that can be read.")
@@ -119,17 +124,6 @@ class ImageFolderDataModule(LabelledDataModule):
         folder.samples = [sample for sample, fine in zip(folder.samples, readable, strict=True) if fine]
         folder.targets = [label for _, label in folder.samples]
 
-    def _images(self, split: str, folder: Any, rows: Tensor) -> AugmentedViews:
-        return _Images(
-            folder,
-            rows,
-            _ToTensor(self.transform),
-            num_views=1,
-            seed=self.seed,
-            varied=split == "train",
-            batch_size=self.batch_size,
-        )
-
 
 class _Images(AugmentedViews):
     """Batches of the one view of each image."""
@@ -139,11 +133,14 @@ class _Images(AugmentedViews):
         return images, labels
 
 
-class _ToTensor:
+class ToTensor:
+    """Transforms a PIL image, and makes it a tensor (channels, height, width) where it is none yet."""
+
     def __init__(self, transform: Callable[[Any], Any] | None) -> None:
         self.transform = transform
 
     def __call__(self, image: Any) -> Tensor:
+        """Return the tensor of an image."""
         transformed = image if self.transform is None else self.transform(image)
         if isinstance(transformed, Tensor):
             return transformed
@@ -164,7 +161,7 @@ def read_image(path: str | PathLike[str]) -> Any:
             return opened.convert("RGB")
     except damaged as error:
         raise UserValueError(
-            f"Expected an image that can be read, but got '{path}': {error}. With `unreadable='skip'` it is left out."
+            f"Expected an image that can be read, but got '{path}': {error}. With `on_error='skip'` it is left out."
         ) from error
 
 

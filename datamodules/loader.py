@@ -1,13 +1,14 @@
-"""Whole batches out of tensors in memory, in an order fixed by (seed, epoch), resumable within an epoch."""
+"""Whole batches in an order fixed by (seed, epoch), shared out to processes, resumable within an epoch."""
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler
 
 from glai_lightning.checks import UserValueError
 
@@ -17,18 +18,15 @@ class TensorRows(Dataset[tuple[Tensor, ...]]):
 
     Args:
         *tensors: tensors of shape (N, ...), of any dtype.
-        batch_size: rows in a batch, for samplers that name single rows; see :class:`BatchLoader`.
 
     Example:
-        >>> rows = TensorRows(torch.arange(5.0).reshape(5, 1), torch.arange(5), batch_size=2)
-        >>> rows[torch.tensor([3, 0])]
+        >>> TensorRows(torch.arange(5.0).reshape(5, 1), torch.arange(5))[torch.tensor([3, 0])]
         (tensor([[3.],
                 [0.]]), tensor([3, 0]))
     """
 
-    def __init__(self, *tensors: Tensor, batch_size: int) -> None:
+    def __init__(self, *tensors: Tensor) -> None:
         self.tensors = tensors
-        self.batch_size = batch_size
 
     def __len__(self) -> int:
         return len(self.tensors[0])
@@ -38,19 +36,14 @@ class TensorRows(Dataset[tuple[Tensor, ...]]):
         index = torch.as_tensor(rows)
         return tuple(tensor.index_select(0, index) for tensor in self.tensors)
 
-    def in_batches(self, sampler: Sampler[int]) -> BatchSampler:
-        """Cut the single rows that a sampler names into batches."""
-        return BatchSampler(sampler, self.batch_size, drop_last=False)
-
 
 class SeededBatchSampler(Sampler[Tensor]):
     """Batches of row numbers; shuffled, the order is a function of the seed and the epoch alone.
 
-    Lightning shards this sampler over W processes by giving process r every W-th batch from the r-th on. So
-    the batches come in rounds of W, and the last round shares what is left evenly: every row is read once an
-    epoch, by one process, and no process waits for another. With one process that is the usual rule: all
-    batches are full but the last. (Where fewer than W rows are left over, the last full round takes them, in
-    batches larger by one row.)
+    Lightning shards this sampler over W processes: process r gets every W-th batch from the r-th on. So the batches
+    come in rounds of W, and the last round shares the rest evenly. Every row is read once an epoch, by one process, and
+    no process waits for another. One process gets full batches, and the rest in the last. (Where fewer than W rows are
+    left over, the last full round takes them, in batches larger by one row.)
 
     Args:
         num_rows: N, rows in the data.
@@ -96,21 +89,16 @@ class SeededBatchSampler(Sampler[Tensor]):
 
 
 class EqualBatchSampler(SeededBatchSampler):
-    """Batches of sizes that differ by one at most, and in every round not at all between processes.
+    """Batches whose sizes differ by one at most, and never between the processes of a round.
 
-    For losses that compare the samples of a batch, gather them from all processes, and mean nothing for the one or two
-    samples that a last batch may be left with. Shared between processes, batches that are shuffled are all of one size,
-    because Lightning shuffles them once more before it deals them out. Fewer rows than there are batches, others in
-    every epoch, are then left out; fewer than W where nothing is shuffled, and none where nothing is shared.
+    It is for losses that compare the samples of a batch, gather them from all processes, and mean nothing for the one
+    or two samples that a last batch may be left with. Several processes get shuffled batches of one size, because
+    Lightning shuffles the batches once more before it shares them out. An epoch then leaves out fewer rows than it has
+    batches, others in every epoch. Without shuffling it leaves out fewer than W rows, and one process reads all rows.
 
     Args:
-        num_rows: N, rows in the data.
-        batch_size: most rows in a batch, at least 2.
-        shuffle_seed: seed of the order, see :class:`SeededBatchSampler`.
-        num_shards: W, processes that share the batches.
-
-    Raises:
-        ValueError: If there are fewer than two rows for each process.
+        num_rows, batch_size, shuffle_seed, num_shards: as of :class:`SeededBatchSampler`; ``batch_size`` is the most
+            rows in a batch, at least 2, and ``num_rows`` at least two for each process.
 
     Example:
         >>> [len(rows) for rows in EqualBatchSampler(9, batch_size=4)]
@@ -145,16 +133,48 @@ def _batch_sizes(num_rows: int, batch_size: int, num_shards: int) -> list[int]:
     return [batch_size] * (full_rounds * num_shards) + last_round
 
 
-class Batches(Protocol):
-    """What a :class:`BatchLoader` takes whole batches from."""
+class EpisodeSampler(DistributedSampler[int]):
+    """Numbers of episodes, shared out to the processes of a fit.
 
-    def __len__(self) -> int: ...
+    Lightning leaves a ``DistributedSampler`` alone. It would repeat the evaluation episodes of any other sampler until
+    every process has as many.
 
-    def __getitem__(self, index: Any, /) -> Any:
-        """Return the batch that a sampler's item stands for."""
+    Args:
+        episodes: the episodes; their number is that of an epoch, at least one for each process.
+        fresh: whether every epoch has episodes of its own, and every process as many: the epoch is rounded up to a
+            multiple of the processes. Otherwise all epochs have the same ones, each in one process.
+        num_replicas: processes that share the episodes.
+        rank: which of them this is, from 0.
 
-    def in_batches(self, sampler: Sampler[int]) -> Iterable[Any]:
-        """Turn a sampler over ``range(len(self))`` into one whose items stand for batches."""
+    Example:
+        >>> [list(EpisodeSampler(range(5), fresh=False, num_replicas=2, rank=rank)) for rank in range(2)]
+        [[0, 2, 4], [1, 3]]
+        >>> sampler = EpisodeSampler(range(5), fresh=True, num_replicas=2, rank=1)
+        >>> sampler.set_epoch(1)
+        >>> list(sampler)
+        [7, 9, 11]
+    """
+
+    def __init__(self, episodes: Any, *, fresh: bool, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(episodes, num_replicas, rank, shuffle=False)
+        if len(episodes) < num_replicas:
+            raise UserValueError(
+                f"Expected at least one episode for each of {num_replicas} processes, but got {len(episodes)} episodes."
+            )
+        self.fresh = fresh
+
+    def __len__(self) -> int:
+        episodes = len(self.dataset)  # type: ignore[arg-type]
+        if self.fresh:
+            return math.ceil(episodes / self.num_replicas)
+        return len(range(self.rank, episodes, self.num_replicas))
+
+    def __iter__(self) -> Iterator[int]:
+        if not self.fresh:
+            return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+        in_epoch = len(self) * self.num_replicas
+        first = self.epoch * in_epoch
+        return iter(range(first + self.rank, first + in_epoch, self.num_replicas))
 
 
 class BatchLoader(DataLoader[Any]):
@@ -168,23 +188,25 @@ class BatchLoader(DataLoader[Any]):
     before the first batch is asked for, and a position restored for one epoch means nothing to the next.
 
     Args:
-        dataset: cuts out the batches. If it has a method ``set_epoch``, it is told the epoch before the first batch.
-        sampler: yields what ``dataset`` makes a batch of, such as its rows. A ``SequentialSampler``, which
-            ``Trainer(overfit_batches=...)`` puts in place of the sampler it finds, names single rows, and is left to
-            ``dataset.in_batches``.
-        progress: returns the current epoch and the number of its batches that are dealt with, from whoever keeps
-            count. Then a batch that was handed out when an exception struck is handed out again. By default the
-            sampler knows the epoch, and a batch handed out is dealt with.
+        dataset: makes a batch of each item of the sampler. If it has a method ``set_epoch``, it is told the epoch
+            before the first batch.
+        sampler: yields what ``dataset`` makes a batch of, such as its rows.
+        progress: returns the current epoch and the number of its batches that are done, from the one who counts them.
+            Then a batch that was handed out when an exception struck is handed out again. By default the sampler knows
+            the epoch, and a batch handed out is done.
+        rows_per_batch: how many rows make a batch where a ``SequentialSampler`` names single rows:
+            ``Trainer(overfit_batches=...)`` puts one in place of the sampler that it finds. ``None`` where an item is a
+            batch already.
         **options: the other arguments of ``DataLoader``, which Lightning repeats when it replaces the sampler.
 
     Example:
-        >>> rows = TensorRows(torch.arange(6), batch_size=2)
-        >>> loader = BatchLoader(rows, SeededBatchSampler(6, batch_size=2, shuffle_seed=0))
+        >>> def make_loader():
+        ...     return BatchLoader(TensorRows(torch.arange(6)), SeededBatchSampler(6, batch_size=2, shuffle_seed=0))
+        >>> loader = make_loader()
         >>> first, *rest = [batch[0].tolist() for batch in loader]
-        >>> iterator = iter(loader)
-        >>> next(iterator)[0].tolist() == first
+        >>> next(iter(loader))[0].tolist() == first
         True
-        >>> resumed = BatchLoader(rows, SeededBatchSampler(6, batch_size=2, shuffle_seed=0))
+        >>> resumed = make_loader()
         >>> resumed.load_state_dict(loader.state_dict())
         >>> [batch[0].tolist() for batch in resumed] == rest
         True
@@ -194,15 +216,17 @@ class BatchLoader(DataLoader[Any]):
 
     def __init__(
         self,
-        dataset: Batches,
+        dataset: Dataset[Any],
         sampler: Any,
         progress: Callable[[], tuple[int, int]] | None = None,
+        rows_per_batch: int | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(sampler, SequentialSampler):
-            sampler = dataset.in_batches(sampler)
-        super().__init__(cast(Dataset[Any], dataset), sampler=sampler, **{**options, "batch_size": None})
+        if isinstance(sampler, SequentialSampler) and rows_per_batch is not None:
+            sampler = BatchSampler(sampler, rows_per_batch, drop_last=False)
+        super().__init__(dataset, sampler=sampler, **{**options, "batch_size": None})
         self.progress = progress
+        self.rows_per_batch = rows_per_batch
         self._epoch = 0
         self._position = 0
         self._restored: dict[str, int] | None = None
@@ -227,7 +251,7 @@ class BatchLoader(DataLoader[Any]):
             self.dataset,
             sampler=list(rest),
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_uncollated,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             multiprocessing_context=self.multiprocessing_context,
@@ -252,25 +276,20 @@ class BatchLoader(DataLoader[Any]):
         return restored["position"]
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of batches dealt with in it, and what they count in."""
+        """Return the epoch, the number of its batches that are done, and the rows and batches that an epoch has."""
         if self._restored is not None:
             return dict(self._restored)
         position = self._position
         if self.progress is not None:
             position = min(position, self.progress()[1])
-        return {
-            "epoch": self._epoch,
-            "position": position,
-            "rows": len(self.dataset),
-            "batches": len(self),
-        }
+        return {"epoch": self._epoch, "position": position, "rows": len(self.dataset), "batches": len(self)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue the epoch of ``state_dict`` behind the batches that were dealt with in it.
+        """Continue the epoch of ``state_dict`` after the batches that were done in it.
 
         Args:
             state_dict: from :meth:`state_dict`. The next iteration raises ``ValueError`` if it is of the same
-                epoch and the rows or batches to count in have changed.
+                epoch and the number of rows or batches has changed.
 
         Raises:
             ValueError: If it is not such a state.
@@ -285,12 +304,12 @@ class BatchLoader(DataLoader[Any]):
         self._set_epoch(state_dict["epoch"])
 
 
-def _as_it_is(batch: Any) -> Any:
+def _uncollated(batch: Any) -> Any:
     return batch
 
 
 def fit_progress(trainer: Any) -> tuple[int, int]:
-    """Return the epoch of a running fit, and how many of its batches are dealt with, for a :class:`BatchLoader`."""
+    """Return the epoch of a running fit, and how many of its batches are done, for a :class:`BatchLoader`."""
     # With max_steps, a fit resumed from the end of an epoch tells samplers an epoch that is one ahead.
     batches = trainer.fit_loop.epoch_loop.batch_progress.current
     return trainer.current_epoch, batches.processed

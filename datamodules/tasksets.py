@@ -1,36 +1,106 @@
-"""Episodes out of somebody's tasks, such as those of a ``learn2learn.data.Taskset``."""
+"""Numbered episodes, each a function of the seed and its number alone: of samples in memory, and of tasksets."""
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from glai_lightning.checks import UserTypeError, UserValueError
-from glai_lightning.datamodules.checks import check_finite
-from glai_lightning.datamodules.class_splits import check_class_sizes, check_disjoint, listed
-from glai_lightning.datamodules.episode_drawing import Episode
+from glai_lightning.datamodules.arrays import check_finite, listed
+
+#: Episodes whose rows are drawn together: drawing them one by one takes ten times as long.
+_BLOCK = 64
+
+_Episode = dict[str, Tensor]
 
 
-class TasksetEpisodes(Dataset[Episode]):
-    """Numbered episodes out of a taskset.
+class NumberedEpisodes(Dataset[_Episode]):
+    """Episodes ``ways`` x (``shots`` + ``queries``) of labelled samples (N, ...) in memory.
 
-    Tasks are drawn with Python's, numpy's and PyTorch's global generators, which transforms use. Those are seeded for
-    each task by its number, and put back afterwards: a task does not depend on what was drawn before it, nor does the
-    rest of a program depend on tasks.
+    Episode ``n`` is a dict of ``support`` (ways * shots, ...) and ``query`` (ways * queries, ...), float32, and
+    ``support_labels`` and ``query_labels``, int64: the labels of the data. Classes and samples are drawn without
+    replacement, all classes alike, from ``rows``; samples become ``(sample - mean) / scale``. The numbers have no end;
+    ``episodes`` is how many of them make an epoch. ``seeds`` are a seed, and which stream of episodes this is.
 
-    Args:
-        taskset: has ``taskset[i]``, a pair of samples (n, ...) and labels (n,), integers. One of a length above 1 is
-            read round and round; one of length 1, which is how learn2learn says that tasks never end, has a task of its
-            own for every number.
-        episodes: number of episodes in an epoch.
-        shots: of each class, in the order of the task, the first so many samples are the support.
-        queries: so many behind these are the query; others are left out.
-        seeds: what the tasks follow from: a seed, and which stream of episodes this is.
+    Example:
+        >>> labels = torch.arange(12) % 3
+        >>> sizes = {"ways": 2, "shots": 1, "queries": 3}
+        >>> episodes = NumberedEpisodes(torch.randn(12, 5), labels, torch.arange(12), episodes=4, **sizes)
+        >>> {key: tuple(value.shape) for key, value in episodes[0].items()}
+        {'support': (2, 5), 'support_labels': (2,), 'query': (6, 5), 'query_labels': (6,)}
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        rows: Tensor,
+        *,
+        mean: Tensor | None = None,
+        scale: Tensor | None = None,
+        episodes: int,
+        ways: int,
+        shots: int,
+        queries: int,
+        seeds: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.inputs, self.labels, self.mean, self.scale = inputs, labels, mean, scale
+        self.episodes, self.ways, self.shots, self.queries = episodes, ways, shots, queries
+        self.seeds = seeds
+        by_class = rows[torch.argsort(labels[rows], stable=True)]
+        classes, counts = torch.unique_consecutive(labels[by_class], return_counts=True)
+        self._rows, self._classes, self._counts = by_class.numpy(), classes.numpy(), counts.numpy()
+        self._starts = np.cumsum(self._counts) - self._counts
+        self._drawn: tuple[int, Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return self.episodes
+
+    def __getitem__(self, number: int) -> _Episode:
+        block, position = divmod(number, _BLOCK)
+        if self._drawn is None or self._drawn[0] != block:
+            self._drawn = (block, *self._draw(block))
+        _, rows, labels = self._drawn
+        samples = self._standardised(self.inputs.index_select(0, rows[position]))
+        support = self.ways * self.shots
+        return {
+            "support": samples[:support],
+            "support_labels": labels[position].repeat_interleave(self.shots),
+            "query": samples[support:],
+            "query_labels": labels[position].repeat_interleave(self.queries),
+        }
+
+    def _standardised(self, samples: Tensor) -> Tensor:
+        samples = samples.float()
+        # In place: index_select has made a tensor of its own.
+        if self.mean is not None:
+            samples.sub_(self.mean)
+        return samples if self.scale is None else samples.div_(self.scale)
+
+    def _draw(self, block: int) -> tuple[Tensor, Tensor]:
+        """Return the rows (episodes, ways * shots + ways * queries) and class labels (episodes, ways) of a block."""
+        seed, stream = self.seeds
+        generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, block)))
+        classes = distinct_integers(generator, np.full(_BLOCK, len(self._classes)), self.ways)
+        flat = classes.ravel()
+        samples = distinct_integers(generator, self._counts[flat], self.shots + self.queries)
+        rows = self._rows[self._starts[flat, None] + samples].reshape(_BLOCK, self.ways, -1)
+        support, query = rows[:, :, : self.shots], rows[:, :, self.shots :]
+        in_order = np.concatenate([support.reshape(_BLOCK, -1), query.reshape(_BLOCK, -1)], axis=1)
+        return torch.from_numpy(in_order), torch.from_numpy(self._classes[classes])
+
+
+class TasksetEpisodes(Dataset[_Episode]):
+    """Numbered episodes of a taskset, such as a ``learn2learn.data.Taskset``.
+
+    Tasks are drawn with Python's, numpy's and PyTorch's global generators, which transforms use. Each task seeds them
+    by its number and puts them back afterwards. So a task does not depend on what was drawn before it, and drawing
+    tasks does not change what the rest of a program draws. A taskset of a length above 1 is read round and round. One
+    of length 1, which is how learn2learn says that tasks never end, has a new task for every number.
     """
 
     def __init__(
@@ -43,32 +113,22 @@ class TasksetEpisodes(Dataset[Episode]):
     def __len__(self) -> int:
         return self.episodes
 
-    def __getitem__(self, number: int) -> Episode:
+    def __getitem__(self, number: int) -> _Episode:
         tasks = len(self.taskset)
         index = number % tasks
         seed, stream = self.seeds
         # A finite taskset keeps the description of a task once it is drawn: that of an index must not depend on when.
-        with _seeded(np.random.SeedSequence(seed, spawn_key=(stream, number if tasks == 1 else index))):
+        with isolate_rng(include_cuda=False):
+            seed_generators(seed, (stream, number if tasks == 1 else index))
             samples, labels = self.taskset[index]
         return split_task(samples, labels, shots=self.shots, queries=self.queries)
 
-    def in_batches(self, sampler: Sampler[int]) -> Sampler[int]:
-        """Return the sampler: an episode is a batch."""
-        return sampler
 
+def split_task(samples: Tensor, labels: Tensor, *, shots: int, queries: int) -> _Episode:
+    """Split the samples (n, ...) of a task, with labels (n,), into support and query.
 
-def split_task(samples: Tensor, labels: Tensor, *, shots: int, queries: int) -> Episode:
-    """Split the samples of a task into support and query.
-
-    Args:
-        samples: (n, ...).
-        labels: (n,), integers.
-        shots: of each class, the first so many samples are the support.
-        queries: so many behind these are the query.
-
-    Returns:
-        ``support`` (ways * shots, ...), ``support_labels``, ``query`` (ways * queries, ...) and ``query_labels``, in
-        ascending order of the labels.
+    Of each class the first ``shots`` samples are the support and the next ``queries`` the query, in ascending order of
+    the labels.
 
     Raises:
         TypeError: If samples are no tensor, or labels no integers.
@@ -108,40 +168,35 @@ def split_task(samples: Tensor, labels: Tensor, *, shots: int, queries: int) -> 
     }
 
 
-def check_tasksets_disjoint(tasksets: dict[str, Any]) -> None:
-    """Raise ``ValueError``, naming the classes, if validation or test have classes of training, where that can be seen.
-
-    Labels of different datasets cannot be compared. Those of tasksets that draw from one and the same dataset can be,
-    unless a transform (learn2learn's ``FilterLabels``) picks classes.
-    """
-    train = tasksets["train"]
-    for split in ("val", "test"):
-        other = tasksets[split]
-        source = _source(train)
-        if source is None or source is not _source(other) or _filters(train) or _filters(other):
-            continue
-        check_disjoint({"train": train.dataset.labels, "val": (), "test": (), split: other.dataset.labels})
+def check_class_sizes(where: str, classes: Tensor, counts: Tensor, *, shots: int, queries: int) -> None:
+    """Raise ``ValueError`` if a class has too few samples for support and query; ``where`` is what the classes are."""
+    short = counts < shots + queries
+    if short.any():
+        named = [f"{label} with {n}" for label, n in zip(classes[short].tolist(), counts[short].tolist(), strict=True)]
+        raise UserValueError(
+            f"Expected every class {where} to have at least {shots + queries} samples, {shots} for the support "
+            f"and {queries} for the query, but got class {listed(named)}."
+        )
 
 
-def _source(taskset: Any) -> Any:
-    dataset = getattr(taskset, "dataset", None)
-    return getattr(dataset, "dataset", None) if hasattr(dataset, "labels") else None
-
-
-def _filters(taskset: Any) -> bool:
-    return any("Filter" in type(transform).__name__ for transform in getattr(taskset, "task_transforms", None) or ())
-
-
-@contextmanager
-def _seeded(seeds: np.random.SeedSequence) -> Iterator[None]:
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    for_python, for_numpy, for_torch = (int(seed) for seed in seeds.generate_state(3))
-    random.seed(for_python)
+def seed_generators(seed: int, key: tuple[int, ...]) -> None:
+    """Seed PyTorch's, numpy's and Python's global generators, not those of accelerators, by a seed and its use."""
+    for_torch, for_numpy, for_python = np.random.SeedSequence(seed, spawn_key=key).generate_state(3)
+    torch.default_generator.manual_seed(int(for_torch))
     np.random.seed(for_numpy)
-    torch.default_generator.manual_seed(for_torch)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+    random.seed(int(for_python))
+
+
+def distinct_integers(generator: np.random.Generator, below: np.ndarray, size: int) -> np.ndarray:
+    """Draw rows of distinct integers, in random order, in a time that does not depend on their range.
+
+    Row ``i`` of the result (M, ``size``) holds integers below ``below[i]``; all ordered selections have the same
+    probability. Floyd's algorithm (Bentley and Floyd 1987), for all rows at once.
+    """
+    drawn = np.empty((size, len(below)), dtype=np.int64)
+    for step in range(size):
+        largest = below - size + step
+        candidates = generator.integers(0, largest, endpoint=True)
+        taken = (drawn[:step] == candidates).any(axis=0)
+        drawn[step] = np.where(taken, largest, candidates)
+    return generator.permuted(drawn.T, axis=1)

@@ -1,39 +1,29 @@
 """Labelled texts in a CSV file, for backbones that read strings."""
 
 import csv
-from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, Sampler
+from torch.utils.data import Dataset
 
-from glai_lightning.checks import UserValueError
-from glai_lightning.datamodules.arrays import existing_file
-from glai_lightning.datamodules.class_splits import listed
-from glai_lightning.datamodules.labelled import LabelledDataModule
-from glai_lightning.datamodules.splits import split_samples
+from glai_lightning.checks import UserTypeError, UserValueError
+from glai_lightning.datamodules.arrays import existing_file, listed
+from glai_lightning.datamodules.base import SampleDataModule, Splits
 
 
-class TextRows:
+class TextRows(Dataset[tuple[list[str], Tensor]]):
     """Batches ``(texts, labels)``: a list of strings, as the text backbones take it, and labels (batch,), int64.
 
-    Args:
-        texts: N strings.
-        labels: their classes (N,), int64.
-        batch_size: texts in a batch, for samplers that name single rows.
-
     Example:
-        >>> TextRows(["good", "bad", "fine"], torch.tensor([1, 0, 1]), batch_size=2)[torch.tensor([2, 1])]
+        >>> TextRows(["good", "bad", "fine"], torch.tensor([1, 0, 1]))[torch.tensor([2, 1])]
         (['fine', 'bad'], tensor([1, 0]))
     """
 
-    def __init__(self, texts: list[str], labels: Tensor, *, batch_size: int) -> None:
+    def __init__(self, texts: list[str], labels: Tensor) -> None:
         self.texts = texts
         self.labels = labels
-        self.batch_size = batch_size
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -42,12 +32,8 @@ class TextRows:
         index = torch.as_tensor(rows)
         return [self.texts[row] for row in index.tolist()], self.labels.index_select(0, index)
 
-    def in_batches(self, sampler: Sampler[int]) -> Iterable[Any]:
-        """Cut the single rows that a sampler names into batches."""
-        return BatchSampler(sampler, self.batch_size, drop_last=False)
 
-
-class TextsDataModule(LabelledDataModule):
+class TextsDataModule(SampleDataModule):
     r"""Batches ``(texts, labels)`` out of a CSV file with a header: a list of strings, and labels (batch,), int64.
 
     Labels may be any strings; they are numbered in sorted order, and ``classes`` lists them. All texts are held in
@@ -91,11 +77,14 @@ class TextsDataModule(LabelledDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
         self.path = existing_file(path)
+        for name, column in (("text_column", text_column), ("label_column", label_column)):
+            if not isinstance(column, str):
+                raise UserTypeError(f"Expected `{name}` to be the name of a column, but got {column!r}.")
         self.text_column = text_column
         self.label_column = label_column
 
-    def _read(self) -> tuple[Mapping[str, TextRows], list[str]]:
-        texts, names = read_columns(self.path, self.text_column, self.label_column)
+    def _read(self) -> Splits:
+        texts, names = _read_columns(self.path, self.text_column, self.label_column)
         classes = sorted(set(names))
         if len(classes) < 2:
             raise UserValueError(
@@ -104,16 +93,14 @@ class TextsDataModule(LabelledDataModule):
             )
         number = {name: label for label, name in enumerate(classes)}
         labels = torch.tensor([number[name] for name in names])
-        rows = split_samples(
-            len(texts), val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed
-        )
-        return {
-            split: TextRows([texts[row] for row in chosen.tolist()], labels[chosen], batch_size=self.batch_size)
-            for split, chosen in rows.items()
-        }, classes
+        sources = {
+            split: TextRows([texts[row] for row in rows.tolist()], labels[rows])
+            for split, rows in self._split(len(texts)).items()
+        }
+        return Splits(sources, num_classes=len(classes), classes=classes)
 
 
-def read_columns(path: Path, *columns: str) -> tuple[list[str], ...]:
+def _read_columns(path: Path, *columns: str) -> tuple[list[str], ...]:
     """Read columns of a CSV file with a header, in UTF-8, each with an entry in every row.
 
     Args:
@@ -141,12 +128,12 @@ def read_columns(path: Path, *columns: str) -> tuple[list[str], ...]:
                 f"{listed(map(repr, header)) or 'an empty file'}."
             )
     if not rows:
-        raise UserValueError(f"Expected rows behind the header of '{path}', but got none.")
+        raise UserValueError(f"Expected rows after the header of '{path}', but got none.")
     entries = {column: [(row[column] or "").strip() for row in rows] for column in columns}
     for column in columns:
         if "" in entries[column]:
             raise UserValueError(
                 f"Expected an entry in the column {column!r} of every row of '{path}', but got an empty one in row "
-                f"{entries[column].index('') + 1} behind the header."
+                f"{entries[column].index('') + 1} after the header."
             )
     return tuple(entries[column] for column in columns)

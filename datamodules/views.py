@@ -1,28 +1,36 @@
-"""Several views of each sample, for contrastive learning: cached features, or images augmented on the spot."""
+"""Several views of each sample, for contrastive learning: cached features, or images augmented when they are read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from functools import partial
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glai_lightning.checks import UserValueError
-from glai_lightning.datamodules.arrays import existing_file, read_archive, require_keys
-from glai_lightning.datamodules.checks import as_tensor, check_finite, check_integer
+from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
+from glai_lightning.datamodules.arrays import Standardisation, as_tensor, check_finite
+from glai_lightning.datamodules.base import (
+    SampleDataModule,
+    Splits,
+    array_reader,
+    expect_callable,
+    expect_dataset,
+    expect_one,
+)
 from glai_lightning.datamodules.loader import EqualBatchSampler
-from glai_lightning.datamodules.split_loading import SplitDataModule
-from glai_lightning.datamodules.splits import split_samples
-from glai_lightning.datamodules.standardisation import Standardisation
-from glai_lightning.datamodules.view_batches import AugmentedViews, CachedViews
+from glai_lightning.datamodules.tasksets import seed_generators
 from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.heads.path_activations import cache_path_activations
 
+_Batch = tuple[Tensor, Tensor | None]
 
-class ViewsDataModule(SplitDataModule):
+
+class ViewsDataModule(SampleDataModule):
     """Batches ``(views, labels)``: views (num_views, batch, ...) of each sample, labels (batch,) or ``None``.
 
     Views come from one of two sources:
@@ -36,11 +44,11 @@ class ViewsDataModule(SplitDataModule):
 
     Training, validation and test samples are split by the seed. Order, draw and augmentation of the training samples
     follow from the seed and the epoch, and a checkpoint holds the position, so that a fit resumed in the middle of an
-    epoch goes on with what it would have had. Validation and test samples are always seen through the same views.
+    epoch gets what it would have had. Validation and test samples are always seen through the same views.
 
-    A contrastive loss compares the samples of a batch. So batches are of equal size, up to one sample: as many as it
-    takes for none to be larger than ``batch_size``. Under distributed strategies a batch has the same size in all
-    processes, and fewer samples than there are batches are left out of an epoch, others in every one.
+    A contrastive loss compares the samples of a batch. So the sizes of batches differ by one sample at most, and none
+    is larger than ``batch_size``. Under distributed strategies a batch has the same size in all processes, and an epoch
+    leaves out fewer samples than it has batches, others in every epoch.
 
     Args:
         path: the ``.npz`` file; nothing in it is unpickled.
@@ -71,7 +79,6 @@ class ViewsDataModule(SplitDataModule):
         (torch.Size([2, 14, 6]), torch.Size([14]))
     """
 
-    # A contrastive loss compares the samples of a batch.
     sampler_class = EqualBatchSampler
     smallest_batch = 2
 
@@ -95,47 +102,20 @@ class ViewsDataModule(SplitDataModule):
             seed=seed,
             num_workers=num_workers,
         )
-        given = [n for n, v in (("path", path), ("arrays", arrays), ("dataset", dataset)) if v is not None]
-        if len(given) != 1:
-            got = " and ".join(f"`{name}`" for name in given) or "none of them"
-            raise UserValueError(f"Expected one of `path`, `arrays` and `dataset`, but got {got}.")
+        source = expect_one(path=path, arrays=arrays, dataset=dataset)
         if (dataset is None) != (transform is None):
             raise UserValueError(
                 "Expected `transform` to come with a `dataset`, and a `dataset` with a `transform` that makes its "
-                f"views, but got {'no' if transform is None else 'a'} transform with `{given[0]}`."
+                f"views, but got {'no' if transform is None else 'a'} transform with `{source}`."
             )
-        check_integer("num_views", num_views, at_least=2)
-        if path is not None:
-            read = partial(read_archive, existing_file(path), required=("views",), optional=("y",))
-            self._read_arrays: Callable[[], Mapping[str, Any]] = read
-        elif arrays is not None:
-            require_keys(arrays, ("views",), "`arrays`")
-            self._read_arrays = partial(dict, arrays)
+        expect_dataset(dataset)
+        expect_callable("transform", transform)
+        expect_integer("num_views", num_views, least=2)
+        if dataset is None:
+            self._read_arrays = array_reader(path, arrays, required=("views",), optional=("y",))
         self.dataset = dataset
         self.transform = transform
         self.num_views = num_views
-        self._splits: dict[str, AugmentedViews | CachedViews] | None = None
-        self._num_features: int | None = None
-        self._num_classes: int | None = None
-
-    @property
-    def splits(self) -> Mapping[str, AugmentedViews | CachedViews]:
-        """The samples of ``train`` and ``val``, and of ``test`` where there are some, in the order of the data."""
-        if self._splits is None:
-            self._splits = self._make_cached() if self.dataset is None else self._make_live(self.dataset)
-        return self._splits
-
-    @property
-    def num_features(self) -> int | None:
-        """Columns of cached features; ``None`` for images, which may be of any size."""
-        self.setup()
-        return self._num_features
-
-    @property
-    def num_classes(self) -> int | None:
-        """One more than the largest label of cached views, or the ``classes`` of a dataset; ``None`` if not known."""
-        self.setup()
-        return self._num_classes
 
     def path_activations(self, head: GLAIHead) -> "ViewsDataModule":
         """Return the same samples as a frozen head sees them: each cached view through its inner layers, once for all.
@@ -154,40 +134,30 @@ class ViewsDataModule(SplitDataModule):
         Raises:
             ValueError: if the views are not cached features.
         """
+        if self.num_features is None:
+            raise UserValueError("Expected cached features to compute path activations of, but got images.")
+        sources = {
+            split: views.replace_views(cache_path_activations(head, views.views))
+            for split, views in self.splits.items()
+        }
         twin = copy(self)
         twin.trainer = None
-        twin._splits = {}
-        for split, batches in self.splits.items():
-            if not isinstance(batches, CachedViews) or batches.views.ndim != 3:
-                raise UserValueError("Expected cached features to compute path activations of, but got images.")
-            twin._splits[split] = batches.replace_views(cache_path_activations(head, batches.views))
-        twin._num_features = head.layout.output.in_features
+        twin._splits = replace(self.splits, sources=sources, num_features=head.layout.output.in_features)
         return twin
 
-    def _split(self, num_samples: int) -> dict[str, Tensor]:
-        return split_samples(
-            num_samples, val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed, at_least=2
-        )
+    def _read(self) -> Splits:
+        return self._read_cached() if self.dataset is None else self._read_live(self.dataset)
 
-    def _make_live(self, dataset: Dataset[Any]) -> dict[str, AugmentedViews | CachedViews]:
+    def _read_live(self, dataset: Any) -> Splits:
         assert self.transform is not None
         classes = getattr(dataset, "classes", None)
-        num_samples = len(dataset)  # type: ignore[arg-type]
-        self._num_classes = None if classes is None else len(classes)
-        return {
-            split: AugmentedViews(
-                dataset,
-                rows,
-                self.transform,
-                num_views=self.num_views,
-                seed=self.seed,
-                varied=split == "train",
-                batch_size=self.batch_size,
-            )
-            for split, rows in self._split(num_samples).items()
+        sources = {
+            split: AugmentedViews(dataset, rows, self.transform, **self._draw(split))
+            for split, rows in self._split(len(dataset)).items()
         }
+        return Splits(sources, num_classes=None if classes is None else len(classes))
 
-    def _make_cached(self) -> dict[str, AugmentedViews | CachedViews]:
+    def _read_cached(self) -> Splits:
         arrays = self._read_arrays()
         views = as_tensor("views", arrays["views"])
         if views.ndim < 3 or views.numel() == 0:
@@ -199,22 +169,150 @@ class ViewsDataModule(SplitDataModule):
             raise UserValueError(f"Expected `views` to hold at least {self.num_views} views, but got {len(views)}.")
         check_finite("views", views)
         labels = _check_labels(as_tensor("y", arrays["y"]), views.shape[1]) if "y" in arrays else None
-        self._num_features = views.shape[2] if views.ndim == 3 else None
-        self._num_classes = None if labels is None else int(labels.max()) + 1
         rows = self._split(views.shape[1])
         columns = views.flatten(2)
         standardise = Standardisation.fit(columns[:, rows["train"]].flatten(0, 1))
-        return {
+        sources = {
             split: CachedViews(
                 standardise(columns[:, chosen].flatten(0, 1)).view(len(views), len(chosen), *views.shape[2:]),
                 None if labels is None else labels[chosen],
-                num_views=self.num_views,
-                seed=self.seed,
-                varied=split == "train",
-                batch_size=self.batch_size,
+                **self._draw(split),
             )
             for split, chosen in rows.items()
         }
+        num_features = views.shape[2] if views.ndim == 3 else None
+        num_classes = None if labels is None else int(labels.max()) + 1
+        return Splits(sources, num_features, num_classes, standardisation=standardise)
+
+    def _draw(self, split: str) -> dict[str, Any]:
+        return {"num_views": self.num_views, "seed": self.seed, "varied": split == "train"}
+
+
+class _Views(Dataset[_Batch]):
+    """Batches whose views may vary from epoch to epoch."""
+
+    def __init__(self, num_rows: int, *, num_views: int, seed: int, varied: bool) -> None:
+        self.num_rows = num_rows
+        self.num_views = num_views
+        self.seed = seed
+        self.varied = varied
+        self.set_epoch(0)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the views of an epoch, if they vary; a row has the same ones in whatever batch or process."""
+        self.epoch = epoch if self.varied else 0
+
+
+class CachedViews(_Views):
+    """Batches ``(views, labels)`` of views (V, N, ...) in memory: for each row, ``num_views`` of its views.
+
+    They are drawn for each row anew in every epoch if they are ``varied``, and are the first ones otherwise.
+
+    Example:
+        >>> views = torch.arange(8.0).reshape(2, 4, 1)
+        >>> batches = CachedViews(views, torch.arange(4), num_views=2, seed=0, varied=False)
+        >>> views, labels = batches[torch.tensor([3, 0])]
+        >>> views.squeeze(-1), labels
+        (tensor([[3., 0.],
+                [7., 4.]]), tensor([3, 0]))
+    """
+
+    def __init__(self, views: Tensor, labels: Tensor | None, *, num_views: int, seed: int, varied: bool) -> None:
+        self.views = views
+        self.labels = labels
+        super().__init__(views.shape[1], num_views=num_views, seed=seed, varied=varied)
+
+    def replace_views(self, views: Tensor) -> "CachedViews":
+        """Return batches of other views (V, N, ...) of the same samples, drawn alike."""
+        return CachedViews(views, self.labels, num_views=self.num_views, seed=self.seed, varied=self.varied)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the views of an epoch, if they vary."""
+        super().set_epoch(epoch)
+        available = len(self.views)
+        self._drawn: Tensor | None = None
+        if self.varied and self.num_views < available:
+            seeds = np.random.SeedSequence(self.seed, spawn_key=(self.epoch, 1))
+            keys = np.random.default_rng(seeds).random((self.num_rows, available))
+            self._drawn = torch.from_numpy(keys.argsort(1)[:, : self.num_views].T.copy())
+
+    def __getitem__(self, rows: Tensor | list[int]) -> _Batch:
+        """Return views (num_views, batch, ...) and labels (batch,), or ``None``, of some rows."""
+        index = torch.as_tensor(rows)
+        labels = None if self.labels is None else self.labels.index_select(0, index)
+        if self._drawn is None:
+            return self.views[: self.num_views].index_select(1, index), labels
+        flat = self._drawn.index_select(1, index) * self.num_rows + index
+        views = self.views.flatten(0, 1).index_select(0, flat.flatten())
+        return views.view(*flat.shape, *views.shape[1:]), labels
+
+
+class AugmentedViews(_Views):
+    """Batches ``(views, labels)`` of samples that are augmented when they are read.
+
+    The random numbers of an augmentation, whether it takes them from PyTorch, numpy or Python, follow from the seed,
+    the epoch and the sample alone. So views do not depend on the number of processes and workers, and a resumed fit
+    sees what the uninterrupted one does. Generators outside are left as they were.
+
+    ``dataset`` holds samples, or (sample, label, ...); ``rows`` says which of them to read. ``transform`` makes the
+    views of a sample: a sequence of tensors of one shape, as lightly's transforms return, or a single tensor, and then
+    it is applied ``num_views`` times. Views that do not fit, or are not finite, raise ``ValueError``.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        rows: Tensor,
+        transform: Callable[[Any], Any],
+        *,
+        num_views: int,
+        seed: int,
+        varied: bool,
+    ) -> None:
+        self.dataset = dataset
+        self.rows = rows
+        self.transform = transform
+        super().__init__(len(rows), num_views=num_views, seed=seed, varied=varied)
+
+    def __getitem__(self, rows: Tensor | list[int]) -> _Batch:
+        """Return views (num_views, batch, ...) and labels (batch,), or ``None``, of some rows."""
+        with isolate_rng(include_cuda=False):
+            samples = [self._read(int(self.rows[row])) for row in torch.as_tensor(rows)]
+        shapes = {tuple(view.shape) for views, _ in samples for view in views}
+        if len(shapes) > 1:
+            raise UserValueError(
+                f"Expected all that `transform` returns to have the same shape, but got {sorted(shapes)}."
+            )
+        views = torch.stack([torch.stack(list(views)) for views, _ in samples], dim=1)
+        if samples[0][1] is None:
+            return views, None
+        return views, torch.tensor([int(label) for _, label in samples])
+
+    def _read(self, index: int) -> tuple[Sequence[Tensor], Any]:
+        item = self.dataset[index]
+        sample, label = (item[0], item[1]) if isinstance(item, tuple | list) and len(item) > 1 else (item, None)
+        if isinstance(item, tuple | list) and len(item) == 1:
+            sample = item[0]
+        seed_generators(self.seed, (self.epoch, index))
+        views = self.transform(sample)
+        if isinstance(views, Tensor):
+            views = [views, *(self.transform(sample) for _ in range(self.num_views - 1))]
+        if len(views) != self.num_views:
+            raise UserValueError(
+                f"Expected `transform` to return `num_views` ({self.num_views}) views of a sample, or one tensor, "
+                f"but got {len(views)}."
+            )
+        for view in views:
+            if not isinstance(view, Tensor):
+                raise UserTypeError(f"Expected `transform` to return tensors, but got `{type(view).__name__}`.")
+            if not view.isfinite().all():
+                raise UserValueError(
+                    f"Expected finite views, but got NaN or infinite numbers in one of sample {index}."
+                )
+        return views, label
 
 
 def _check_labels(labels: Tensor, num_samples: int) -> Tensor:

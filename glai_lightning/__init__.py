@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from glai_lightning._clone import find_parts_beside
 from glai_lightning.heads.churn import ChurnProbe, pattern_churn, structure_settled
-from glai_lightning.heads.frozen import GLAIHead, freeze_structure, mlp_head
+from glai_lightning.heads.frozen import GLAIHead, freeze_structure
+from glai_lightning.heads.mlp import mlp_head
 from glai_lightning.heads.paths import matched_hidden_features
 from glai_lightning.heads.patterns import activation_patterns
 

@@ -19,11 +19,10 @@ from torch import nn
 from glai_lightning import GLAIHead, HeadModule, freeze_structure, mlp_head
 from glai_lightning.backbones import TimmBackbone
 from glai_lightning.callbacks import FitReport, StructureFreezeCallback
-from glai_lightning.callbacks.churn_watch import ChurnWatch
 from glai_lightning.checks import UserError
 from glai_lightning.datamodules import EpisodesDataModule, FeaturesDataModule, ViewsDataModule
 from glai_lightning.datamodules.arrays import read_archive
-from glai_lightning.heads import cache_path_activations, output_layers
+from glai_lightning.heads import cache_path_activations, freeze_in_place, output_layers
 from glai_lightning.heads.restoring import HeadRestorer
 from glai_lightning.modules.checkpoint_file import check_checkpoint
 from glai_lightning.solvers import LogisticSolver
@@ -230,7 +229,7 @@ def test_a_head_is_frozen_or_stays_as_it_was(data):
     before = fingerprint(head)
     paths = data.draw(st.sampled_from(["output", "tangent", "independent"]))
     max_paths = data.draw(st.sampled_from([1, 10_000_000]))
-    frozen = answer(lambda: GLAIHead.adopt(head, paths=paths, max_paths=max_paths))
+    frozen = answer(lambda: freeze_in_place(head, paths=paths, max_paths=max_paths))
     if frozen is None:
         assert fingerprint(head) == before
     else:
@@ -281,14 +280,14 @@ def malformed(data, state_dict):
 def some_frozen(data, batch_norm):
     head = mlp_head(5, 8, 3, batch_norm=batch_norm)
     paths = data.draw(st.sampled_from([None, "output", "tangent", "independent"]))
-    return head if paths is None else GLAIHead.adopt(head, paths=paths, freeze_epoch=data.draw(st.none() | st.just(3)))
+    return head if paths is None else freeze_in_place(head, paths=paths, freeze_epoch=data.draw(st.none() | st.just(3)))
 
 
 @fuzz("state dicts into heads")
 def test_a_frozen_head_takes_a_state_dict_or_stays_as_it_was(data):
     batch_norm = data.draw(st.booleans())
     paths = data.draw(st.sampled_from(["output", "tangent", "independent"]))
-    target = GLAIHead.adopt(mlp_head(5, 8, 3, batch_norm=batch_norm), paths=paths)
+    target = freeze_in_place(mlp_head(5, 8, 3, batch_norm=batch_norm), paths=paths)
     given_dict = malformed(data, some_frozen(data, batch_norm).state_dict())
     strict, assign = data.draw(st.booleans()), data.draw(st.booleans())
     before = fingerprint(target)
@@ -316,7 +315,6 @@ def test_a_module_takes_a_state_dict_or_stays_as_it_was(data):
 
 
 def good_states():
-    snapshot = [{"weight": torch.zeros(8, 5), "bias": torch.zeros(8)}]
     head = {
         "frozen": False,
         "freeze_epoch": None,
@@ -324,10 +322,8 @@ def good_states():
         "churn_history": [0.3],
         "settled": False,
         "solved": False,
-        "snapshot": snapshot,
-        "processes": [
-            {"inputs": [torch.zeros(4, 5)], "seen": 4, "rows_per_batch": 4, "running": [{}]},
-        ],
+        "reverted_at_check": None,
+        "snapshot": [{"weight": torch.zeros(8, 5), "bias": torch.zeros(8)}],
     }
     epoch = {"epoch": 0, "seconds": 1.0, "steps": 2, "frozen": False, "churn": None, "score": None}
     epoch |= {"trainable_parameters": 3, "optimizer_state_bytes": 4}
@@ -351,15 +347,8 @@ def spoil(data, state):
 @fuzz("callback states")
 def test_a_callback_takes_up_a_state_or_says_what_is_wrong(data):
     states = good_states()
-    kind = data.draw(st.sampled_from(["head", "heads", "report", "loader"]))
-    if kind == "head":
-        freeze = StructureFreezeCallback("head")
-        state = spoil(data, states["head"])
-        answer(lambda: freeze.load_state_dict(state))
-        watch = ChurnWatch("head", 16, None)
-        watch.start(Begins, mlp_head(5, 8, 3))
-        answer(lambda: watch.resume(Begins, state if isinstance(state, dict) else {}))
-    elif kind == "heads":
+    kind = data.draw(st.sampled_from(["heads", "report", "loader"]))
+    if kind == "heads":
         freeze = StructureFreezeCallback(["head", "other"])
         state = spoil(data, {"heads": {"head": states["head"], "other": states["head"]}})
         answer(lambda: freeze.load_state_dict(state))
@@ -374,13 +363,6 @@ def test_a_callback_takes_up_a_state_or_says_what_is_wrong(data):
         state = spoil(data, loader.state_dict())
         answer(lambda: loader.load_state_dict(state))
         answer(lambda: list(loader))
-
-
-class Begins:
-    """What a churn watch asks a Trainer for when it starts."""
-
-    global_step = 0
-    global_rank = 0
 
 
 def broken(data, content):

@@ -212,13 +212,19 @@ def test_a_checkpoint_names_no_class_to_be_imported(monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (lambda state: [state], "Expected the state of the head at 'blocks.head' in the checkpoint to be a mapping"),
+        (lambda state: [state], "Expected the state of the heads in the checkpoint to be a mapping"),
         (
-            lambda state: {"frozen_": True},
+            lambda state: {"heads": {HEAD: {"frozen_": True}}},
             "Expected the state of the head at 'blocks.head' in the checkpoint to hold `frozen`",
         ),
-        (lambda state: state | {"freeze_epoch": "2"}, "Expected `freeze_epoch` in the state of the head at"),
-        (lambda state: state | {"churn_history": [None]}, "Expected `churn_history` in the state of the head at"),
+        (
+            lambda state: {"heads": {HEAD: state["heads"][HEAD] | {"freeze_epoch": "2"}}},
+            "to hold `freeze_epoch`, `int | None`, but got '2'",
+        ),
+        (
+            lambda state: {"heads": {HEAD: state["heads"][HEAD] | {"churn_history": [None]}}},
+            "to hold `churn_history`",
+        ),
     ],
 )
 def test_a_fit_does_not_resume_from_a_state_that_the_callback_did_not_save(spoil, sentence):

@@ -13,24 +13,36 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
 from glai_lightning.cli.lightning_cli import GlaiCLI
 from glai_lightning.comparison.protocol import RUNS_FILE, compare, quiet
-from glai_lightning.comparison.recording import Mode
 from glai_lightning.comparison.report import text_report
-from glai_lightning.comparison.summary import Comparison, Outcome
 from glai_lightning.comparison.variants import DEFAULT_VARIANTS
+from glai_lightning.comparison.verdict import Comparison, Outcome
+from glai_lightning.fitting.fit_record import Mode
 from glai_lightning.fitting.heads_in_module import is_pattern
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.solvers.head_solvers import LogisticSolver, RidgeSolver
+from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 #: Exit codes of ``glai compare`` by outcome; errors have 1, arguments that cannot be parsed 2.
-EXIT_CODES: dict[Outcome, int] = {"faster": 0, "no difference": 3, "slower": 4}
+EXIT_CODES: dict[Outcome, int] = {"faster": 0, "no difference": 3, "slower": 4, "worse": 4}
 
 _DESCRIPTION = (
     "Measure, on the fit that a YAML configuration describes, freezing the structure of the head against never "
-    "freezing it: the same data, batches, optimizer and schedule, seed by seed. The same command goes on with a "
-    "comparison that was interrupted. Exit codes: 0 faster, 3 no difference, 4 slower; 1 an error, 2 arguments that "
-    "cannot be parsed."
+    "freezing it: the same data, batches, optimizer and schedule, seed by seed. The same command continues a "
+    "comparison that was interrupted. Exit codes: 0 faster and not worse, 3 no difference, 4 slower or worse; 1 an "
+    "error, 2 arguments that cannot be parsed."
 )
-_SETTINGS = ("seeds", "variants", "score", "mode", "test_score", "head", "patience", "solver", "to")
+_SETTINGS = (
+    "seeds",
+    "variants",
+    "score",
+    "mode",
+    "test_score",
+    "head",
+    "patience",
+    "solver",
+    "to",
+    "margin",
+    "threads",
+)
 
 
 class ComparisonCLI(GlaiCLI):
@@ -82,6 +94,8 @@ class ComparisonCLI(GlaiCLI):
             default=None,
             help="what to solve with; by default the solver of the callback, or one for the loss of the module",
         )
+        add("--margin", type=float, default=0.003, help="difference in score up to which a variant is not worse")
+        add("--threads", type=int | None, default=1, help="threads that compute on the CPU; null to leave them alone")
         add("--to", type=Path | None, default=None, help="folder for the results")
         # A configuration that `glai fit` has saved holds these too.
         parser.add_method_arguments(
@@ -140,7 +154,8 @@ def run_comparison(arguments: Sequence[str]) -> int:
         arguments: what follows ``glai compare`` on the command line.
 
     Returns:
-        The exit code: 0 if the structure's freeze is faster, 3 for no difference, 4 if it is slower.
+        The exit code: 0 if freezing the structure is faster and not worse, 3 for no difference, 4 if it is slower or
+        worse.
 
     Raises:
         MisconfigurationException: if the comparison cannot be made.
@@ -186,6 +201,8 @@ def _compare(cli: ComparisonCLI) -> Comparison:
             patience=config.patience,
             test_score=config.test_score,
             solver=cli.config_init.get("solver"),
+            margin=config.margin,
+            threads=config.threads,
             config=cli.configuration(),
         )
     except (KeyboardInterrupt, SystemExit):

@@ -3,23 +3,26 @@
 import os
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch.optim import Optimizer
 
 from glai_lightning.callbacks import FitReport
-from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.modules.checkpoint_file import check_checkpoint
-from glai_lightning.modules.head_module import has_test, steps_per_batch
-
-_DESCRIPTION = "Fit, validate, test or predict with the modules, data and callbacks that a YAML configuration names."
-_EPILOG = (
-    "Other commands: 'glai compare' measures a configuration against the same fit that is never frozen; 'glai recipes' "
-    "lists the shipped configurations, 'glai recipes NAME' copies one into the current folder. '--debug' with any "
-    "command shows the traceback of every error."
+from glai_lightning.cli.checkpoints import (
+    KeepsBest,
+    check_given,
+    checkpoint_roots,
+    find_checkpoint,
+    saved_configuration,
 )
+from glai_lightning.cli.predict import PredictionWriter
+from glai_lightning.datamodules import UnlabelledDataModule
+from glai_lightning.datamodules.base import BaseDataModule
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.modules.head_module import HeadModule, has_test, steps_per_batch
 
 
 class GlaiCLI(LightningCLI):
@@ -33,7 +36,9 @@ class GlaiCLI(LightningCLI):
     - OneCycleLR and CyclicLR from ``--lr_scheduler`` are stepped after every batch;
     - checkpoints are read with ``weights_only=True``, unless ``--weights_only=false`` is given, and it is the
       configuration that says which classes are made, and not hyper-parameters in a checkpoint;
-    - a scheduler that would be ignored, and a checkpoint that is not there or is none, are errors.
+    - ``test`` and ``predict`` want a checkpoint, leave no folder of logs, and ``predict`` writes a file;
+    - a scheduler that would be ignored, and a checkpoint that is not there or is none, are errors;
+    - Lightning does not warn of what this package does on purpose.
 
     Args:
         arguments: what follows ``glai`` on the command line.
@@ -45,30 +50,29 @@ class GlaiCLI(LightningCLI):
             LightningModule,
             save_config_kwargs={"overwrite": True},
             subclass_mode_model=True,
-            parser_kwargs={"prog": "glai", "description": _DESCRIPTION, "epilog": _EPILOG, **usages},
+            parser_kwargs={"prog": "glai", **usages},
             args=arguments,
         )
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument("--to", type=Path, default=Path("predictions.csv"), help="file for the predictions")
+        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments; ``main`` took them from the command line, so there are no others to warn about."""
         self.config = parser.parse_args(args)
-        self._check_checkpoint(self.config[self.config["subcommand"]])
+        self._check_checkpoint(self.config["subcommand"], self.config[self.config["subcommand"]])
 
     @staticmethod
-    def _check_checkpoint(config: Any) -> None:
-        checkpoint = config.get("ckpt_path")
+    def _check_checkpoint(command: str, config: Any) -> None:
+        if command in ("test", "predict") and config.get("ckpt_path") is None:
+            raise _without_checkpoint(command)
         if config.get("weights_only") is None:
             config["weights_only"] = True
-        if checkpoint is None:
-            return
-        path = str(checkpoint)
-        if not _is_checkpoint(path):
-            raise UserMisconfigurationError(
-                f"Expected `--ckpt_path` to be a checkpoint, 'best', 'last' or 'hpc', but got '{path}', "
-                "which does not exist."
-            )
-        if os.path.isfile(path) and config["weights_only"]:
-            check_checkpoint(path)
+        if config.get("ckpt_path") is not None:
+            check_given(str(config["ckpt_path"]), weights_only=config["weights_only"])
 
     def _parse_ckpt_path(self) -> None:
         """Leave the hyper-parameters of a checkpoint alone: a file that comes from anywhere is to name no classes."""
@@ -90,7 +94,15 @@ class GlaiCLI(LightningCLI):
             )
 
     def after_instantiate_classes(self) -> None:
-        """Let all loggers of the run write into one folder."""
+        """Find the checkpoint of an earlier run, if one is named, and let all loggers write into one folder."""
+        arguments = self.config_init[self.subcommand]
+        given = arguments.get("ckpt_path")
+        if given in ("best", "last"):
+            arguments["ckpt_path"] = self._find_checkpoint(given)
+        if self.subcommand != "fit":
+            # They would leave a folder for each call, with nothing in it.
+            self.trainer.loggers = []
+        self._ignore_expected_warnings()
         # A logger takes the next free version when it is first asked for it. Asked before any of them has made its
         # folder, those with the same name take the same version.
         for logger in self.trainer.loggers:
@@ -99,6 +111,44 @@ class GlaiCLI(LightningCLI):
                 warnings.filterwarnings(
                     "ignore", message=f"Experiment logs directory {re.escape(logger.log_dir)} exists"
                 )
+
+    def _ignore_expected_warnings(self) -> None:
+        expected = [r"Checkpoint directory .* exists and is not empty", r"Couldn't infer the batch indices"]
+        # The best one of a fit that is resumed is kept, see `KeepsBest`.
+        expected.append(r"The dirpath has changed")
+        if isinstance(self.model, HeadModule):
+            expected.append(r"Found \d+ module\(s\) in eval mode")
+        if isinstance(self.datamodule, BaseDataModule | UnlabelledDataModule):
+            expected.append(r"The '\w+' does not have many workers")
+        for message in expected:
+            warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer; only a fit saves its configuration."""
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+        return super().instantiate_trainer(**kwargs)
+
+    def before_predict(self) -> None:
+        """Write the predictions into a file."""
+        self.predictions = PredictionWriter(Path(self.config[self.subcommand].to))
+        self.trainer.callbacks.append(self.predictions)  # type: ignore[attr-defined]
+
+    def after_predict(self) -> None:
+        """Say where the predictions are."""
+        print(f"Predictions of {self.predictions.num_inputs:,} inputs: {self.predictions.to}")
+
+    def _find_checkpoint(self, name: str) -> str | None:
+        found = find_checkpoint(name, self.trainer)
+        # As in Lightning, `fit --ckpt_path=last` may be given before there is anything to resume.
+        if found is None and not (self.subcommand == "fit" and name == "last"):
+            roots = " or ".join(f"'{root}'" for root in checkpoint_roots(self.trainer))
+            raise UserMisconfigurationError(
+                f"Expected the {name} checkpoint of an earlier fit in {roots}, but found none. Name its file with "
+                "`--ckpt_path`."
+            )
+        return found
 
     @staticmethod
     def configure_optimizers(
@@ -110,7 +160,8 @@ class GlaiCLI(LightningCLI):
         return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
 
     def before_fit(self) -> None:
-        """Keep the tables for the end."""
+        """Keep the tables for the end, and the best checkpoint of a fit that is resumed."""
+        self.trainer.callbacks.insert(0, KeepsBest())  # type: ignore[attr-defined]
         for report in self._fit_reports():
             report.prints_at_fit_end = False
 
@@ -135,5 +186,52 @@ class GlaiCLI(LightningCLI):
         return None
 
 
-def _is_checkpoint(path: str) -> bool:
-    return path in ("best", "last", "hpc") or "://" in path or os.path.exists(path)
+def complete(arguments: list[str]) -> list[str]:
+    """Add to the arguments of ``test``, ``validate`` and ``predict`` what follows from the checkpoint and the data.
+
+    Args:
+        arguments: what follows ``glai`` on the command line.
+
+    Returns:
+        The same, with the configuration that the fit saved beside its checkpoints where none is named, and the data
+        module for a file or folder that is named as ``--data``.
+    """
+    command, *rest = arguments
+    if command not in ("test", "validate", "predict"):
+        return arguments
+    checkpoint, data = _argument(rest, "--ckpt_path"), _argument(rest, "--data")
+    if not any(argument.split("=")[0] in ("--config", "-c", "--model") for argument in rest):
+        if checkpoint is None:
+            raise _without_checkpoint(command)
+        saved = saved_configuration(checkpoint)
+        if saved is None:
+            check_given(checkpoint, weights_only=True)
+            raise UserMisconfigurationError(
+                "Expected `--config` to name the configuration of the fit, because none lies beside the checkpoint "
+                f"'{checkpoint}', but got none."
+            )
+        print(f"Configuration of the fit: {saved}")
+        rest = ["--config", str(saved), *rest]
+    if command == "predict" and data is not None and (os.path.exists(data) or Path(data).suffix in (".npz", ".csv")):
+        at = next(n for n, argument in enumerate(rest) if argument.split("=")[0] == "--data")
+        rest[at : at + (1 if "=" in rest[at] else 2)] = [
+            "--data=glai_lightning.datamodules.UnlabelledDataModule",
+            f"--data.path={data}",
+        ]
+    return [command, *rest]
+
+
+def _argument(arguments: list[str], name: str) -> str | None:
+    for argument, following in zip(arguments, [*arguments, None][1:], strict=True):
+        if argument == name:
+            return following
+        if argument.startswith(f"{name}="):
+            return argument.removeprefix(f"{name}=")
+    return None
+
+
+def _without_checkpoint(command: str) -> UserMisconfigurationError:
+    return UserMisconfigurationError(
+        f"Expected `--ckpt_path` to name a checkpoint, or 'best' for that of the latest fit, but got none: "
+        f"`glai {command}` would run on random weights."
+    )

@@ -1,15 +1,26 @@
 """The ``glai`` command: fits, validates, tests, predicts and compares from YAML, and lists and copies recipes."""
 
 import argparse
+import errno
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from glai_lightning.checks import UserError, UserValueError
+from glai_lightning.cli.help import class_help, command_help, overview, versions
 from glai_lightning.cli.recipes import copy_recipe, list_recipes
 
 _NOT_BUILT_YET = ("export",)
+_WITH_HELP = ("fit", "validate", "test", "predict", "compare")
+#: What a file or a folder that the user names can cause, and a disk that is full.
+_USERS_ERRNOS = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG),
+)
+#: Packages whose errors are about the network, or about what is on the other side of it.
+_DOWNLOADERS = ("huggingface_hub", "requests", "urllib", "urllib3", "httpx")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ``run_comparison``.
 
     Raises:
-        SystemExit: after ``--help`` (code 0), and for arguments that cannot be parsed (code 2).
+        SystemExit: for arguments that cannot be parsed (code 2).
 
     Example:
         >>> main(["recipes"])  # doctest: +ELLIPSIS
@@ -39,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    # Modules of the user's own, named in a configuration, are looked for where the command is called.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         return _run(given)
     except Exception as error:
@@ -50,7 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    command = arguments[0] if arguments else None
+    command = arguments[0] if arguments else "--help"
+    if command == "--version":
+        print(versions())
+        return 0
+    if command in ("--help", "-h"):
+        print(overview())
+        return 0
+    if command in _WITH_HELP and arguments[1:] and arguments[1] in ("--help", "-h"):
+        print(class_help(arguments[2]) if arguments[2:] else command_help(command))
+        return 0
     if command in _NOT_BUILT_YET:
         raise UserValueError(
             f"Expected a command that is built, but got '{command}': `glai {command}` is not built yet."
@@ -63,10 +86,10 @@ def _run(arguments: list[str]) -> int:
         from glai_lightning.cli.compare import run_comparison
 
         return run_comparison(arguments[1:])
-    from glai_lightning.cli.lightning_cli import GlaiCLI
+    from glai_lightning.cli.lightning_cli import GlaiCLI, complete
 
     with warnings.catch_warnings():
-        GlaiCLI(arguments)
+        GlaiCLI(complete(arguments))
     return 0
 
 
@@ -96,6 +119,10 @@ def _sentence_for_users(error: BaseException) -> str | None:
         # torch's own list of what does not fit, for a checkpoint of another module.
         if isinstance(cause, RuntimeError) and str(cause).startswith("Error(s) in loading state_dict"):
             return str(cause)
+        if any(kind.__module__.split(".")[0] in _DOWNLOADERS for kind in type(cause).__mro__):
+            return f"A download failed. {error}"
+    if isinstance(error, OSError) and error.errno in _USERS_ERRNOS:
+        return f"{error.strerror}: '{error.filename}'." if error.filename else f"{error.strerror}."
     return None
 
 

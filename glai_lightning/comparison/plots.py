@@ -8,12 +8,12 @@ import numpy as np
 from glai_lightning.callbacks.fit_plots import label_axes, new_figure, save_png
 from glai_lightning.comparison.runs import Run
 from glai_lightning.comparison.statistics import mean_interval
-from glai_lightning.comparison.summary import Comparison
+from glai_lightning.comparison.verdict import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLORS = ("#374151", "#1f5fa8", "#c2410c", "#15803d", "#7e22ce", "#0891b2", "#be185d")
+_COLORS = ("#374151", "#1f5fa8", "#c2410c", "#15803d", "#7e22ce", "#0891b2", "#be185d", "#a16207", "#0f766e")
 
 
 def write_plots(comparison: Comparison, folder: Path) -> list[Path]:

@@ -1,32 +1,46 @@
 """The protocol: which fits are run in which order, under which rules, and what is kept of them."""
 
-import gc
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from glai_lightning.comparison.energy import EnergyMeter, find_meter
-from glai_lightning.comparison.fitting import MakeFit, Rules, prepare_fit, record_fit, score_best
-from glai_lightning.comparison.interrupts import interrupts_deferred
+from glai_lightning.checks import expect_choice, expect_integer, expect_number
 from glai_lightning.comparison.machine import describe_machine
 from glai_lightning.comparison.plots import write_plots
-from glai_lightning.comparison.recording import Mode, RunRecorder
-from glai_lightning.comparison.rehearsal import Findings, rehearse
 from glai_lightning.comparison.report import markdown_report
-from glai_lightning.comparison.runs import Run, RunsFile
-from glai_lightning.comparison.summary import Comparison, summarise
-from glai_lightning.comparison.variants import DEFAULT_VARIANTS, Variant, find_variants
-from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.comparison.runs import RunsFile, named_file, run_fit
+from glai_lightning.comparison.variants import (
+    BUDGET,
+    DEFAULT_VARIANTS,
+    REFERENCE,
+    Fit,
+    MakeFit,
+    Rules,
+    Variant,
+    find_freeze,
+    find_variant,
+    find_variants,
+    prepare_fit,
+)
+from glai_lightning.comparison.verdict import Clock, Comparison, summarise
+from glai_lightning.fitting.fit_record import Mode
+from glai_lightning.fitting.loss_reading import LossNotReadError
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError, as_misconfiguration
 from glai_lightning.fitting.solving import Solver
+from glai_lightning.fitting.step_reading import StepReader, isolated_step
+from glai_lightning.modules.head_module import has_test
+from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 RUNS_FILE = "runs.jsonl"
 
@@ -44,15 +58,17 @@ def compare(
     patience: int | None = 3,
     test_score: str | None = None,
     solver: Solver | None = None,
+    margin: float = 0.003,
+    threads: int | None = 1,
     config: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Comparison:
-    """Compare freezing the structure of a head with never freezing it, on somebody's own fit.
+    """Compare freezing the structure of a head with never freezing it, on your own fit.
 
     Seed by seed, every variant is fitted with the same data, batches, optimizer and schedule. A fit stops after
-    ``patience`` validations without a better score, or right behind a solve; the weights of its best epoch are
-    tested. The clock is that of the whole fit, without data preparation. Finished runs are kept in ``to``, where a
-    comparison that was interrupted goes on.
+    ``patience`` validations without a better score, or right after a solve; the weights of its best epoch are tested.
+    The clock is that of the whole fit, without data preparation. Finished runs are kept in ``to``, where a comparison
+    that was interrupted continues.
 
     ``to`` then holds ``comparison.json``, ``comparison.md`` and the plots ``score_over_seconds.png``,
     ``finished_head.png`` and ``churn.png``.
@@ -74,7 +90,11 @@ def compare(
         test_score: name under which the module logs the test score; by default that of the validation score with 'test'
             for 'val', or the same.
         solver: what to solve with; by default the solver of the Trainer's callback, or one for the module's loss.
-        config: what says what is fitted, in what JSON can hold: runs of another configuration are not gone on with.
+        margin: the difference in score up to which a variant is not worse, in units of the score: by default 0.3 points
+            of an accuracy.
+        threads: on how many threads PyTorch computes on the CPU meanwhile; with several, CPU seconds count threads that
+            wait, too. ``None`` to leave that as it is.
+        config: what is fitted, in what JSON can hold: runs of another configuration are refused.
         progress: whether to show a progress bar.
 
     Returns:
@@ -103,7 +123,13 @@ def compare(
         [('mlp', 0), ('output+solve', 0)]
     """
     chosen = find_variants(variants)
-    _check(seeds=seeds, mode=mode, patience=patience)
+    with as_misconfiguration():
+        expect_integer("seeds", seeds, least=1)
+        expect_choice("mode", mode, ("min", "max"))
+        expect_number("margin", margin, low=0.0)
+        for name, value in (("patience", patience), ("threads", threads)):
+            if value is not None:
+                expect_integer(name, value, least=1)
     rules = Rules(score, mode, head, patience)
     settings: dict[str, Any] = {
         "score": score,
@@ -114,70 +140,74 @@ def compare(
     }
     settings["solver"] = None if solver is None else repr(solver)
     configuration = {"fit": dict(config or {}), "comparison": settings}
-    machine = describe_machine()
-    file = RunsFile(Path(to) / RUNS_FILE, {"config": configuration, "machine": machine})
-    order = [(variant, first_seed + turn) for turn in range(seeds) for variant in _rotated(chosen, turn % len(chosen))]
-    pending = [(variant, seed) for variant, seed in order if (variant.name, seed) not in file.runs]
-    with isolate_rng(), quiet():
+    seconds: Clock = "seconds"
+    with isolate_rng(), quiet(), _threads(threads):
+        machine = describe_machine()
+        file = RunsFile(Path(to) / RUNS_FILE, {"config": configuration, "machine": machine})
+        order = [(variant, first_seed + turn) for turn in range(seeds) for variant in _in_turn(chosen, turn)]
+        pending = [(variant, seed) for variant, seed in order if (variant.name, seed) not in file.runs]
         waiting = [variant for variant in chosen if any(variant is other for other, _ in pending)]
-        findings = rehearse(make_fit, waiting, rules, seed=first_seed, test_score=test_score, solver=solver)
-        meter = find_meter()
+        found = dry_run(make_fit, waiting, rules, seed=first_seed, test_score=test_score, solver=solver)
+        if found.device == "cpu":
+            seconds = "cpu_seconds"
         with tqdm(total=len(order), initial=len(order) - len(pending), unit="run", disable=not progress) as bar:
             for variant, seed in pending:
                 bar.set_description(f"{variant.name}, seed {seed}")
-
-                def show(epochs: int) -> None:
-                    bar.set_postfix_str(f"epoch {epochs}")
-
-                file.append(_run(make_fit, variant, seed, rules, findings, meter, show))
+                seed_everything(seed, workers=True, verbose=False)
+                epochs = _equal_budget(file, seed, seconds) if variant.anneals else 1
+                fit = prepare_fit(make_fit(seed), variant, rules, found.solver, epochs)
+                with warnings.catch_warnings():
+                    # The dry run has shown them.
+                    warnings.simplefilter("ignore")
+                    run = run_fit(fit, seed, found.test_score, lambda epochs: bar.set_postfix_str(f"epoch {epochs}"))
+                file.append(run)
                 bar.update()
     comparison = summarise(
         (file.runs[variant.name, first_seed + turn] for turn in range(seeds) for variant in chosen),
         config=configuration,
-        machine={**machine, "device": findings.device},
+        machine={**machine, "device": found.device},
         score=score,
         mode=mode,
-        test_score=findings.test_score,
-        clock="cpu_seconds" if findings.device == "cpu" else "seconds",
+        test_score=found.test_score,
+        clock=seconds,
+        margin=margin,
     )
     _write(comparison, Path(to))
     return comparison
 
 
-def _run(
-    make_fit: MakeFit,
-    variant: Variant,
-    seed: int,
-    rules: Rules,
-    findings: Findings,
-    meter: EnergyMeter,
-    show: Callable[[int], object],
-) -> Run:
-    seed_everything(seed, workers=True, verbose=False)
-    fit = prepare_fit(make_fit(seed), variant, rules, findings.solver)
-    recorder = RunRecorder(rules.score, rules.mode, fit.freeze, meter, show)
-    # What was left of the run before is collected now, and not on this run's clock.
-    with interrupts_deferred():
-        gc.collect()
-    # Again, because a head of another width has drawn other numbers: the batches are to be the same.
-    seed_everything(seed, workers=True, verbose=False)
-    with warnings.catch_warnings():
-        # The rehearsal has shown them.
-        warnings.simplefilter("ignore")
-        record_fit(fit, recorder)
-        tested = None if findings.test_score is None else score_best(fit, recorder, findings.test_score)
-    return recorder.run(variant.name, seed, tested)
+def _in_turn(variants: Sequence[Variant], turn: int) -> list[Variant]:
+    """Return the variants in an order in which none always runs after the same neighbour, or first."""
+    by = turn % len(variants)
+    # What is given the time of others runs after them.
+    return sorted([*variants[by:], *variants[:by]], key=lambda variant: variant.anneals)
 
 
-def _rotated(variants: Sequence[Variant], by: int) -> list[Variant]:
-    # Nobody always runs behind the same neighbour, or first.
-    return [*variants[by:], *variants[:by]]
+def _equal_budget(file: RunsFile, seed: int, seconds: Clock) -> int:
+    """Return in how many epochs the MLP takes the time that the frozen and solved fit of this seed took."""
+    mlp, solved = file.runs[REFERENCE, seed], file.runs[BUDGET, seed]
+    of_an_epoch: float = getattr(mlp, f"finished_{seconds}") / mlp.num_epochs
+    taken: float = getattr(solved, f"finished_{seconds}")
+    return max(1, round(taken / of_an_epoch))
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Let Lightning say of the fits only what is wrong; what it says of each would be said dozens of times."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "glai_lightning")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -193,19 +223,129 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _check(*, seeds: int, mode: str, patience: int | None) -> None:
-    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
-        raise UserMisconfigurationError(f"Expected `seeds` to be an integer of at least 1, but got {seeds!r}.")
-    if not isinstance(mode, str) or mode not in ("min", "max"):
-        raise UserMisconfigurationError(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
-    if patience is not None and (not isinstance(patience, int) or isinstance(patience, bool) or patience < 1):
-        raise UserMisconfigurationError(
-            f"Expected `patience` to be an integer of at least 1 or None, but got {patience!r}."
-        )
-
-
 def _write(comparison: Comparison, folder: Path) -> None:
     text = json.dumps(comparison.as_dict(), indent=1, allow_nan=False)
-    (folder / "comparison.json").write_text(f"{text}\n", encoding="utf-8")
-    plots = write_plots(comparison, folder)
-    (folder / "comparison.md").write_text(markdown_report(comparison, plots), encoding="utf-8")
+    with named_file(folder):
+        (folder / "comparison.json").write_text(f"{text}\n", encoding="utf-8")
+        plots = write_plots(comparison, folder)
+        (folder / "comparison.md").write_text(markdown_report(comparison, plots), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class DryRunResult:
+    """What a dry run found out.
+
+    Args:
+        test_score: name of the test score; ``None`` without test data.
+        solver: what variants that solve solve with.
+        device: where the fits run, such as 'cpu' or 'cuda'.
+    """
+
+    test_score: str | None
+    solver: Solver
+    device: str
+
+
+def dry_run(
+    make_fit: MakeFit,
+    variants: Iterable[Variant],
+    rules: Rules,
+    *,
+    seed: int,
+    test_score: str | None,
+    solver: Solver | None,
+) -> DryRunResult:
+    """Fit, validate and test a few batches of each variant, the MLP always, so that what cannot work fails at once.
+
+    Args:
+        make_fit: makes the parts of a fit.
+        variants: what is to be measured.
+        rules: what holds for every fit.
+        seed: a seed of the comparison.
+        test_score: name of the test score; by default that of the validation score, with 'test' for 'val'.
+        solver: what to solve with; by default the solver of the Trainer's callback, or one for the module's loss.
+
+    Returns:
+        What every run needs to know.
+
+    Raises:
+        MisconfigurationException: if the validation score or the test score is not logged, or a variant cannot be made
+            of this fit.
+    """
+    # Early stopping would fail on a score that is not logged, in words of its own.
+    rules = replace(rules, patience=None)
+    with isolate_rng():
+        parts = make_fit(seed)
+        given = solver or find_freeze(parts[2], rules.head).solver
+        # 'auto' would solve nothing where inputs are not fixed, and a variant that solves is to solve.
+        given = None if given == "auto" else given
+        fit = prepare_fit(parts, find_variant(REFERENCE), rules, None)
+        loss = _LossKind(rules.head)
+        _run_few_batches(fit, loss)
+        metrics = fit.trainer.callback_metrics
+        if rules.score not in metrics:
+            raise UserMisconfigurationError(
+                f"Expected the validation score {rules.score!r} to be logged by the module, but it logs "
+                f"{_listed(metrics)}. Name one of them with `--score` and `--mode`."
+            )
+        found = DryRunResult(
+            _find_test_score(fit, rules.score, test_score),
+            given or (RidgeSolver() if loss.kind == "mse" else LogisticSolver()),
+            fit.trainer.strategy.root_device.type,
+        )
+        for variant in variants:
+            if variant.name != REFERENCE:
+                _run_few_batches(prepare_fit(make_fit(seed), variant, rules, found.solver))
+    return found
+
+
+def _find_test_score(fit: Fit, score: str, given: str | None) -> str | None:
+    if not has_test(fit.module, fit.data) or fit.trainer.limit_test_batches == 0:
+        return None
+    fit.trainer.limit_test_batches = 1
+    fit.trainer.test(fit.module, datamodule=fit.data, verbose=False)
+    metrics = fit.trainer.callback_metrics
+    names = [given] if given is not None else [score.replace("val", "test", 1), score]
+    for name in names:
+        if name in metrics:
+            return name
+    raise UserMisconfigurationError(
+        f"Expected the test score {names[0]!r} to be logged by the module, but it logs {_listed(metrics)}. Name one of "
+        "them with `--test_score`."
+    )
+
+
+def _run_few_batches(fit: Fit, *callbacks: Callback) -> None:
+    trainer = fit.trainer
+    trainer.callbacks += [*callbacks, _StopEarly()]
+    trainer.limit_val_batches = min(1, trainer.limit_val_batches)
+    if trainer.check_val_every_n_epoch is not None:
+        trainer.check_val_every_n_epoch = 1
+    trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+    trainer.fit(fit.module, datamodule=fit.data)
+
+
+class _StopEarly(Callback):
+    """Stops a fit after two batches, by a validation as always."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx >= 1 or trainer.is_last_batch:
+            trainer.should_stop = True
+
+
+class _LossKind(Callback):
+    """Sees, on the first batch, which loss the module minimises on the outputs of its head."""
+
+    def __init__(self, head: str) -> None:
+        self.head = head
+        self.kind: str | None = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        reader = StepReader(trainer, pl_module, self.head)
+        with isolated_step(pl_module), suppress(LossNotReadError):
+            reader.read(batch, batch_idx, "training")
+        self.kind = self.kind or reader.kind
+
+
+def _listed(metrics: Iterable[str]) -> str:
+    return ", ".join(map(repr, sorted(metrics))) or "none"

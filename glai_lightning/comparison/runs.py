@@ -1,167 +1,201 @@
-"""What was measured in each run, and the file that keeps it while a comparison is under way."""
+"""One run of a comparison, and the file that keeps finished runs while a comparison is under way."""
 
-import dataclasses
+import gc
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback, seed_everything
+
+from glai_lightning.comparison.variants import Fit
+from glai_lightning.fitting.fit_record import (
+    EpochRecord,
+    FitRecord,
+    FitRecorder,
+    Mode,
+    Parameters,
+    SolveRecord,
+    seconds_per_step,
+)
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """A validation of a run, or an epoch without one.
-
-    Args:
-        epoch: number of the epoch, from 0.
-        seconds: wall-clock seconds since the fit began.
-        cpu_seconds: CPU seconds of the process since then, all threads together.
-        train_loss: mean of the losses that ``training_step`` returned; ``None`` where it returned none.
-        val_score: validation score; ``None`` for an epoch that was not validated.
-        churn: fraction of pattern bits that flipped; ``None`` where it was not measured.
-        frozen: whether the structure was frozen at the end of the epoch.
-    """
-
-    epoch: int
-    seconds: float
-    cpu_seconds: float
-    train_loss: float | None
-    val_score: float | None
-    churn: float | None
-    frozen: bool
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Sizes of a module at the end of its fit.
-
-    Args:
-        total: numbers in its parameters.
-        trainable: those that require gradients.
-        optimizer_state_bytes: bytes of the tensors that the optimizers keep.
-    """
-
-    total: int
-    trainable: int
-    optimizer_state_bytes: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """One fit of one variant.
-
-    Seconds are those of the whole fit, with validation, checks, conversion, collection and solve, and without data
-    preparation and what the comparison itself does in between. CPU seconds are those of the process, all threads
-    together, and of its worker processes once they have ended.
+@dataclass(frozen=True, kw_only=True)
+class Run(FitRecord):
+    """One fit of one variant; the fields of ``FitRecord`` and these.
 
     Args:
         variant: name of the variant.
         seed: its seed.
-        epochs: its validations, in order.
-        finished_seconds: wall-clock seconds until the head was finished.
-        finished_cpu_seconds: CPU seconds until then.
-        best_seconds: wall-clock seconds until the best validation score; ``None`` without a finite score.
-        best_cpu_seconds: CPU seconds until then.
-        training_seconds: wall-clock seconds in the training batches alone.
-        training_cpu_seconds: CPU seconds in them.
-        best_val_score: the best validation score.
-        best_epoch: the epoch that it was reached in.
         test_score: test score of the best epoch's weights; ``None`` where there is no test data.
-        evaluations: how often a validation score was looked at, by the trainer and by the solver.
-        freeze_epoch: first epoch that trained frozen; ``None`` for a head that stayed an MLP.
-        parameters: sizes at the end of the fit.
-        step_cpu_seconds: CPU seconds of a training step: the median over epochs of their means, over the epochs that
-            trained frozen where there are any.
-        peak_memory_bytes: the most memory resident in the process during the fit, or allocated on the GPU where it ran
-            there; ``None`` where the system does not tell.
-        bookkeeping_cpu_seconds: what the comparison itself did during the fit, which no other figure counts.
-        energy_watt_hours: of the machine during the fit, as codecarbon estimates it; ``None`` without codecarbon.
     """
 
     variant: str
     seed: int
-    epochs: list[Epoch]
-    finished_seconds: float
-    finished_cpu_seconds: float
-    best_seconds: float | None
-    best_cpu_seconds: float | None
-    training_seconds: float
-    training_cpu_seconds: float
-    best_val_score: float | None
-    best_epoch: int | None
     test_score: float | None
-    evaluations: int
-    freeze_epoch: int | None
-    parameters: Parameters
-    step_cpu_seconds: float
-    peak_memory_bytes: int | None
-    bookkeeping_cpu_seconds: float
-    energy_watt_hours: float | None = None
 
     @property
-    def frozen(self) -> bool:
-        """Whether the head was frozen at the end."""
-        return bool(self.epochs) and self.epochs[-1].frozen
+    def best_val_score(self) -> float | None:
+        """The best validation score; ``None`` without a finite one."""
+        return None if self.best is None else self.best.val_score
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch of the best validation score."""
+        return None if self.best is None else self.best.epoch
+
+    @property
+    def best_seconds(self) -> float | None:
+        """Wall-clock seconds until the best validation score."""
+        return None if self.best is None else self.best.seconds
+
+    @property
+    def best_cpu_seconds(self) -> float | None:
+        """CPU seconds until then."""
+        return None if self.best is None else self.best.cpu_seconds
+
+    @property
+    def training_seconds(self) -> float:
+        """Wall-clock seconds in the training batches alone."""
+        return sum(epoch.training_seconds for epoch in self.epochs)
+
+    @property
+    def training_cpu_seconds(self) -> float:
+        """CPU seconds in the training batches alone."""
+        return sum(epoch.training_cpu_seconds for epoch in self.epochs)
+
+    @property
+    def evaluations(self) -> int:
+        """How often a validation score was looked at, by the trainer and by the solver."""
+        return len(self.scored) + (0 if self.solve is None else self.solve.evaluations)
+
+    @property
+    def step_cpu_seconds(self) -> float:
+        """CPU seconds of a training step, by the median over epochs: those that trained frozen, where there are any."""
+        step = seconds_per_step(self.phase(frozen=True)) or seconds_per_step(self.phase(frozen=False))
+        return 0.0 if step is None else step.cpu
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the run as JSON holds it; energy is absent where it was not measured."""
-        entries = dataclasses.asdict(self)
-        if self.energy_watt_hours is None:
-            del entries["energy_watt_hours"]
-        return entries
+        """Return the run as JSON holds it: its fields, and what follows from them."""
+        return {**asdict(self), **{name: getattr(self, name) for name in _DERIVED}}
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> "Run":
         """Return the run that ``as_dict`` wrote."""
-        epochs = [Epoch(**epoch) for epoch in entries["epochs"]]
-        return cls(**{**entries, "epochs": epochs, "parameters": Parameters(**entries["parameters"])})
+        fields = {name: value for name, value in entries.items() if name not in _DERIVED}
+        fields["epochs"] = [EpochRecord(**epoch) for epoch in fields["epochs"]]
+        fields["parameters"] = Parameters(**fields["parameters"])
+        fields["solve"] = None if fields["solve"] is None else SolveRecord(**fields["solve"])
+        return cls(**fields)
+
+
+_DERIVED = tuple(name for name, value in vars(Run).items() if isinstance(value, property))
+
+
+class Recorder(FitRecorder, Callback):
+    """Records a fit of a comparison, and keeps its best weights.
+
+    Args:
+        score: name of the validation score.
+        mode: whether the best score is the largest or the smallest.
+        freeze: the callback that freezes the head, if there is one.
+        on_validated: is told the number of finished epochs after each validation.
+    """
+
+    def __init__(
+        self, score: str, mode: Mode, freeze: Any = None, on_validated: Callable[[int], object] | None = None
+    ) -> None:
+        super().__init__(score, mode, keeps_best=True)
+        self.freeze = freeze
+        self.on_validated = on_validated
+        self.fit_record: FitRecord | None = None
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Note the score, and tell of it."""
+        super().on_validation_end(trainer, pl_module)
+        if self.on_validated is not None and trainer.state.fn == "fit":
+            self.on_validated(trainer.current_epoch + 1)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Stop the clock."""
+        self.fit_record = self.finish(trainer, pl_module)
+
+
+def run_fit(fit: Fit, seed: int, test_score: str | None, on_validated: Callable[[int], object] | None = None) -> Run:
+    """Run a fit and test the weights of its best epoch.
+
+    Args:
+        fit: what is fitted.
+        seed: from which batches and dropout are drawn, whatever its variant has drawn for its head.
+        test_score: name of the test score; ``None`` for no test.
+        on_validated: is told the number of finished epochs after each validation.
+    """
+    recorder = Recorder(fit.rules.score, fit.rules.mode, fit.freeze, on_validated)
+    fit.trainer.callbacks.insert(0, recorder)
+    # What is left of the run before is collected now, and not on this run's clock.
+    gc.collect()
+    seed_everything(seed, workers=True, verbose=False)
+    fit.trainer.fit(fit.module, datamodule=fit.data)
+    record = recorder.fit_record
+    assert record is not None
+    tested = None
+    if test_score is not None:
+        if recorder.best_weights is not None:
+            fit.module.load_state_dict(recorder.best_weights)
+        fit.trainer.test(fit.module, datamodule=fit.data, verbose=False)
+        tested = float(fit.trainer.callback_metrics[test_score])
+    return Run(**vars(record), variant=fit.variant.name, seed=seed, test_score=tested)
 
 
 class RunsFile:
-    """Finished runs, a line each, behind a line that says what they are runs of.
+    """Finished runs, a line each, after a first line that says what they are runs of.
 
-    A run is appended as soon as it is finished, so that an interrupted comparison goes on behind it.
+    A run is appended as soon as it is finished, so that an interrupted comparison continues after it.
 
     Args:
         path: the file; made with its folder if it is not there.
         configuration: what was run and where, in what JSON can hold.
 
     Raises:
-        MisconfigurationException: if the file holds runs of another configuration, or is not such a file.
+        MisconfigurationException: if the file holds runs of another configuration, or is not such a file, or cannot be
+            written.
     """
 
     def __init__(self, path: Path, configuration: Mapping[str, Any]) -> None:
         self.path = path
         self.runs: dict[tuple[str, int], Run] = {}
-        # As it will be read back: tuples are lists then, and keys are strings.
-        expected = json.loads(json.dumps(configuration, allow_nan=False))
-        if not path.exists() or path.stat().st_size == 0:
+        first_line = json.dumps(configuration, allow_nan=False) + "\n"
+        with named_file(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._append(expected)
+            text = path.read_bytes() if path.exists() else b""
+        # A line without its end was being written when the comparison was interrupted.
+        if not first_line.encode().startswith(text) or text == first_line.encode():
+            # As it was read back: tuples are lists then, and keys are strings.
+            self._read(text, json.loads(first_line))
             return
-        self._read(expected)
+        with named_file(path):
+            path.write_text("")
+        self._append(first_line)
 
     def append(self, run: Run) -> None:
         """Add a finished run, on disk when this returns."""
-        self._append(run.as_dict())
+        self._append(json.dumps(run.as_dict(), allow_nan=False) + "\n")
         self.runs[run.variant, run.seed] = run
 
-    def _append(self, entries: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entries, allow_nan=False) + "\n")
+    def _append(self, line: str) -> None:
+        with named_file(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
 
-    def _read(self, expected: Mapping[str, Any]) -> None:
-        text = self.path.read_text(encoding="utf-8")
-        # A line without its end was being written when the comparison was interrupted.
-        whole = text[: text.rfind("\n") + 1]
-        lines = whole.splitlines()
+    def _read(self, text: bytes, expected: Any) -> None:
+        whole = text[: text.rfind(b"\n") + 1]
         try:
-            configuration, *runs = [json.loads(line) for line in lines]
+            configuration, *runs = [json.loads(line) for line in whole.splitlines()]
             found = [Run.from_dict(run) for run in runs]
         except (ValueError, TypeError, KeyError) as error:
             raise UserMisconfigurationError(
@@ -175,8 +209,21 @@ class RunsFile:
                 f"which differs in {', '.join(changed)}: choose another folder, or delete the file."
             )
         if whole != text:
-            os.truncate(self.path, len(whole.encode("utf-8")))
+            with named_file(self.path):
+                os.truncate(self.path, len(whole))
         self.runs = {(run.variant, run.seed): run for run in found}
+
+
+@contextmanager
+def named_file(path: Path) -> Iterator[None]:
+    """Context in which a file that cannot be written is an error that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserMisconfigurationError(
+            f"Expected '{path}' to be a file that can be read and written, but got: {error.strerror or error}. "
+            "Runs that were finished before are kept."
+        ) from error
 
 
 def _differences(one: Any, other: Any, name: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What the processes of a fit tell one another."""
+"""What the processes of a fit tell each other."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ def processes_of(trainer: Any) -> Processes:
     return Processes(process_group(trainer), trainer.strategy.root_device)
 
 
-def churn_over_processes(trainer: Any, flipped: Tensor, bits: int) -> float:
-    """Return the fraction of pattern bits that flipped, counted over all processes; 0 if none was compared.
+def churn_over_processes(trainer: Any, flipped: Tensor, bits: int) -> float | None:
+    """Return the fraction of pattern bits that flipped, counted over all processes; ``None`` if none was compared.
 
     Counts are added up before they are divided, so that every process sees the same churn and decides alike.
 
@@ -34,20 +34,7 @@ def churn_over_processes(trainer: Any, flipped: Tensor, bits: int) -> float:
     """
     counts = torch.stack([flipped.double(), flipped.new_tensor(bits, dtype=torch.float64)])
     flipped_everywhere, bits_everywhere = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-    return float(flipped_everywhere / bits_everywhere) if bits_everywhere else 0.0
-
-
-def from_all_processes(trainer: Any, value: Any) -> list[Any]:
-    """Return what each process of a fit has, in the order of their ranks.
-
-    Args:
-        trainer: the Trainer of the fit; all of its processes must call this together.
-        value: what this process has, a nest of primitives and tensors on the CPU.
-    """
-    values = [value] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
+    return float(flipped_everywhere / bits_everywhere) if bits_everywhere else None
 
 
 def share_buffers(trainer: Any, module: nn.Module) -> None:

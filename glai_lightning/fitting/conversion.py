@@ -1,211 +1,102 @@
-"""Finding a head in a LightningModule, and converting it while a Trainer is fitting."""
+"""Freezing and unfreezing the head of a LightningModule, in the middle of a fit and between fits."""
 
-import itertools
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from glai_lightning.checks import UserError, UserValueError
+from glai_lightning.fitting.heads_in_module import HeadSlot, find_head
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.heads.frozen import GLAIHead, Paths
-from glai_lightning.heads.layout import read_head
-from glai_lightning.heads.optimizers import follow_conversion, follow_thaw, trains_any
-from glai_lightning.heads.patterns import layout_of
+from glai_lightning.heads.frozen import GLAIHead, check_freezable, freeze_in_place, unfreeze_in_place
+from glai_lightning.heads.optimizers import replace_parameters, restore_parameters
+from glai_lightning.heads.record import Paths
 from glai_lightning.heads.restoring import HeadRestorer
 
-# Compared by name: a project may import the `pytorch_lightning` twin of `lightning.pytorch`, whose classes are others.
-_WORKING_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
-#: Parts of the names of strategies that derive from those, and shard what they hold or compile what they run.
-_OTHER_STRATEGIES = ("DeepSpeed", "FSDP", "XLA", "HPU", "Bagua", "ColossalAI")
-_COPYING_CALLBACKS = ("WeightAveraging", "StochasticWeightAveraging")
-_NAMING_CALLBACKS = ("BaseFinetuning",)
 
-
-def find_head(pl_module: nn.Module, head_name: str) -> nn.Module:
-    """Return the module at a qualified name, which must be there under that name only.
-
-    Args:
-        pl_module: the LightningModule.
-        head_name: qualified name of the head.
+def check_head(slot: HeadSlot, paths: str) -> None:
+    """Check that there is a head in a slot, and that it can be frozen or is frozen already.
 
     Raises:
-        MisconfigurationException: if there is no such module (the message lists those that look like heads), if it is
-            wrapped by ``torch.compile``, or if the module or a layer of it is registered under a second name.
+        MisconfigurationException: otherwise.
     """
-    named: dict[str, nn.Module] = dict(pl_module.named_modules(remove_duplicate=False))
-    head = named.get(head_name)
-    if head is None or not head_name:
-        raise UserMisconfigurationError(
-            f"Expected `head` to name a module of `{type(pl_module).__name__}`, but got {head_name!r}. "
-            f"Modules that look like heads: {list_heads(pl_module) or 'none'}."
-        )
-    if hasattr(head, "_orig_mod"):
-        raise UserMisconfigurationError(
-            f"Expected the head at {head_name!r} to be a plain module, but got one wrapped by `torch.compile(head)`. "
-            f"Call `head.compile()` instead, which compiles in place."
-        )
-    inside = {
-        id(child): f"{head_name}.{name}" if name else head_name
-        for name, child in head.named_modules()
-        if any(True for _ in child.parameters())
-    }
-    for name, child in named.items():
-        if id(child) in inside and name != head_name and not name.startswith(f"{head_name}."):
-            raise UserMisconfigurationError(
-                f"Expected the head to be registered under one name, but got {inside[id(child)]!r} "
-                f"under {name!r} as well: one of the two would keep the unconverted layers."
-            )
+    head = find_head(slot.pl_module, slot.name)
+    if isinstance(head, GLAIHead):
+        return
+    try:
+        check_freezable(head, paths=paths)
+    except UserError as error:
+        raise UserMisconfigurationError(f"The head at {slot.name!r} cannot be frozen. {error}") from error
+
+
+def frozen_head(slot: HeadSlot) -> GLAIHead:
+    """Return the head of a slot, which is frozen."""
+    head = slot.module
+    assert isinstance(head, GLAIHead)
     return head
 
 
-def list_heads(pl_module: nn.Module) -> list[str]:
-    """List the qualified names of the modules in which an MLP head can be read, outermost only."""
-    heads: list[str] = []
-    for name, module in pl_module.named_modules():
-        if not name or any(name.startswith(f"{head}.") for head in heads):
-            continue
-        try:
-            read_head(module)
-        except ValueError:
-            continue
-        heads.append(name)
-    return heads
-
-
-def check_trainer(trainer: Any, pl_module: Any) -> None:
-    """Refuse what a conversion in the middle of a fit cannot work with.
+def check_unfreezable(slot: HeadSlot) -> None:
+    """Check that the frozen head in a slot equals an MLP.
 
     Raises:
-        MisconfigurationException: for manual optimization, for a strategy that shards parameters or restores them after
-            wrapping, and for callbacks that keep a copy of the weights.
+        ValueError: if its paths are not 'output'.
     """
-    if not pl_module.automatic_optimization:
-        raise UserMisconfigurationError(
-            "Expected a module with automatic optimization, but got `automatic_optimization=False`: "
-            "freezing the structure under manual optimization is not supported."
-        )
-    strategy = _class_names(trainer.strategy)
-    works = any(name in strategy for name in _WORKING_STRATEGIES)
-    if not works or any(other in name for name in strategy for other in _OTHER_STRATEGIES):
-        raise UserMisconfigurationError(
-            "Expected the strategy to be a single device or one of 'ddp', 'ddp_spawn', 'ddp_fork' and 'ddp_notebook', "
-            f"but got `{strategy[0]}`, under which a head cannot be replaced in the middle of a fit."
-        )
-    if getattr(trainer.strategy, "_model_averaging_period", None) is not None:
-        raise UserMisconfigurationError(
-            "Expected a strategy that gives all processes the same weights in every step, but got one with "
-            f"`model_averaging_period={trainer.strategy._model_averaging_period}`."
-        )
-    for callback in trainer.callbacks:
-        copying = [name for name in _class_names(callback) if name in _COPYING_CALLBACKS]
-        if copying:
-            raise UserMisconfigurationError(
-                f"Expected no callback that averages weights beside the structure freeze, but got "
-                f"`{type(callback).__name__}`: its copy of the head would keep the old structure."
-            )
-
-
-def check_order(trainer: Any, callback: object, paths: str) -> None:
-    """Refuse an order of callbacks in which a fit could not be resumed.
-
-    ``BaseFinetuning`` keeps the names of the parameters in the optimizer's groups, and looks them up when a fit is
-    resumed, before or after the head is frozen again. Independent paths have other names than the MLP.
-
-    Raises:
-        MisconfigurationException: for a finetuning callback behind this one, with independent paths.
-    """
-    behind = list(itertools.dropwhile(lambda other: other is not callback, trainer.callbacks))
-    naming = [other for other in behind if any(name in _class_names(other) for name in _NAMING_CALLBACKS)]
-    if naming and paths == "independent":
-        raise UserMisconfigurationError(
-            f"Expected `{type(naming[0]).__name__}` to stand before the structure freeze in the list of callbacks with "
-            "`paths='independent'`, but got it behind: a resumed fit would not find the parameters by their names."
+    paths = frozen_head(slot).paths
+    if paths != "output":
+        raise UserValueError(
+            f"Expected the head at {slot.name!r} to be frozen with 'output' paths to be an MLP again, but got "
+            f"{paths!r} paths, which no MLP equals once they are trained."
         )
 
 
-def check_launcher(trainer: Any, pl_module: nn.Module, head_name: str, paths: str) -> None:
-    """Refuse a fit whose result its caller could not load.
-
-    ``ddp_spawn``, ``ddp_fork`` and notebooks fit a copy of the module in other processes, and load its weights into the
-    module of the caller, which no callback has seen. Output paths load into the MLP; other paths need a module that
-    converts its head by itself, as a ``HeadModule`` does.
-
-    Raises:
-        MisconfigurationException: for other than output paths in a module that does not.
-    """
-    launched = "MultiProcessing" in type(trainer.strategy.launcher).__name__
-    if launched and paths != "output" and not HeadRestorer.is_registered(pl_module, head_name):
-        raise UserMisconfigurationError(
-            f"Expected `paths` to be 'output' under a strategy that starts processes by itself, but got {paths!r}: the "
-            f"module of the main process would be left with the MLP. Use strategy 'ddp', or a `HeadModule`."
-        )
-
-
-def check_optimizers(trainer: Any, head: nn.Module, head_name: str) -> None:
-    """Check that an optimizer trains what goes on being trained once the head is frozen.
-
-    Raises:
-        MisconfigurationException: if none holds a parameter of its last Linear, or of the paths in the place of it, or
-            if one shares its state out among processes.
-    """
-    for optimizer in trainer.optimizers:
-        if "ZeroRedundancyOptimizer" in _class_names(optimizer):
-            raise UserMisconfigurationError(
-                "Expected optimizers that hold the state of all parameters in every process, but got "
-                f"`{type(optimizer).__name__}`, which cannot follow a head that is replaced in the middle of a fit."
-            )
-    output = head.get_submodule(layout_of(head).output_name)
-    if not any(trains_any(optimizer, output) for optimizer in trainer.optimizers):
-        raise UserMisconfigurationError(
-            f"Expected the optimizer to hold the parameters of the last Linear of the head at {head_name!r}, "
-            "but it holds none of them."
-        )
-
-
-def freeze_head_in_fit(
-    trainer: Any, pl_module: nn.Module, head_name: str, *, paths: Paths, freeze_epoch: int | None
-) -> GLAIHead:
-    """Convert the head at a name into one with frozen structure, and let optimizer and strategy follow.
-
-    Returns:
-        The frozen head, in its place in the module.
-    """
-    head = GLAIHead.adopt(pl_module.get_submodule(head_name), paths=paths, freeze_epoch=freeze_epoch)
-    pl_module.set_submodule(head_name, head)
-    follow_in_fit(trainer, head)
-    return head
+def freeze_in_fit(trainer: Any, slot: HeadSlot, *, paths: Paths, freeze_epoch: int) -> None:
+    """Freeze the head in a slot, and let the optimizers and the strategy of the fit follow."""
+    follow_in_fit(trainer, freeze_in_place(slot.module, paths=paths, freeze_epoch=freeze_epoch))
 
 
 def follow_in_fit(trainer: Any, head: GLAIHead) -> None:
-    """Let the optimizers and the strategy of a fit follow a head that was just converted."""
+    """Let the optimizers and the strategy of a fit follow a head that was just frozen."""
     for optimizer in trainer.optimizers:
-        follow_conversion(optimizer, head)
+        replace_parameters(optimizer, head)
     rewrap(trainer)
 
 
-def thaw_head_in_fit(
-    trainer: Any,
-    pl_module: nn.Module,
-    head_name: str,
-    weights: Mapping[str, Tensor],
-    optimizer_state: Mapping[str, dict[str, Any]],
+def unfreeze_in_fit(
+    trainer: Any, slot: HeadSlot, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, dict[str, Any]]
 ) -> None:
-    """Put back the MLP that a frozen head was, and let optimizer and strategy follow.
+    """Make the frozen head in a slot an MLP again, and let the optimizers and the strategy of the fit follow.
 
     Args:
         trainer: the Trainer of the fit.
-        pl_module: its module.
-        head_name: qualified name of the frozen head.
+        slot: the place of the frozen head.
         weights: state dict of the MLP to go back to.
         optimizer_state: what ``copy_state`` copied of it.
     """
-    head = pl_module.get_submodule(head_name)
-    assert isinstance(head, GLAIHead)
-    mlp = head.thaw(weights)
-    pl_module.set_submodule(head_name, mlp)
+    head = frozen_head(slot)
     for optimizer in trainer.optimizers:
-        follow_thaw(optimizer, head, mlp, optimizer_state)
+        restore_parameters(optimizer, head, partial(unfreeze_in_place, head, weights), optimizer_state)
     rewrap(trainer)
+
+
+def load_as_mlp(slot: HeadSlot, deferred: bool) -> None:
+    """Let the module load a state dict from either side of the freeze.
+
+    Args:
+        slot: the place of the head.
+        deferred: whether a frozen head is loaded as an MLP until ``restore_in_fit``, so that the module's own
+            ``configure_optimizers`` meets the head that it was written for.
+    """
+    HeadRestorer.of(slot.pl_module, slot.name).deferred = deferred
+
+
+def restore_in_fit(trainer: Any, slot: HeadSlot) -> None:
+    """Freeze the head in a slot again, if it was loaded as an MLP from a checkpoint in which it is frozen."""
+    restorer = HeadRestorer.of(slot.pl_module, slot.name)
+    restorer.deferred = False
+    if restorer.pending:
+        follow_in_fit(trainer, restorer.restore(slot.pl_module))
 
 
 def rewrap(trainer: Any) -> None:
@@ -218,7 +109,3 @@ def rewrap(trainer: Any) -> None:
     if hasattr(strategy, "configure_ddp"):
         strategy.model = strategy.lightning_module
         strategy.configure_ddp()
-
-
-def _class_names(value: object) -> list[str]:
-    return [kind.__name__ for kind in type(value).__mro__]

@@ -1,15 +1,45 @@
-"""Which heads of a LightningModule are meant: one name, several, or patterns."""
+"""Finding heads in a LightningModule: by one name, several, or patterns."""
 
 import fnmatch
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from glai_lightning.fitting.conversion import list_heads
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.heads.layout import read_head
+
+
+@dataclass(frozen=True)
+class HeadSlot:
+    """The place of a head in a LightningModule.
+
+    Args:
+        pl_module: the LightningModule.
+        name: qualified name of the head in it.
+
+    Example:
+        >>> from torch import nn
+        >>> HeadSlot(nn.ModuleDict({"head": nn.Linear(2, 3)}), "head").module
+        Linear(in_features=2, out_features=3, bias=True)
+    """
+
+    pl_module: Any
+    name: str
+
+    @property
+    def module(self) -> nn.Module:
+        """The head, frozen or not."""
+        module: nn.Module = self.pl_module.get_submodule(self.name)
+        return module
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the structure of the head is frozen."""
+        return isinstance(self.module, GLAIHead)
 
 
 def is_pattern(name: str) -> bool:
@@ -40,7 +70,7 @@ def match_heads(pl_module: nn.Module, names: Sequence[str], argument: str = "hea
     """Return the qualified names of the heads that names and patterns mean, in the order of these.
 
     A name means the module of that name, which is not looked at. A pattern means the modules whose qualified name it
-    matches and in which an MLP head can be read, frozen or not; of one inside another the outer.
+    matches and in which an MLP head can be read, frozen or not; where one lies inside another, the outer one.
 
     Args:
         pl_module: the LightningModule.
@@ -48,9 +78,9 @@ def match_heads(pl_module: nn.Module, names: Sequence[str], argument: str = "hea
         argument: where they come from, for messages.
 
     Raises:
-        MisconfigurationException: if a pattern matches no head, or a head is meant twice or lies inside another.
+        MisconfigurationException: if a pattern matches no head, a head is meant twice, or one lies inside another.
     """
-    matched = [(name, given) for given in names for name in (_match(pl_module, given, argument))]
+    matched = [(name, given) for given in names for name in _match(pl_module, given, argument)]
     for (one, one_given), (other, other_given) in itertools.combinations(matched, 2):
         inner, outer = sorted((one, other), key=len, reverse=True)
         if one == other:
@@ -68,25 +98,85 @@ def match_heads(pl_module: nn.Module, names: Sequence[str], argument: str = "hea
 def _match(pl_module: nn.Module, given: str, argument: str) -> list[str]:
     if not is_pattern(given):
         return [given]
-    heads: list[str] = []
-    for name, module in pl_module.named_modules():
-        inside = any(name.startswith(f"{head}.") for head in heads)
-        if name and not inside and fnmatch.fnmatchcase(name, given) and _is_head(module):
-            heads.append(name)
+    matching = [name for name in list_heads(pl_module) if fnmatch.fnmatchcase(name, given)]
+    heads = [name for name in matching if not any(name.startswith(f"{outer}.") for outer in matching)]
     if not heads:
         raise UserMisconfigurationError(
             f"Expected `{argument}` to match an MLP head of `{type(pl_module).__name__}`, but got {given!r}. "
-            f"Modules that look like heads: {list_heads(pl_module) or 'none'}. What `configure_model` makes can be "
-            "named, and not matched."
+            f"{name_heads(pl_module)} What `configure_model` makes can be named, and not matched."
         )
     return heads
 
 
-def _is_head(module: nn.Module) -> bool:
+def find_head(pl_module: nn.Module, head_name: str) -> nn.Module:
+    """Return the module at a qualified name, whose parameters must be there under that name only.
+
+    Args:
+        pl_module: the LightningModule.
+        head_name: qualified name of the head.
+
+    Raises:
+        MisconfigurationException: if there is no such module (the message names those that can be used), if it is
+            wrapped by ``torch.compile``, or if a parameter of it has a second name, there or elsewhere.
+    """
+    named: dict[str, nn.Module] = dict(pl_module.named_modules(remove_duplicate=False))
+    head = named.get(head_name)
+    if head is None or not head_name:
+        raise UserMisconfigurationError(
+            f"Expected `head` to name a module of `{type(pl_module).__name__}`, but got {head_name!r}. "
+            f"{name_heads(pl_module)}"
+        )
+    if hasattr(head, "_orig_mod"):
+        raise UserMisconfigurationError(
+            f"Expected the head at {head_name!r} to be a plain module, but got one wrapped by `torch.compile(head)`. "
+            f"Call `head.compile()` instead, which compiles in place."
+        )
+    names: dict[int, str] = {}
+    for name, parameter in pl_module.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if first != name and any(one.startswith(f"{head_name}.") for one in (first, name)):
+            raise UserMisconfigurationError(
+                f"Expected every parameter of the head at {head_name!r} to have one name, but got {first!r} "
+                f"under {name!r} as well, where it would be frozen too."
+            )
+    return head
+
+
+def list_heads(pl_module: nn.Module) -> list[str]:
+    """List the qualified names of the modules in which an MLP head can be read, frozen or not, in their order."""
+    return [name for name, module in pl_module.named_modules() if name and why_no_head(module) is None]
+
+
+def why_no_head(module: nn.Module) -> str | None:
+    """Say why no MLP head can be read in a module; ``None`` where one can, or is frozen."""
     if isinstance(module, GLAIHead):
-        return True
+        return None
     try:
         read_head(module)
-    except ValueError:
-        return False
-    return True
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def name_heads(pl_module: nn.Module) -> str:
+    """Name, in a sentence, the modules that can be used as a head; if there are none, the closest and what it lacks."""
+    heads = list_heads(pl_module)
+    # A wrapper and the head in it are one and the same, and the forward of the head is called in any case.
+    linears = {name: _linears(pl_module.get_submodule(name)) for name in heads}
+    heads = [
+        name
+        for name in heads
+        if not any(name != i and linears[i] == linears[name] and i.startswith(f"{name}.") for i in heads)
+    ]
+    if heads:
+        return f"Modules that can be used as a head: {heads}."
+    candidates = [(name, module) for name, module in pl_module.named_modules() if name and len(_linears(module)) > 1]
+    if not candidates:
+        return "No module of it holds two Linear layers, and so none can be used as a head."
+    # The innermost of the last: heads stand at the end.
+    name, module = candidates[-1]
+    return f"No module of it can be used as a head. The closest is {name!r}: {why_no_head(module)}"
+
+
+def _linears(module: nn.Module) -> list[int]:
+    return [id(child) for child in module.modules() if isinstance(child, nn.Linear)]

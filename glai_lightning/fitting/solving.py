@@ -1,224 +1,326 @@
 """Solving for the path weights of a head that was just frozen, in the middle of a fit."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
 
-import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.fitting.across_processes import process_group, processes_of, share_buffers
-from glai_lightning.fitting.collection import (
-    Stage,
-    StepBatches,
-    draws_at_random,
-    on_device,
-    single_loader,
-    untouched,
-    watch_step,
-    without_a_trace,
-)
-from glai_lightning.fitting.loss_watching import LossCall
+from glai_lightning.fitting.head_data import HeadPass
+from glai_lightning.fitting.heads_in_module import HeadSlot
+from glai_lightning.fitting.loaders import draws_at_random, on_device, single_loader, validation_loader
+from glai_lightning.fitting.loss_reading import LossNotReadError
+from glai_lightning.fitting.messages import say
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.fitting.solver_choice import FirstLook, choose_solver
+from glai_lightning.fitting.step_reading import HeadBatch, SeenStep, Stage, StepReader, isolated_step
 from glai_lightning.heads.frozen import GLAIHead
+from glai_lightning.heads.optimizers import copy_state, forget_state
 from glai_lightning.heads.patterns import layout_of
-from glai_lightning.solvers.head_solvers import LogisticSolver, RidgeSolver, SolveReport
-from glai_lightning.solvers.processes import Processes
-
-#: Bytes of head inputs kept in memory for a solve; beyond it every pass of the solve reads the loader anew.
-INPUTS_IN_MEMORY = 2**30
+from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
 Solver = LogisticSolver | RidgeSolver
-ReadBatch = Callable[[Any, int], tuple[Tensor, Tensor]]
+#: Returns what a head is given and trained on, from (batch, batch_idx, stage, head): inputs (n, D), targets, and the
+#: weights of samples (n,) if they differ; ``None`` for a batch in which the head has no part.
+ReadBatch = Callable[[Any, int, Stage, StepReader], tuple[Tensor, ...] | None]
 
 
 def check_solvable(head: nn.Module, head_name: str, paths: str) -> None:
     """Refuse, before training starts, a solve that could not be done later.
 
     Raises:
-        MisconfigurationException: for tangent paths, or modules behind the last Linear.
+        MisconfigurationException: for tangent paths, or modules after the last Linear that do something in eval mode.
     """
     if paths == "tangent":
         raise UserMisconfigurationError(
             "Expected `paths` to be 'output' or 'independent' with a solver, but got 'tangent', "
             "whose weights the optimizer trains."
         )
-    trailing = layout_of(head).trailing
-    if trailing:
+    acting = [module for module in layout_of(head).trailing if not isinstance(module, _DropoutNd | nn.Identity)]
+    if acting:
         raise UserMisconfigurationError(
             f"Expected the head at {head_name!r} to end with its last Linear, so that it can be solved, "
-            f"but got `{type(trailing[0]).__name__}` behind it."
+            f"but got `{type(acting[0]).__name__}` after it."
         )
 
 
-def check_loss(calls: list[LossCall], solver: Solver) -> LossCall:
-    """Return the one loss call of a training step, if it is the loss that a solver minimises.
-
-    Raises:
-        MisconfigurationException: otherwise.
-    """
-    if len(calls) != 1:
-        raise UserMisconfigurationError(
-            "Expected `training_step` to call cross_entropy, binary_cross_entropy_with_logits or mse_loss once on the "
-            f"outputs of the head, so that it can be solved, but it does so {len(calls)} times. Override "
-            "`inputs_and_targets` of the callback to say what the head is to be solved for."
-        )
-    (call,) = calls
-    if call.unusual is not None:
-        raise UserMisconfigurationError(_cannot_be_solved(call))
-    if isinstance(solver, LogisticSolver) and call.kind == "mse":
-        raise UserMisconfigurationError(
-            "Expected `solver` to be a `RidgeSolver` for a module that minimises mse_loss, but got `LogisticSolver`."
-        )
-    return call
-
-
-def _cannot_be_solved(call: LossCall) -> str:
-    return f"Expected the mean {call.kind} of a batch, so that it can be solved, but got {call.unusual}."
-
-
-def follow_loss(solver: Solver, call: LossCall) -> Solver:
-    """Return the solver for the very loss of a module: with its class weights and its label smoothing."""
-    if not isinstance(solver, LogisticSolver):
-        return solver
-    weights = solver.class_weights
-    if call.class_weights is not None:
-        of_positives = call.class_weights.flatten().tolist()
-        weights = [1.0, *of_positives] if call.kind == "binary_cross_entropy" else of_positives
-    return dataclasses.replace(
-        solver, class_weights=weights, label_smoothing=call.label_smoothing or solver.label_smoothing
-    )
-
-
-def has_validation(trainer: Any) -> bool:
-    """Tell whether a fit has validation batches."""
-    return bool(trainer.enable_validation) and trainer.val_dataloaders is not None and sum(trainer.num_val_batches) > 0
-
-
-def validates_by_loss(trainer: Any, pl_module: Any, head: nn.Module) -> bool:
-    """Tell whether the targets of a fit's validation data can be seen in a loss call of the validation step."""
-    loader = single_loader(trainer.val_dataloaders, "validation")
-    with without_a_trace(pl_module):
-        batch = on_device(trainer, next(untouched(loader)))
-        calls = watch_step(trainer, pl_module, head, batch, 0, stage="validation", outputs=stand_in_for(head))
-        seen = bool(calls) and calls[0].unusual is None
-    if not seen:
-        rank_zero_info(
-            "The solve does not look at the validation data, because `validation_step` calls no known loss on the "
-            "outputs of the head. Override `inputs_and_targets` of the callback to say what it is to be validated on."
-        )
-    return seen
-
-
-def warn_of_moving_inputs(
-    pl_module: nn.Module, head: nn.Module, loader: Any, other_heads: Sequence[nn.Module] = ()
-) -> None:
-    """Warn where what the head is given is not fixed, so that the user knows what the solve means.
-
-    Other heads with a loss of their own are beside this one and not before it.
-    """
-    inside = {id(module) for module in head.modules()}
-    own = {id(parameter) for one in (head, *other_heads) for parameter in one.parameters()}
-    before = [module for module in pl_module.modules() if id(module) not in inside]
-    reasons = []
-    if any(parameter.requires_grad for parameter in pl_module.parameters() if id(parameter) not in own):
-        reasons.append("layers outside the head are trained: the solve is for their embeddings as they are by then")
-    if any(isinstance(module, _DropoutNd) and module.p > 0 and module.training for module in before):
-        reasons.append("there is dropout outside the head: the solve is for embeddings without it")
-    if draws_at_random(loader):
-        reasons.append("the training data is drawn at random: the solve is for one draw of it")
-    for reason in reasons:
-        rank_zero_warn(f"The head will be solved over inputs that are not fixed. Here {reason}.")
-
-
-def stand_in_for(head: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return what gives outputs of the right shape and dtype for head inputs, (..., D) -> (..., C), at no cost."""
-    output = layout_of(head).output
-    return lambda x: output.weight.new_zeros(*x.shape[:-1], output.out_features)
-
-
-def read_step(
-    trainer: Any, pl_module: Any, head: nn.Module, batch: Any, batch_idx: int, stage: Stage
-) -> tuple[Tensor, Tensor]:
-    """Read off a step of the module what the head is given, and what it is trained on; the head itself is not run.
-
-    Returns:
-        Head inputs (n, D) and targets (n,), without the samples that the loss passes over.
-
-    Raises:
-        MisconfigurationException: if the step calls no known loss on the outputs of the head.
-    """
-    calls = watch_step(trainer, pl_module, head, batch, batch_idx, stage=stage, outputs=stand_in_for(head))
-    if not calls:
-        raise UserMisconfigurationError(
-            f"Expected `{stage}_step` to call a known loss on the outputs of the head, but it calls none. Override "
-            "`inputs_and_targets` of the callback to say what the head is to be solved for."
-        )
-    if calls[0].unusual is not None:
-        raise UserMisconfigurationError(_cannot_be_solved(calls[0]))
-    inputs, targets = calls[0].inputs, calls[0].targets
-    inputs = inputs.reshape(-1, inputs.shape[-1])
-    if calls[0].kind == "mse":
-        return inputs, targets.reshape(len(inputs), -1)
-    targets = targets.reshape(len(inputs))
-    if calls[0].kind == "binary_cross_entropy":
-        return inputs, targets.long()
-    counted = torch.ne(targets, -100 if calls[0].ignore_index is None else calls[0].ignore_index)
-    return (inputs, targets) if bool(counted.all()) else (inputs[counted], targets[counted])
-
-
-def solve_in_fit(
-    trainer: Any, head: GLAIHead, solver: Solver, read: Callable[[Stage], ReadBatch], validate: bool
-) -> SolveReport:
-    """Solve for the path weights of a head over the training data of a fit, and set them.
-
-    Each process of the fit reads its own part of the data; all of them must call this together.
+@contextmanager
+def unwinding(
+    trainer: Any, slot: HeadSlot, revert: Callable[[dict[str, Tensor], dict[str, dict[str, Any]]], None]
+) -> Iterator[None]:
+    """Context in which a head is frozen and solved: if a solve fails, the head is as it was before the freeze.
 
     Args:
         trainer: the Trainer of the fit.
-        head: the frozen head, in its place in the module.
-        solver: what to solve with.
-        read: returns, for a stage, what reads head inputs and targets off a batch and its index.
-        validate: whether to choose among the iterates by the validation data of the fit.
+        slot: the place of the head.
+        revert: makes a frozen head an MLP again, from its state dict and what the optimizer remembered of its
+            parameters, by their names.
+    """
+    frozen_before = isinstance(slot.module, GLAIHead)
+    weights = {name: value.detach().clone() for name, value in slot.module.state_dict().items()}
+    optimizer_state = copy_state(trainer.optimizers[0], slot.module)
+    try:
+        yield
+    except Exception:
+        if isinstance(slot.module, GLAIHead) and not frozen_before:
+            revert(weights, optimizer_state)
+        raise
 
-    Returns:
-        What the solve did.
+
+class HeadSolve:
+    """The solve of one head in a fit: from the look at its loss on the first batch to the solved path weights.
+
+    The first step of a fit that calls the head is read twice: once beside the fit, in eval mode, and once as it runs.
+    Both must show one and the same loss. The first step of every epoch is seen again, and the first batch of a solve is
+    read as a whole.
+
+    Args:
+        solver: what to solve with; "auto" to choose by that first step, see ``choose_solver``; ``None`` for no solve.
+        paths: what stays trainable of the head.
+
+    Attributes:
+        solved: whether the head is solved.
+        report: what the solve did, or ``None``.
+    """
+
+    def __init__(self, solver: Solver | Literal["auto"] | None, paths: str = "output") -> None:
+        self.solver = solver
+        self.paths = paths
+        self.solved = False
+        self.report: SolveReport | None = None
+        self.start()
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is a solve to come, as far as is known by now."""
+        return self.solver is not None and not self.solved and not self._declined
+
+    def start(self) -> None:
+        """Begin a fit: its loss has not been seen yet."""
+        self._reader: StepReader | None = None
+        self._solver: Solver | None = None
+        self._declined = False
+        self._news: str | None = None
+
+    def start_over(self) -> None:
+        """Forget the solve that was, because its head is an MLP again."""
+        self.solved = False
+        self.report = None
+
+    def take_news(self) -> str | None:
+        """Return, once, the line that says why ``solver="auto"`` stands for no solver; ``None`` if there is no news."""
+        news, self._news = self._news, None
+        return news
+
+    def before_batch(
+        self,
+        trainer: Any,
+        slot: HeadSlot,
+        batch: Any,
+        batch_idx: int,
+        read: ReadBatch,
+        *,
+        others: Sequence[nn.Module] = (),
+    ) -> None:
+        """See, on the first batch of a fit and of an epoch, that the loss can be solved.
+
+        Args:
+            trainer: the Trainer of the fit; all of its processes must call this together.
+            slot: the place of the head.
+            batch: a batch, on the device of the module.
+            batch_idx: its index.
+            read: reads a batch.
+            others: other heads with a loss of their own, which are beside this one and not before it.
+
+        Raises:
+            MisconfigurationException: if there are several data loaders, or the loss cannot be solved; with "auto" that
+                means no solve.
+        """
+        if not self.pending:
+            return
+        if self._solver is not None:
+            if batch_idx == 0 and self._reader is not None and self._reader.kind is not None:
+                self._reader.see_next_step(partial(self._check_again, trainer))
+            return
+        look = FirstLook(slot, others)
+        reader = StepReader(trainer, slot.pl_module, slot.name)
+        with self._deciding(trainer, look):
+            check_solvable(slot.module, slot.name, self.paths)
+            look.random = draws_at_random(
+                single_loader(trainer.train_dataloader, "training"), partial(on_device, trainer)
+            )
+            validation_loader(trainer)
+            with look.counting(), isolated_step(slot.pl_module):
+                look.batch = _as_head_batch(read(batch, batch_idx, "training", reader))
+        if self._declined or not trainer.strategy.reduce_boolean_decision(look.batch is not None):
+            # A head that this batch does not call is looked at in the next.
+            return
+        self._reader = reader
+        if reader.kind is None:
+            # An override said what the head is trained on, and its step was not looked at.
+            self._decide(trainer, look)
+        else:
+            reader.see_next_step(partial(self._check_first, trainer, look))
+
+    def _check_first(self, trainer: Any, look: FirstLook, seen: SeenStep) -> None:
+        assert self._reader is not None
+        look.compare(seen, self._reader.inputs_read)
+        with self._deciding(trainer, look):
+            self._reader.check(seen)
+        if not self._declined:
+            self._decide(trainer, look)
+
+    def _check_again(self, trainer: Any, seen: SeenStep) -> None:
+        assert self._reader is not None
+        with processes_of(trainer).failing_together():
+            self._reader.check(seen)
+
+    def _decide(self, trainer: Any, look: FirstLook) -> None:
+        assert self._reader is not None
+        assert look.batch is not None
+        moving = look.moving_inputs()
+        with self._deciding(trainer, look):
+            if self.solver == "auto":
+                if moving:
+                    raise UserMisconfigurationError(moving[0][0])
+                self._solver = choose_solver(self._reader.kind, look.batch.targets)
+            else:
+                self._solver = self.solver
+            if self._solver is not None:
+                self._solver = _solver_for(self._solver, self._reader, look.batch)
+        for cause, meaning in () if self._declined else moving:
+            rank_zero_warn(f"The head will be solved over inputs that are not fixed. Here {cause}: {meaning}.")
+
+    @contextmanager
+    def _deciding(self, trainer: Any, look: FirstLook) -> Iterator[None]:
+        """Context in which an obstacle to a solve raises in all processes, or means no solve where that is allowed."""
+        obstacle = None
+        with processes_of(trainer).failing_together():
+            try:
+                yield
+            except UserMisconfigurationError as error:
+                if self.solver != "auto":
+                    raise
+                obstacle = str(error)
+        if self.solver == "auto" and not trainer.strategy.reduce_boolean_decision(obstacle is None):
+            self._declined, self._solver = True, None
+            self._news = look.describe_freeze(obstacle or "another process found that it cannot be", self.paths)
+
+    def run(self, trainer: Any, slot: HeadSlot, read: ReadBatch) -> SolveReport:
+        """Solve for the path weights over the training data of the fit, and set them.
+
+        Each process of the fit reads its own part of the data; all of them must call this together.
+
+        What is held: one number for each feature and sample (inputs of the head, and path activations beside them), the
+        targets, and what one batch takes.
+
+        Args:
+            trainer: the Trainer of the fit.
+            slot: the place of the frozen head.
+            read: reads a batch.
+
+        Returns:
+            What the solve did.
+
+        Raises:
+            MisconfigurationException: if the loss of a batch cannot be read. After this and any other error the head
+                and the optimizer are as they were.
+            RuntimeError: if another process of the fit raised an error.
+        """
+        if self._solver is None or self._reader is None:
+            raise UserMisconfigurationError(
+                f"Expected `training_step` to call the head at {slot.name!r} before it is solved, but it did not yet."
+            )
+        head: Any = slot.module
+        processes = processes_of(trainer)
+        share_buffers(trainer, slot.pl_module)
+        self._reader.look_anew()
+        training = HeadPass(
+            trainer, trainer.train_dataloader, _batches_to_read(trainer), self._read_in("training", read)
+        )
+        with processes.failing_together():
+            data = training.held()
+        validation = self._validation(trainer, read)
+        if processes.sum_numbers(data is None) != [0.0]:
+            data = None
+        options = {"validation": validation, "group": process_group(trainer)}
+        if data is None:
+            report = self._solver.solve(head, training, **options)
+        else:
+            inputs, targets, weights = data
+            if processes.sum_numbers(weights is not None) != [0.0]:
+                options["sample_weights"] = inputs.new_ones(len(inputs)) if weights is None else weights
+            report = self._solver.solve(head, inputs, targets, **options)
+        # What the optimizer remembers is about weights that are far away by now.
+        forget_state(trainer.optimizers[0], (p for p in head.parameters() if p.requires_grad))
+        self.solved = True
+        self.report = report
+        if report.best_step == 0 and report.steps > 0:
+            rank_zero_warn(
+                f"The solve of {slot.name!r} found no path weights that are better than those it started from, "
+                "and leaves these as they were."
+            )
+        return report
+
+    def _read_in(self, stage: Stage, read: ReadBatch) -> Callable[[Any, int], HeadBatch | None]:
+        return lambda batch, batch_idx: _as_head_batch(read(batch, batch_idx, stage, self._reader))
+
+    def _validation(self, trainer: Any, read: ReadBatch) -> Any:
+        loader = validation_loader(trainer)
+        if loader is None:
+            return None
+        batches = HeadPass(trainer, loader, trainer.num_val_batches[0], self._read_in("validation", read))
+        problem, held = None, None
+        with processes_of(trainer).failing_together():
+            try:
+                held = batches.held()
+            except LossNotReadError as error:
+                problem = error
+        if not trainer.strategy.reduce_boolean_decision(problem is None):
+            say(f"The solve does not look at the validation data. {problem or ''}")
+            return None
+        if processes_of(trainer).sum_numbers(held is None) != [0.0]:
+            return batches
+        return held[:2]
+
+
+def _as_head_batch(read: tuple[Tensor, ...] | None) -> HeadBatch | None:
+    return None if read is None else HeadBatch(*read)
+
+
+def _batches_to_read(trainer: Any) -> float:
+    """Return how many batches a solve reads: an epoch's, or as many as were trained on where an epoch has no end."""
+    batches: float = trainer.num_training_batches
+    return min(batches, trainer.fit_loop.epoch_loop.total_batch_idx + 1) if batches == float("inf") else batches
+
+
+def _solver_for(solver: Solver, reader: StepReader, first: HeadBatch) -> Solver:
+    """Return the solver for the very loss that was read.
 
     Raises:
-        MisconfigurationException: if there are several data loaders.
-        RuntimeError: if another process of the fit raised an error.
+        MisconfigurationException: if the solver is for another loss.
     """
-    share_buffers(trainer, trainer.lightning_module)
-    processes = processes_of(trainer)
-    training = _in_memory(
-        processes,
-        StepBatches(
-            trainer,
-            single_loader(trainer.train_dataloader, "training"),
-            trainer.num_training_batches,
-            read("training"),
-        ),
-    )
-    validation = None
-    if validate:
-        loader = single_loader(trainer.val_dataloaders, "validation")
-        batches = StepBatches(trainer, loader, trainer.num_val_batches[0], read("validation"))
-        validation = _in_memory(processes, batches)
-    inputs, targets = training if isinstance(training, tuple) else (training, None)
-    return solver.solve(head, inputs, targets, validation=validation, group=process_group(trainer))
-
-
-def _in_memory(processes: Processes, batches: StepBatches) -> tuple[Tensor, Tensor] | StepBatches:
-    """Read batches into two tensors, or give them back as they are if that takes a process too much memory."""
-    inputs, targets, held = [], [], 0
-    with processes.failing_together():
-        for batch_inputs, batch_targets in batches:
-            inputs.append(batch_inputs)
-            targets.append(batch_targets)
-            held += batch_inputs.nbytes + batch_targets.nbytes
-            if held > INPUTS_IN_MEMORY:
-                break
-    too_much = processes.sum_numbers(held > INPUTS_IN_MEMORY) != [0.0]
-    return batches if too_much or not inputs else (torch.cat(inputs), torch.cat(targets))
+    if isinstance(solver, LogisticSolver) and reader.kind == "mse":
+        raise UserMisconfigurationError(
+            "Expected `solver` to be a `RidgeSolver` for a module that minimises a squared error, but got "
+            "`LogisticSolver`."
+        )
+    if first.weights is not None and isinstance(solver, RidgeSolver):
+        raise UserMisconfigurationError(
+            "Expected a loss in which all samples count the same with a `RidgeSolver`, but got weights that differ, of "
+            "classes or of samples."
+        )
+    if isinstance(solver, LogisticSolver) and reader.kind is not None:
+        several = reader.kind == "binary_cross_entropy" and layout_of(reader.module).output.out_features > 1
+        return dataclasses.replace(
+            solver,
+            loss="binary_cross_entropy" if several else "cross_entropy",
+            label_smoothing=reader.label_smoothing or solver.label_smoothing,
+            class_weights=None if first.weights is not None else solver.class_weights,
+        )
+    return solver

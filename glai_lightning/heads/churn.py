@@ -2,15 +2,15 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from glai_lightning.checks import UserTypeError, UserValueError
-from glai_lightning.heads.patterns import apply_leading, evaluating, hidden_units, layout_of, patterns_of
+from glai_lightning.heads.layout import HeadLayout, in_mode
+from glai_lightning.heads.patterns import apply_leading, hidden_units, layout_of, patterns_of
 
 
 def pattern_churn(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
@@ -127,20 +127,25 @@ class ChurnProbe:
     def __init__(self, head: nn.Module, probe_size: int = 1024) -> None:
         self.head = head
         self.probe_size = probe_size
-        self.layout = layout_of(head)
+        self._names = layout_of(head).names
         self.snapshot = [units.snapshot() for units in hidden_units(self.layout)]
         self.inputs: deque[Tensor] = deque()
         self._kept = 0
         #: Inputs seen since the last measurement, kept or not.
         self.seen = 0
         self._listens = True
-        self._handle: RemovableHandle | None = head.register_forward_pre_hook(self._keep, with_kwargs=True)
+        self._detach = _watch_inputs(head, self._keep)
 
-    def _keep(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (head.training and torch.is_grad_enabled()):
+    @property
+    def layout(self) -> HeadLayout:
+        """The modules of the head, as they stand in it now."""
+        return self._names.find(self.head)
+
+    def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (self.head.training and torch.is_grad_enabled()):
             return
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        rows = x.detach() if self.layout.leading else x.detach().reshape(-1, x.shape[-1])
+        rows = x.detach() if self._names.leading else x.detach().reshape(-1, x.shape[-1])
         self.seen += len(rows)
         if not self._listens:
             return
@@ -155,10 +160,10 @@ class ChurnProbe:
         return self._kept > 0
 
     def listen(self, listens: bool) -> None:
-        """Keep the inputs seen from here on, or let go of those kept and keep no more until told otherwise.
+        """Keep the inputs seen from here on, or forget those kept and keep no more until told otherwise.
 
-        Tensors that are kept cannot be written to again, so that batches move through memory that is not in the cache.
-        Who knows when the next measurement is due need keep only what it will be made on.
+        Memory that is kept cannot be reused for the next batch, which then lies outside of the processor's cache. So
+        keep only the inputs that the next measurement is made on, where it is known when that is due.
         """
         self._listens = listens
         if not listens:
@@ -173,18 +178,16 @@ class ChurnProbe:
         return all(bool(t.isfinite().all()) for units in hidden_units(self.layout) for t in units.tensors().values())
 
     def restart(self) -> None:
-        """Take a new snapshot, and let go of the inputs kept so far."""
+        """Take a new snapshot, and forget the inputs kept so far."""
         self.snapshot = [units.snapshot() for units in hidden_units(self.layout)]
         self._forget()
         self.seen = 0
 
-    def resume(self, snapshot: Sequence[dict[str, Tensor]], inputs: Sequence[Tensor], seen: int) -> None:
-        """Go on from where another probe of the same head stood.
+    def resume(self, snapshot: Sequence[dict[str, Tensor]]) -> None:
+        """Measure the next churn against another snapshot, which was taken of the same head before.
 
         Args:
             snapshot: for each hidden layer, its tensors at the last measurement.
-            inputs: the inputs kept since then, each (batch, D), oldest first.
-            seen: number of inputs seen since then.
 
         Raises:
             ValueError: if shapes are not those of this head.
@@ -194,17 +197,7 @@ class ChurnProbe:
         given = [{name: value.shape for name, value in tensors.items()} for tensors in snapshot]
         if own != given:
             raise UserValueError(f"Expected the snapshot of a head with tensors of shape {own}, but got {given}.")
-        for rows in inputs:
-            if not rows.is_floating_point() or rows.ndim < 2 or (not self.layout.leading and rows.ndim != 2):
-                raise UserValueError(f"Expected kept inputs of shape (rows, features), but got {tuple(rows.shape)}.")
-            if not self.layout.leading and rows.shape[1] != self.layout.widths[0]:
-                raise UserValueError(
-                    f"Expected {self.layout.widths[0]} features in kept inputs, but got {rows.shape[1]}."
-                )
         self.snapshot = [units.with_tensors(tensors) for units, tensors in zip(current, snapshot, strict=True)]
-        self.inputs = deque(inputs)
-        self._kept = sum(len(rows) for rows in inputs)
-        self.seen = seen
 
     def measure(self) -> tuple[Tensor, int]:
         """Compare the head with the snapshot on the inputs kept, and start again from here.
@@ -222,10 +215,11 @@ class ChurnProbe:
             )
         surplus = max(0, self._kept - self.probe_size)
         flipped, bits = torch.zeros((), dtype=torch.int64, device=self.inputs[0].device), 0
-        current = hidden_units(self.layout)
-        with torch.no_grad(), evaluating(self.layout.leading):
+        layout = self.layout
+        current = hidden_units(layout)
+        with torch.no_grad(), in_mode(layout.leading, training=False):
             for kept in self.inputs:
-                x = apply_leading(self.layout, kept[surplus:])
+                x = apply_leading(layout, kept[surplus:])
                 surplus = 0
                 more_flipped, more_bits = count_flipped(patterns_of(self.snapshot, x), patterns_of(current, x))
                 flipped += more_flipped
@@ -235,11 +229,37 @@ class ChurnProbe:
 
     def detach(self) -> None:
         """Stop watching, and keep what was seen."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = None
+        self._detach()
 
     def close(self) -> None:
-        """Stop watching: the hook is removed and inputs are let go."""
+        """Stop watching, and forget what was seen."""
         self.detach()
         self._forget()
+
+
+def _watch_inputs(head: nn.Module, keep: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Callable[[], None]:
+    """Have a function called with the arguments of each call of a module, until the function returned is called.
+
+    What is compiled must not see the function: ``torch.compile`` would compile anew for each value of what it counts,
+    up to a limit beyond which everything runs uncompiled. Where the module itself is compiled the function is called
+    before what was compiled; where a module around it is, the graph breaks at the call.
+    """
+    compiled = head._compiled_call_impl
+    if compiled is None:
+
+        @torch.compiler.disable
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            keep(args, kwargs)
+
+        return head.register_forward_pre_hook(hook, with_kwargs=True).remove
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        keep(args, kwargs)
+        return compiled(*args, **kwargs)
+
+    def detach() -> None:
+        if head._compiled_call_impl is watched:
+            head._compiled_call_impl = compiled
+
+    head._compiled_call_impl = watched
+    return detach

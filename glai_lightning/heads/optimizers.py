@@ -1,13 +1,13 @@
-"""Keeping an optimizer in step with a head that was converted in the middle of training."""
+"""Keeping an optimizer in step with a head that is frozen or unfrozen in the middle of training."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from glai_lightning.heads.frozen import GLAIHead
+from glai_lightning.heads.frozen import frozen_parameters, replaced_parameters
 
 
 def trains_any(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
@@ -16,8 +16,8 @@ def trains_any(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
     return any(id(parameter) in held for parameter in module.parameters())
 
 
-def follow_conversion(optimizer: torch.optim.Optimizer, head: GLAIHead) -> None:
-    """Edit an optimizer in place, so that it goes on with what a converted head trains.
+def replace_parameters(optimizer: torch.optim.Optimizer, head: nn.Module) -> None:
+    """Edit an optimizer in place, so that it trains what a head that was just frozen still trains.
 
     The optimizer, its groups and the lists in them stay the same objects: a scheduler goes on stepping them, and
     ``add_param_group`` would break OneCycleLR and ReduceLROnPlateau (pytorch#104361). New parameters take the
@@ -26,20 +26,37 @@ def follow_conversion(optimizer: torch.optim.Optimizer, head: GLAIHead) -> None:
 
     Args:
         optimizer: the optimizer that trained the head as an MLP.
-        head: the head after ``GLAIHead.adopt``.
+        head: the frozen head.
 
     Example:
-        >>> from glai_lightning import GLAIHead, mlp_head
-        >>> mlp = mlp_head(4, 8, 3)
-        >>> optimizer = torch.optim.Adam(mlp.parameters())
-        >>> follow_conversion(optimizer, GLAIHead.adopt(mlp, paths="independent"))
+        >>> from glai_lightning.heads import freeze_in_place, mlp_head, unfreeze_in_place
+        >>> head = mlp_head(4, 8, 3)
+        >>> optimizer = torch.optim.Adam(head.parameters())
+        >>> replace_parameters(optimizer, freeze_in_place(head, paths="independent"))
         >>> [tuple(parameter.shape) for parameter in optimizer.param_groups[0]["params"]]
         [(8, 4), (8,), (3, 8, 4), (3, 8), (3,)]
     """
-    replaced = {id(old): new for old, new in head.replaced_parameters().items()}
-    forget_state(optimizer, (*head.frozen_parameters(), *head.replaced_parameters()))
+    replaced = replaced_parameters(head)
+    forget_state(optimizer, (*frozen_parameters(head), *replaced))
+    _put(optimizer, {id(old): new for old, new in replaced.items()})
+
+
+def _put(optimizer: torch.optim.Optimizer, others: Mapping[int, Sequence[tuple[str, Tensor]]]) -> None:
+    """Put others, with the last parts of their names, in the place of some parameters, by the ids of these."""
     for group in optimizer.param_groups:
-        group["params"][:] = [parameter for held in group["params"] for parameter in replaced.get(id(held), [held])]
+        names = group.get("param_names", [""] * len(group["params"]))
+        entries = [
+            entry
+            for name, held in zip(names, group["params"], strict=True)
+            for entry in (
+                [(f"{name.rpartition('.')[0]}.{last}".lstrip("."), other) for last, other in others[id(held)]]
+                if id(held) in others
+                else [(name, held)]
+            )
+        ]
+        group["params"][:] = [parameter for _, parameter in entries]
+        if "param_names" in group:
+            group["param_names"][:] = [name for name, _ in entries]
 
 
 def copy_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Any]]:
@@ -55,39 +72,42 @@ def copy_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str,
     }
 
 
-def follow_thaw(
-    optimizer: torch.optim.Optimizer, head: GLAIHead, mlp: nn.Module, state: Mapping[str, dict[str, Any]]
+def restore_parameters(
+    optimizer: torch.optim.Optimizer,
+    head: nn.Module,
+    unfreeze: Callable[[], object],
+    state: Mapping[str, dict[str, Any]],
 ) -> None:
-    """Edit an optimizer in place, so that it goes on with the MLP that a frozen head was: undo ``follow_conversion``.
+    """Unfreeze a head and edit an optimizer in place, so that it trains the MLP again: undo ``replace_parameters``.
 
     The optimizer, its groups and the lists in them stay the same objects, and every parameter gets its position back.
     LBFGS, which keeps one state for all of its parameters together, starts to remember anew.
 
     Args:
-        optimizer: the optimizer that trained the head.
+        optimizer: the optimizer that trained the frozen head.
         head: the frozen head.
-        mlp: what ``head.thaw`` returned.
+        unfreeze: makes it the MLP that it was.
         state: what ``copy_state`` copied before the freeze.
 
     Example:
-        >>> from glai_lightning import GLAIHead, mlp_head
-        >>> mlp = mlp_head(4, 8, 3)
-        >>> optimizer, weights = torch.optim.Adam(mlp.parameters()), mlp.state_dict()
-        >>> head = GLAIHead.adopt(mlp, paths="independent")
-        >>> follow_conversion(optimizer, head)
-        >>> follow_thaw(optimizer, head, head.thaw(weights), {})
+        >>> from glai_lightning.heads import freeze_in_place, mlp_head, unfreeze_in_place
+        >>> head = mlp_head(4, 8, 3)
+        >>> optimizer, weights = torch.optim.Adam(head.parameters()), head.state_dict()
+        >>> replace_parameters(optimizer, freeze_in_place(head, paths="independent"))
+        >>> restore_parameters(optimizer, head, lambda: unfreeze_in_place(head, weights), {})
         >>> [tuple(parameter.shape) for parameter in optimizer.param_groups[0]["params"]]
         [(8, 4), (8,), (3, 8), (3,)]
     """
-    replaced = head.replaced_parameters()
-    forget_state(optimizer, (*mlp.parameters(), *(new for news in replaced.values() for new in news)))
+    replaced = replaced_parameters(head)
+    unfreeze()
+    forget_state(optimizer, (*head.parameters(), *(new for news in replaced.values() for _, new in news)))
+    own = {id(parameter): name.rpartition(".")[2] for name, parameter in head.named_parameters()}
     # The first of those that replaced a parameter stands where it stood, and the others go.
-    back: dict[int, list[Tensor]] = {id(new): [] for news in replaced.values() for new in news}
-    back |= {id(news[0]): [old] for old, news in replaced.items()}
+    back: dict[int, list[tuple[str, Tensor]]] = {id(new): [] for news in replaced.values() for _, new in news}
+    _put(optimizer, back | {id(news[0][1]): [(own[id(old)], old)] for old, news in replaced.items()})
     remembered = {} if isinstance(optimizer, torch.optim.LBFGS) else state
-    names = {id(parameter): name for name, parameter in mlp.named_parameters()}
+    names = {id(parameter): name for name, parameter in head.named_parameters()}
     for group in optimizer.param_groups:
-        group["params"][:] = [parameter for held in group["params"] for parameter in back.get(id(held), [held])]
         for parameter in group["params"]:
             if names.get(id(parameter)) in remembered:
                 optimizer.state[parameter] = _placed(remembered[names[id(parameter)]], parameter, group)
@@ -102,6 +122,12 @@ def _placed(state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> 
         else value
         for name, value in state.items()
     }
+
+
+def optimizer_parameters(head: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a frozen head as an optimizer that held the MLP's goes on to hold them."""
+    frozen = {id(parameter) for parameter in frozen_parameters(head)}
+    return [p for p in head.parameters() if p.requires_grad or id(p) in frozen]
 
 
 def forget_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What is computed once for all behind a frozen structure: the path activations, and the layers that go on training."""
+"""What a frozen structure allows to compute once: the path activations, for the layers that are still trained."""
 
 import torch
 from torch import Tensor, nn

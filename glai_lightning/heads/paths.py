@@ -9,17 +9,13 @@ input 1. Notation here: ``gates`` (..., Hl) is what the activation of layer l mu
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glai_lightning.checks import UserValueError, expect_integer
+from glai_lightning.checks import expect_integer
 from glai_lightning.heads.patterns import HiddenUnits
-
-#: What stays trainable of a head once its structure is frozen.
-Paths = Literal["output", "tangent", "independent"]
 
 
 def matched_hidden_features(in_features: int, hidden_features: int, out_features: int) -> int:
@@ -44,14 +40,9 @@ def matched_hidden_features(in_features: int, hidden_features: int, out_features
         >>> matched_hidden_features(512, 512, 10)
         52
     """
-    for name, size in (
-        ("in_features", in_features),
-        ("hidden_features", hidden_features),
-        ("out_features", out_features),
-    ):
-        expect_integer(name, size)
-        if size < 1:
-            raise UserValueError(f"Expected `{name}` to be at least 1, but got {size}.")
+    expect_integer("in_features", in_features, least=1)
+    expect_integer("hidden_features", hidden_features, least=1)
+    expect_integer("out_features", out_features, least=1)
     return max(1, round(hidden_features * (in_features + out_features) / (in_features * out_features)))
 
 
@@ -108,7 +99,7 @@ def path_features(joint: Sequence[Tensor], x: Tensor, hidden_bias: Sequence[bool
         hidden_bias: for each hidden layer, whether paths start at its bias.
 
     Returns:
-        A tensor (..., F): the P = H1 * ... * HL gates times the D inputs, ordered (P, D), and behind them, layer by
+        A tensor (..., F): the P = H1 * ... * HL gates times the D inputs, ordered (P, D), and after them, layer by
         layer, the gates of the paths that start at a bias.
     """
     products = (joint[0].unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
@@ -178,11 +169,12 @@ def independent_logits(
     first_bias = path_biases[0]
     per_path = F.linear(x, path_weights.flatten(0, 1), None if first_bias is None else first_bias.flatten())
     per_path = per_path.reshape(*x.shape[:-1], num_outputs, num_joint)
-    logits: Tensor = (per_path * joint[0].unsqueeze(-2)).sum(-1)
+    # Autocast chooses the dtype of the products; the gates, zeros and ones or slopes, follow it.
+    logits: Tensor = (per_path * joint[0].to(per_path.dtype).unsqueeze(-2)).sum(-1)
     for gates, bias in zip(joint[1:], path_biases[1:], strict=True):
         if bias is not None:
             logits = logits + F.linear(gates, bias)
-    return logits if output_bias is None else logits + output_bias
+    return logits if output_bias is None else logits + output_bias.to(logits.dtype)
 
 
 def tangent_logits(

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glai_lightning.heads.layout import HeadLayout, HiddenLayer, read_head
+from glai_lightning.checks import UserValueError
+from glai_lightning.heads.layout import HeadLayout, HiddenLayer, in_mode, read_head
+from glai_lightning.heads.record import find_record
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,17 @@ class HiddenUnits:
     @classmethod
     def of(cls, layer: HiddenLayer) -> "HiddenUnits":
         """Return the units of a layer as they are now: the tensors are the layer's own."""
-        norm, activation = layer.norm, layer.activation
+        # A layer that was put in the place of another, a LoRA layer for one, has these attributes too.
+        linear: Any = layer.linear
+        norm: Any = layer.norm
+        activation = layer.activation
         if isinstance(activation, nn.PReLU):
             slope: Tensor | float = activation.weight
         else:
             slope = activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
         return cls(
-            weight=layer.linear.weight,
-            bias=layer.linear.bias,
+            weight=linear.weight,
+            bias=linear.bias,
             running_mean=None if norm is None else norm.running_mean,
             running_var=None if norm is None else norm.running_var,
             norm_weight=None if norm is None else norm.weight,
@@ -64,12 +70,16 @@ class HiddenUnits:
         return self.with_tensors({name: value.detach().clone() for name, value in self.tensors().items()})
 
     def normalise(self, z: Tensor) -> Tensor:
-        """Apply the BatchNorm, if there is one, with its running statistics: (..., H) -> (..., H)."""
+        """Apply the BatchNorm, if there is one, with its running statistics: (batch, H) -> (batch, H)."""
         if self.running_mean is None:
             return z
-        flat = z.reshape(-1, z.shape[-1])
-        normed = F.batch_norm(flat, self.running_mean, self.running_var, self.norm_weight, self.norm_bias, eps=self.eps)
-        return normed.reshape(z.shape)
+        if z.ndim != 2:
+            # BatchNorm takes the second of three dimensions for its units, whatever their number.
+            raise UserValueError(
+                "Expected inputs of shape (batch, features) for a head with BatchNorm, but got activations of shape "
+                f"{tuple(z.shape)}."
+            )
+        return F.batch_norm(z, self.running_mean, self.running_var, self.norm_weight, self.norm_bias, eps=self.eps)
 
     def preactivations(self, x: Tensor) -> Tensor:
         """Return what the activation is applied to: (..., D) -> (..., H)."""
@@ -81,6 +91,12 @@ class HiddenUnits:
         fires = z > 0
         if not isinstance(slope, Tensor) and slope == 0.0:
             return fires.to(z.dtype)
+        if isinstance(slope, Tensor) and slope.numel() > 1 and z.ndim != 2:
+            # PReLU takes the second of three dimensions for its units, whatever their number.
+            raise UserValueError(
+                "Expected inputs of shape (batch, features) for a head whose PReLU has a slope for each unit, but got "
+                f"activations of shape {tuple(z.shape)}."
+            )
         return torch.where(fires, torch.ones((), dtype=z.dtype, device=z.device), slope)
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
@@ -153,26 +169,11 @@ def activation_patterns(head: nn.Module, x: Tensor) -> list[Tensor]:
         [tensor([[ True, False, False]])]
     """
     layout = layout_of(head)
-    with torch.no_grad(), evaluating(layout.leading):
+    with torch.no_grad(), in_mode(layout.leading, training=False):
         return patterns_of(hidden_units(layout), apply_leading(layout, x))
 
 
 def layout_of(head: nn.Module) -> HeadLayout:
     """Return the layout of an MLP head, or the one that a frozen head carries."""
-    layout = getattr(head, "layout", None)
-    return layout if isinstance(layout, HeadLayout) else read_head(head)
-
-
-class evaluating:  # noqa: N801
-    """Context in which modules are in eval mode; each gets its own mode back at the end."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modes = [(child, child.training) for module in modules for child in module.modules()]
-
-    def __enter__(self) -> None:
-        for module, _ in self._modes:
-            module.training = False
-
-    def __exit__(self, *_: object) -> None:
-        for module, mode in self._modes:
-            module.training = mode
+    record = find_record(head)
+    return read_head(head) if record is None else record.names.find(head)

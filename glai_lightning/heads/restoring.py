@@ -4,41 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from glai_lightning.checks import UserValueError
-from glai_lightning.heads.frozen import GLAIHead
-from glai_lightning.heads.loading import Snapshot, check_state_dict
-from glai_lightning.heads.marks import MARK, FreezeMark
-
-
-def read_mark(state_dict: dict[str, Any], head_name: str) -> FreezeMark | None:
-    """Read from a state dict whether the head in it was frozen.
-
-    Args:
-        state_dict: the state dict of a module that holds the head, as ``state_dict()`` or ``torch.load`` return it.
-        head_name: qualified name of the head in that module, '' if it is the module itself.
-
-    Returns:
-        The mark, or ``None`` for an MLP.
-
-    Raises:
-        TypeError: if ``state_dict`` is not a mapping.
-        ValueError: if its keys or its metadata are not those of a state dict, or the mark is not one.
-
-    Example:
-        >>> from glai_lightning import freeze_structure, mlp_head
-        >>> read_mark(freeze_structure(mlp_head(4, 8, 3)).state_dict(), "")
-        FreezeMark(paths='output', freeze_epoch=None)
-    """
-    check_state_dict(state_dict)
-    metadata = (getattr(state_dict, "_metadata", None) or {}).get(head_name, {})
-    if MARK in metadata:
-        return FreezeMark.from_metadata(metadata[MARK])
-    # Metadata is lost where somebody copied the entries into a plain dict; output paths then load as the MLP they are.
-    prefix = f"{head_name}." if head_name else ""
-    names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
-    if any(name.split(".")[-1] == "path_weights" for name in names):
-        return FreezeMark("independent", None)
-    return FreezeMark("tangent", None) if "reference_output_weight" in names else None
+from glai_lightning.heads.frozen import GLAIHead, check_freezable, freeze_in_place
+from glai_lightning.heads.state_dicts import FreezeMetadata, check_head_fits, read_freeze
 
 
 class HeadRestorer:
@@ -55,7 +22,7 @@ class HeadRestorer:
     def __init__(self, head_name: str) -> None:
         self.head_name = head_name
         self.deferred = False
-        self._mark: FreezeMark | None = None
+        self._freeze: FreezeMetadata | None = None
         self._entries: dict[str, Tensor] = {}
 
     @classmethod
@@ -85,7 +52,7 @@ class HeadRestorer:
     @property
     def pending(self) -> bool:
         """Whether a frozen head was loaded as an MLP and waits for ``restore``."""
-        return self._mark is not None
+        return self._freeze is not None
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Prepare the module, or the state dict, before the weights are read."""
@@ -93,46 +60,45 @@ class HeadRestorer:
         head = dict(module.named_modules()).get(self.head_name)
         if head is None:
             return
-        mark = read_mark(state_dict, f"{prefix}{self.head_name}")
-        # Those of all heads that come after this one too, before this one is converted.
+        # Those of all heads that come after this one too, before this one is frozen.
         restorers = self._all(module)
         for restorer in restorers[restorers.index(self) :]:
             restorer._check(module, state_dict, prefix)
-        if mark is None or isinstance(head, GLAIHead):
+        freeze = read_freeze(state_dict, f"{prefix}{self.head_name}")
+        if freeze is None or isinstance(head, GLAIHead):
             return
         if self.deferred:
-            self._mark = mark
+            self._freeze = freeze
             self._set_aside(head, state_dict, f"{prefix}{self.head_name}.")
         else:
-            frozen = GLAIHead.adopt(head, paths=mark.paths, freeze_epoch=mark.freeze_epoch)
-            module.set_submodule(self.head_name, frozen)
+            freeze_in_place(head, paths=freeze.paths, freeze_epoch=freeze.freeze_epoch)
 
     def forget(self) -> None:
-        """Let go of a frozen head that waits: the state dict that held it could not be loaded, or is outdated."""
-        self._mark, self._entries = None, {}
+        """Forget a frozen head that waits: the state dict that held it could not be loaded, or is outdated."""
+        self._freeze, self._entries = None, {}
 
     def restore(self, module: nn.Module) -> GLAIHead:
-        """Convert the head that was loaded as an MLP, and give it the entries that were set aside.
+        """Freeze the head that was loaded as an MLP, and give it the entries that were set aside.
 
         Args:
             module: the module that loaded the state dict.
 
         Returns:
-            The frozen head, in its place in the module.
+            The frozen head.
 
         Raises:
             RuntimeError: if no head is waiting.
         """
-        if self._mark is None:
+        if self._freeze is None:
             raise RuntimeError(f"Expected a frozen head to wait at '{self.head_name}', but none was loaded.")
-        head = GLAIHead.adopt(
-            module.get_submodule(self.head_name), paths=self._mark.paths, freeze_epoch=self._mark.freeze_epoch
-        )
-        head.load_state_dict({**head.state_dict(), **self._entries})
-        head.freeze_epoch = self._mark.freeze_epoch
-        module.set_submodule(self.head_name, head)
+        head = module.get_submodule(self.head_name)
+        frozen = freeze_in_place(head, paths=self._freeze.paths, freeze_epoch=self._freeze.freeze_epoch)
+        if self._entries:
+            state = frozen.state_dict()
+            state.update(self._entries)
+            frozen.load_state_dict(state)
         self.forget()
-        return head
+        return frozen
 
     def _set_aside(self, head: nn.Module, state_dict: dict[str, Any], head_prefix: str) -> None:
         own = head.state_dict(prefix=head_prefix)
@@ -142,50 +108,10 @@ class HeadRestorer:
             state_dict.setdefault(key, value)
 
     def _check(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-        """Check that a state dict can be loaded into the head, which is as before in any case."""
+        """Check that a state dict can be loaded into the head."""
         head = dict(module.named_modules()).get(self.head_name)
         if head is None:
             return
-        head_prefix = f"{prefix}{self.head_name}."
-        self._check_sizes(head, state_dict, head_prefix)
-        mark = read_mark(state_dict, f"{prefix}{self.head_name}")
-        if mark is None or isinstance(head, GLAIHead):
-            return
-        before = Snapshot(head)
-        try:
-            frozen = GLAIHead.adopt(head, paths=mark.paths, freeze_epoch=mark.freeze_epoch)
-            self._check_entries(frozen, state_dict, head_prefix)
-        finally:
-            before.put_back()
-
-    def _check_entries(self, frozen: GLAIHead, state_dict: dict[str, Any], head_prefix: str) -> None:
-        """Check that the frozen head in a state dict is whole, before any of it is read."""
-        expected = frozen.state_dict(prefix=head_prefix)
-        held = {key: value for key, value in state_dict.items() if key.startswith(head_prefix)}
-        wrong = [
-            *(f"it lacks `{key}`" for key in expected if key not in held),
-            *(f"it also holds `{key}`" for key in held if key not in expected),
-            *(
-                f"got {_describe(held[key])} for `{key}` of shape {tuple(own.shape)}"
-                for key, own in expected.items()
-                if key in held and not (isinstance(held[key], Tensor) and held[key].shape == own.shape)
-            ),
-        ]
-        if wrong:
-            raise UserValueError(
-                f"Expected the state dict to hold a head frozen with {frozen.paths!r} paths at '{self.head_name}', "
-                f"but {', and '.join(wrong)}."
-            )
-
-    def _check_sizes(self, head: nn.Module, state_dict: dict[str, Any], head_prefix: str) -> None:
-        for key, own in head.state_dict(prefix=head_prefix).items():
-            loaded = state_dict.get(key)
-            if isinstance(loaded, Tensor) and isinstance(own, Tensor) and loaded.shape != own.shape:
-                raise UserValueError(
-                    f"Expected the checkpoint to hold a head of the same sizes at '{self.head_name}', but got "
-                    f"`{key}` of shape {tuple(loaded.shape)} for {tuple(own.shape)}."
-                )
-
-
-def _describe(entry: object) -> str:
-    return f"a tensor of shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else f"`{type(entry).__name__}`"
+        freeze = check_head_fits(head, f"{prefix}{self.head_name}", state_dict)
+        if freeze is not None and not isinstance(head, GLAIHead):
+            check_freezable(head, paths=freeze.paths)

@@ -195,5 +195,5 @@ def _as_batch_norm(standardise: Standardise) -> nn.BatchNorm1d:
 
 
 def _names(module: Any) -> dict[str, Any]:
-    names = getattr(module, "class_names", None)
-    return {} if names is None else {"class_names": names}
+    names = getattr(module, "classes", None)
+    return {} if names is None else {"classes": names}

@@ -16,8 +16,9 @@ from glai_lightning.checks import UserTypeError, UserValueError
 from glai_lightning.fitting.across_processes import process_group
 from glai_lightning.fitting.conversion import follow_in_fit
 from glai_lightning.heads.frozen import GLAIHead
-from glai_lightning.heads.loading import check_state_dict, unchanged_on_error
+from glai_lightning.heads.optimizers import optimizer_parameters
 from glai_lightning.heads.restoring import HeadRestorer
+from glai_lightning.heads.state_dicts import check_fits, check_state_dict
 from glai_lightning.modules.checkpoint_file import DESCRIPTION, check_checkpoint, described_modules
 from glai_lightning.modules.deployment import deployed
 from glai_lightning.modules.description import describe
@@ -238,12 +239,8 @@ class HeadModule(LightningModule):
             RuntimeError: if other keys or shapes are not those of this module. In either case it is as it was.
         """
         check_state_dict(state_dict)
-        try:
-            with unchanged_on_error(self):
-                return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        except (TypeError, ValueError, RuntimeError):
-            HeadRestorer.of(self, "head").forget()
-            raise
+        check_fits(self, state_dict, strict=strict, heads={"head": self.head})
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def deployed(self) -> nn.Module:
         """Return the module as it is used once it is trained: from inputs as they come to the outputs of the head.
@@ -298,7 +295,7 @@ class HeadModule(LightningModule):
         in_head = {id(parameter) for parameter in self.head.parameters()}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in in_head]
         if isinstance(self.head, GLAIHead):
-            return [*self.head.optimizer_parameters(), *rest]
+            return [*optimizer_parameters(self.head), *rest]
         return [*(p for p in self.head.parameters() if p.requires_grad), *rest]
 
 

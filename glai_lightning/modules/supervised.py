@@ -46,7 +46,7 @@ class SupervisedModule(ScoredModule):
         task: 'classification' or 'regression'.
 
     Attributes:
-        class_names: names of the classes, where the data module of the fit has some; they travel in the checkpoint.
+        classes: names of the classes, where the data module of the fit has some; they travel in the checkpoint.
 
     Raises:
         ValueError: if ``task`` is neither, or ``num_classes`` is below 2 or neither given nor readable from the head.
@@ -86,7 +86,7 @@ class SupervisedModule(ScoredModule):
         self.num_classes = outputs
         if task == "classification" and outputs < 2:
             raise UserValueError(f"Expected `num_classes` to be at least 2, but got {outputs}.")
-        self.class_names: list[str] | None = None
+        self.classes: list[str] | None = None
         self._set_metrics(self._make_metrics)
 
     def _make_metrics(self, stage: str) -> dict[str, Metric]:
@@ -110,22 +110,22 @@ class SupervisedModule(ScoredModule):
                 f"but got {self.num_classes} outputs."
             )
         if stage == "fit" and self.task == "classification":
-            names = getattr(data, "class_names", None) or getattr(data, "classes", None)
-            self.class_names = list(names) if _are_names(names, self.num_classes) else None
+            names = getattr(data, "classes", None)
+            self.classes = list(names) if _are_names(names, self.num_classes) else None
 
     def description(self) -> dict[str, Any]:
         """Return what ``load_from_checkpoint`` makes the module of, class names included."""
-        return super().description() | {"class_names": self.class_names}
+        return super().description() | {"classes": self.classes}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take out of a checkpoint what is known of inputs and classes."""
         super().on_load_checkpoint(checkpoint)
-        names = checkpoint.get(DESCRIPTION, {}).get("class_names")
+        names = checkpoint.get(DESCRIPTION, {}).get("classes")
         if names is not None and not _are_names(names, self.num_classes):
             raise UserValueError(
                 f"Expected the checkpoint to hold at most {self.num_classes} class names, but got {names!r}."
             )
-        self.class_names = names
+        self.classes = names
 
     def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss: predictions (batch, C) and targets -> 0-d."""
@@ -172,7 +172,7 @@ class SupervisedModule(ScoredModule):
             return outputs
         probabilities = outputs.softmax(1)
         numbers = probabilities.argmax(1)
-        names = self.class_names
+        names = self.classes
         labels = numbers.tolist() if names is None else [names[number] for number in numbers]
         return Predictions(labels, probabilities)
 

@@ -25,7 +25,7 @@ class Point:
 
 
 class LBFGS:
-    """Limited-memory BFGS in its compact form, which costs four matrix-vector products and two small triangular solves.
+    """Limited-memory BFGS in its compact form, which costs three matrix-vector products and two triangular solves.
 
     The product of the inverse Hessian with a vector is written as in Byrd, Nocedal and Schnabel, "Representations of
     quasi-Newton matrices and their use in limited memory methods", Mathematical Programming 63 (1994), equation 3.1,
@@ -35,29 +35,41 @@ class LBFGS:
         objective: loss and gradient.
         start: where to start, with the loss and the gradient there.
         preconditioner: the inverse Hessian before any step.
-        memory: steps remembered; three vectors as large as the weights are held for each.
+        memory: steps remembered; two vectors as large as the weights are held for each.
     """
 
     def __init__(self, objective: Objective, start: Point, preconditioner: Preconditioner, *, memory: int = 30) -> None:
         self.point = start
         self.evaluations = 0
         self._objective = objective
+        self._preconditioner = preconditioner
         size = start.gradient.numel()
         self._memory = memory
         self._length = 0
         self._steps = start.gradient.new_empty(memory, size)
         self._changes = start.gradient.new_empty(memory, size)
-        self._preconditioned_changes = start.gradient.new_empty(memory, size)
-        self._products = torch.zeros(memory, memory, dtype=torch.float64, device=start.gradient.device)
-        self.precondition(preconditioner)
 
-    def precondition(self, preconditioner: Preconditioner) -> None:
-        """Use another preconditioner from here on; what was learned from the steps so far is kept."""
-        self._preconditioner = preconditioner
-        self._preconditioned_gradient = self._apply(self.point.gradient)
+    def change_objective(
+        self, objective: Objective, point: Point, preconditioner: Preconditioner, difference: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Minimise another objective from here on, whose difference to the one so far is quadratic.
+
+        What was learned from the steps so far stays, and is exact: a step s that changed the gradient by y would have
+        changed the gradient of the new objective by y + D s, with D the Hessian of the difference.
+
+        Args:
+            objective: the new objective.
+            point: where to go on, with the loss and the gradient of the new objective.
+            preconditioner: its inverse Hessian before any step.
+            difference: multiplies D by a step shaped like the weights.
+        """
+        self._objective, self.point, self._preconditioner = objective, point, preconditioner
         for index in range(self._length):
-            change = self._changes[index].view_as(self.point.gradient)
-            self._preconditioned_changes[index] = self._apply(change)
+            self._changes[index] += difference(self._steps[index].view_as(point.weights)).flatten()
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the gradient in the metric of the preconditioner, whatever the scale of each weight."""
+        return max(_dot(self.point.gradient, self._preconditioner(self.point.gradient)), 0.0) ** 0.5
 
     def step(self, max_evaluations: int) -> bool:
         """Go one step along the quasi-Newton direction, as far as the loss falls.
@@ -100,40 +112,33 @@ class LBFGS:
     def _remember(self, found: Point) -> None:
         step = (found.weights - self.point.weights).flatten()
         change = (found.gradient - self.point.gradient).flatten()
-        preconditioned_gradient = self._apply(found.gradient)
-        preconditioned_change = preconditioned_gradient - self._preconditioned_gradient
+        # Beside the slope before, which does not depend on how weights are scaled.
+        learned = _dot(step, change) > 1e-10 * abs(_dot(step, self.point.gradient))
         self.point = found
-        self._preconditioned_gradient = preconditioned_gradient
-        if not _dot(step, change) > 1e-10 * float(step.norm()) * float(change.norm()):
+        if not learned:
             return
         if self._length == self._memory:
-            for kept in (self._steps, self._changes, self._preconditioned_changes):
+            for kept in (self._steps, self._changes):
                 kept[:-1] = kept[1:].clone()
-            self._products[:-1, :-1] = self._products[1:, 1:].clone()
             self._length -= 1
-        last = self._length
-        self._steps[last], self._changes[last] = step, change
-        self._preconditioned_changes[last] = preconditioned_change
+        self._steps[self._length], self._changes[self._length] = step, change
         self._length += 1
-        self._products[: self._length, last] = (self._steps[: self._length] @ change).double()
 
     def _inverse_hessian_times_gradient(self) -> Tensor:
-        gradient, product = self.point.gradient.flatten(), self._preconditioned_gradient
+        gradient = self.point.gradient.flatten()
         if self._length == 0:
-            return product
+            return self._precondition(gradient)
         steps, changes = self._steps[: self._length], self._changes[: self._length]
-        preconditioned_changes = self._preconditioned_changes[: self._length]
-        upper = self._products[: self._length, : self._length]
-        curvature = upper[-1, -1]
-        scale = float(curvature) / _dot(changes[-1], preconditioned_changes[-1])
+        upper = (steps @ changes.t()).double().triu()
+        scale = float(upper[-1, -1]) / (_dot(changes[-1], self._precondition(changes[-1])) or 1.0)
         before = _solve(upper, steps @ gradient, upper=True)
-        product = scale * (product - before.to(product.dtype) @ preconditioned_changes)
+        product = scale * self._precondition(gradient - before.to(gradient.dtype) @ changes)
         rest = upper.diagonal() * before - (changes @ product).double()
         after = _solve(upper.t(), rest, upper=False)
         return product + after.to(product.dtype) @ steps
 
-    def _apply(self, vector: Tensor) -> Tensor:
-        return self._preconditioner(vector).flatten()
+    def _precondition(self, vector: Tensor) -> Tensor:
+        return self._preconditioner(vector.view_as(self.point.gradient)).flatten()
 
 
 def _dot(left: Tensor, right: Tensor) -> float:

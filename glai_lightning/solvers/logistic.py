@@ -1,358 +1,304 @@
-"""Multinomial and binary logistic regression over fixed features, by quasi-Newton or averaged minibatch steps."""
+"""Multinomial and binary logistic regression over fixed features, along a path of strengths of the penalty."""
 
 import math
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from glai_lightning.checks import UserValueError, expect_choice, expect_integer, expect_number
-from glai_lightning.solvers.cross_entropy import (
-    Center,
-    CrossEntropy,
-    LogisticObjective,
-    check_labelled,
-    classification_accuracy,
-)
+from glai_lightning.checks import expect_choice, expect_integer, expect_number
+from glai_lightning.heads.frozen import GLAIHead
+from glai_lightning.solvers.cross_entropy import LossName, make_loss
 from glai_lightning.solvers.feature_batches import (
     Batches,
+    Data,
     FeatureBatches,
     SystematicSample,
     as_batches,
     held_out_batches,
 )
-from glai_lightning.solvers.lbfgs import LBFGS, Point
-from glai_lightning.solvers.minibatch import AveragedAdam
-from glai_lightning.solvers.preconditioner import CenteredFeatures, CovariancePreconditioner
+from glai_lightning.solvers.head_weights import solve_head
+from glai_lightning.solvers.lbfgs import Point
+from glai_lightning.solvers.minibatch import BATCH_SIZE, AveragedAdam
+from glai_lightning.solvers.objective import HeldOut, LinearModel, MeanLoss, Penalised
+from glai_lightning.solvers.path import Candidates, QuasiNewtonPath, Stopping, follow_averages
+from glai_lightning.solvers.preconditioner import FeatureSpectrum
 from glai_lightning.solvers.processes import Processes
-from glai_lightning.solvers.report import LinearSolution, SolveReport, check_linear
+from glai_lightning.solvers.report import LinearSolution, SolveReport, check_linear, check_strengths
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: How the minimum is looked for, see ``solve_logistic``.
-Method = Literal["quasi_newton", "minibatch"]
+#: Strengths of the default path, from strong to weak, relative to the mean variance of the features.
+RELATIVE_PATH = tuple(10.0 ** (-1.0 - 2.0 * step / 3.0) for step in range(7))
 
-#: Steps after which the preconditioner is made anew, once: by then the probabilities are near those of the solution.
-_REFRESH_AFTER = 6
-#: Classes beyond which a renewed preconditioner shares one covariance among all, as the first one does.
-_CLASSES_WITH_OWN_COVARIANCE = 16
-#: Rows of the sample that covariances are taken of, for each feature.
-_SAMPLED_ROWS_PER_FEATURE = 4
-#: Steps that are remembered.
-_MEMORY = 30
+#: Rows of the sample of the features, for each feature, and at most where there are many features.
+_SAMPLED_ROWS_PER_FEATURE, _MOST_SAMPLED_ROWS = 4, 16384
+#: Outputs beyond which minibatch steps are made: quasi-Newton steps remember two matrices of all weights each.
+_MOST_QUASI_NEWTON_OUTPUTS = 1024
+#: Multiply-adds of quasi-Newton steps that are not worth saving, and how many times fewer others have to be.
+_FEW_MULTIPLY_ADDS, _WORTH_SAVING = 1e11, 10.0
 
 
-def solve_logistic(
-    features: Tensor | Batches | FeatureBatches,
-    targets: Tensor | None = None,
-    *,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    l2: float = 1e-3,
-    center: Center = "current",
-    class_weights: Sequence[float] | Tensor | None = None,
-    label_smoothing: float = 0.0,
-    method: Method = "quasi_newton",
-    learning_rate: float = 5e-3,
-    batch_size: int = 256,
-    max_passes: int = 30,
-    tolerance: float = 1e-4,
-    patience: int = 2,
-    validation: tuple[Tensor, Tensor] | Batches | FeatureBatches | None = None,
-    group: "ProcessGroup | None" = None,
-) -> LinearSolution:
-    """Fit a linear classifier over fixed features: minimise mean cross-entropy + l2 / 2 times a penalty.
+@dataclass(frozen=True)
+class LogisticSolver:
+    """Sets a frozen head's path weights to those of the smallest mean cross-entropy + l2 / 2 times their squared norm.
 
-    The mean is that of ``torch.nn.functional.cross_entropy`` with the same class weights and label smoothing. One logit
-    (C = 1) means binary cross-entropy, as the cross-entropy of the pair (0, logit). The penalty is
+    The mean is that of ``torch.nn.functional.cross_entropy`` or ``binary_cross_entropy_with_logits`` with the same
+    weights of classes and label smoothing, taken by the weights of samples where there are any. The output bias is not
+    penalised.
 
-    - ``center="zero"``: the sum of the squared weights, without the bias;
-    - ``center="current"``: the squared change of the logits from those of the given weights, summed over classes and
-      averaged over samples (whatever the class weights). It does not depend on how features are scaled or rotated.
+    Several strengths are solved from strong to weak, each from where the last one ended. The weights of the best
+    validation score are kept, of equal scores those of the lowest validation loss; the weights at the start are one of
+    the candidates. Without validation data, and with a choice to make, a tenth of the training rows is held out and
+    used instead; what a row holds decides whether it is. The report says so.
 
-    By default the steps are those of L-BFGS, see ``LBFGS``, preconditioned by covariances of a sample of the features,
-    see ``CovariancePreconditioner``, from the given weights on. Each reads the data once, more often where the loss
-    does not fall at once. Memory over batches is O(F^2 + F C + batch). With ``method="minibatch"`` they are steps of
-    Adam, see ``AveragedAdam``, whose average comes near the minimum in three passes or so and then approaches it
-    slowly. With many classes that is cheaper than covariances, and often as good on new data as the minimum is. The
-    same data in the same order gives the same result.
+    Each strength of a path gets one quasi-Newton step, see ``LBFGS``, preconditioned by one eigendecomposition of the
+    features' covariance, see ``CovariancePreconditioner``. The path ends where neither the score nor the loss on
+    validation data gets better; the rest of the passes goes into more steps at the best strength. A single strength
+    gets all steps. With more than 1,024 outputs, or where the eigendecomposition costs too much, the steps are those of
+    averaged minibatches, see ``AveragedAdam``, one pass for each strength. Memory is O(F^2 + max_passes F C + batch)
+    with quasi-Newton steps and O(F C + batch) with minibatches. The same data in the same order gives the same result.
 
-    Features may be constant, collinear, fewer or more than the samples, and of scales from 1e-8 to 1e8. The logits of a
-    class without samples fall for as long as the solve goes on. Where no minimum exists (separable classes, ``l2=0``)
-    the weights grow until the solve stops, and are finite.
-
-    With a ``group``, the samples are those of all its processes, each of which reads its own. All end with the same
-    weights, to the last bit, and where one raises an error all do.
+    Features may be constant, collinear, fewer or more than the samples, and of any scale that float32 holds. Where no
+    minimum exists (separable classes, ``l2=0``) the weights grow until the solve stops, and are finite.
 
     Args:
-        features: (N, F), or a re-iterable of batches ((n, F), (n,)).
-        targets: class labels (N,), integers in [0, C); for one logit also bool, or 0.0 and 1.0, and of shape (N, 1).
-        weight: (C, F), where to start; not changed. Computed in float64 if this or a tensor of features is in it, in
-            float32 otherwise.
-        bias: (C,), or ``None`` for a model without.
-        l2: strength of the penalty, at least 0.
-        center: ``"zero"`` or ``"current"``.
-        class_weights: C numbers of at least 0; two for one logit.
+        l2: strength of the penalty, at least 0; several to choose from; or ``None`` for seven strengths from 1e-1 to
+            1e-5 times the mean variance of the path activations.
+        class_weights: a number of at least 0 for each class, two for a single logit. With binary cross-entropy as the
+            loss, one for each output: what a target of 1 counts (``pos_weight`` of PyTorch).
         label_smoothing: in [0, 1).
-        method: ``"quasi_newton"`` or ``"minibatch"``.
-        learning_rate: of the minibatch steps.
-        batch_size: rows of a minibatch, in each process.
         max_passes: most passes over the data, at least 2.
-        tolerance: quasi-Newton steps have converged when the norm of the gradient is this small beside that at the
-            start.
-        patience: with ``validation``, the solve stops after this many quasi-Newton steps, or passes of minibatch steps,
-            without a better score.
-        validation: another (features, targets), or re-iterable of batches. The weights of the best accuracy are handed
-            back, of equals the first, those at the start included.
-        group: the processes that share the samples, those of ``validation`` too; ``None`` for this one alone.
-
-    Returns:
-        ``weight`` (C, F) and ``bias`` (C,) or ``None``, in the dtype and on the device of those given, and the report.
-        With minibatches its losses and gradients are those of a sample of the data, spread evenly over it.
+        tolerance: quasi-Newton steps have converged when the norm of the gradient, in the metric of the preconditioner,
+            is this small beside that at the start.
+        patience: with validation data, the solve stops after this many steps at one strength without a better score.
+        loss: ``"cross_entropy"`` of class labels (N,) or of probabilities (N, C), which for a single logit is binary;
+            or ``"binary_cross_entropy"`` of targets (N, C) in [0, 1], each output by itself.
 
     Raises:
-        TypeError: if dtypes are wrong, or batches can be read only once.
-        ValueError: if a setting is out of range, shapes disagree, a label is out of range, numbers are not finite, or
-            there is no sample.
-        RuntimeError: if another process of the group raised an error.
+        ValueError: if an argument is out of range.
 
     Example:
-        >>> features = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
-        >>> targets = torch.tensor([0, 0, 1, 1])
-        >>> weight, bias, report = solve_logistic(
-        ...     features, targets, weight=torch.zeros(2, 1), bias=torch.zeros(2), center="zero"
-        ... )
-        >>> (features @ weight.T + bias).argmax(1), report.reason
-        (tensor([0, 0, 1, 1]), 'converged')
+        >>> from glai_lightning import freeze_structure, mlp_head
+        >>> head = freeze_structure(mlp_head(4, 8, 3))
+        >>> inputs, targets = torch.randn(60, 4), torch.arange(60) % 3
+        >>> report = LogisticSolver(l2=1e-2).solve(head, inputs, targets)
+        >>> report.loss < report.start_loss
+        True
     """
-    began = time.perf_counter()
-    processes = Processes(group, weight.device)
-    with processes.failing_together():
-        check_logistic_settings(
-            l2, center, label_smoothing, max_passes, tolerance, patience, method, learning_rate, batch_size
-        )
-        check_linear(weight, bias)
-        batches = as_batches(features, targets, outputs=len(weight))
-        held_out = held_out_batches(validation, outputs=len(weight))
-    if held_out is not None:
-        check_labelled(held_out, weight, processes=processes)
-    start = weight.detach().to(_compute_dtype(batches.features, weight, processes))
-    start = torch.cat([start] if bias is None else [start, bias.detach().to(start).unsqueeze(1)], dim=1)
-    processes.from_first(start)
-    objective = LogisticObjective(
-        batches,
-        start,
-        has_bias=bias is not None,
-        cross_entropy=CrossEntropy(_class_weights(class_weights, start), label_smoothing),
-        l2=l2,
-        center=center,
-        processes=processes,
-    )
-    descent: _Descent | _AveragedDescent
-    if method == "minibatch":
-        steps = AveragedAdam(objective, learning_rate=learning_rate, batch_size=batch_size)
-        descent = _AveragedDescent(steps, held_out, max_passes=max_passes)
-    else:
-        descent = _Descent(objective, held_out, max_passes=max_passes)
-    reason = descent.run(tolerance=tolerance, patience=patience)
-    begin, best = descent.begin, descent.best
-    # The same in all processes, if their arithmetic is.
-    best_weights = processes.from_first(best.weights.clone())
-    solved = best_weights.to(weight)
-    return LinearSolution(
-        weight=solved if bias is None else solved[:, :-1].contiguous(),
-        bias=None if bias is None else best_weights[:, -1].to(bias, copy=True),
-        report=SolveReport(
-            loss=best.loss,
-            start_loss=begin.loss,
-            gradient_norm=float(best.gradient.norm()),
-            start_gradient_norm=float(begin.gradient.norm()),
-            score=descent.score,
-            start_score=descent.start_score,
-            l2=l2,
-            steps=descent.steps,
-            best_step=descent.best_step,
-            passes=descent.passes,
-            seconds=time.perf_counter() - began,
-            reason=reason,
-        ),
-    )
 
+    l2: float | list[float] | None = None
+    class_weights: list[float] | None = None
+    label_smoothing: float = 0.0
+    max_passes: int = 12
+    tolerance: float = 1e-4
+    patience: int = 2
+    loss: LossName = "cross_entropy"
 
-class _Descent:
-    """The steps of one solve: where they began, where they are, and the best of them."""
+    def __post_init__(self) -> None:
+        check_strengths(self.l2)
+        expect_number("label_smoothing", self.label_smoothing, low=0.0, high=1.0, below=True)
+        expect_integer("max_passes", self.max_passes, least=2)
+        expect_number("tolerance", self.tolerance, low=0.0, high=1.0, below=True)
+        expect_integer("patience", self.patience, least=1)
+        expect_choice("loss", self.loss, ("cross_entropy", "binary_cross_entropy"))
 
-    def __init__(self, objective: LogisticObjective, held_out: FeatureBatches | None, *, max_passes: int) -> None:
-        self._objective = objective
-        self._held_out = held_out
-        self._max_passes = max_passes
-        rows = max(1024, _SAMPLED_ROWS_PER_FEATURE * objective.start.shape[1])
-        self._sample = SystematicSample(math.ceil(rows / objective.processes.count), objective.batches.samples)
-        self.begin = self.best = objective.begin(self._sample)
-        self._centered = CenteredFeatures.of(
-            self._sample.collect()[0], has_bias=objective.has_bias, processes=objective.processes
-        )
-        preconditioner = self._preconditioner(self.begin, blocks=1)
-        self._minimiser = LBFGS(objective, self.begin, preconditioner, memory=min(_MEMORY, max_passes))
-        self.steps = self.best_step = 0
-        self.score = self.start_score = self._score(self.begin)
+    def solve(
+        self,
+        head: GLAIHead,
+        inputs: Tensor | Batches,
+        targets: Tensor | None = None,
+        *,
+        sample_weights: Tensor | None = None,
+        validation: Data | None = None,
+        group: "ProcessGroup | None" = None,
+    ) -> SolveReport:
+        """Set the path weights of a head in place.
 
-    def run(self, *, tolerance: float, patience: int) -> str:
-        """Step until there is a reason to stop, and return it."""
-        small = tolerance * float(self.begin.gradient.norm())
-        while float(self._minimiser.point.gradient.norm()) > small:
-            passes_left = self._max_passes - self._objective.passes
-            if passes_left <= 0:
-                return "max_passes"
-            if self.steps == _REFRESH_AFTER:
-                self._minimiser.precondition(self._preconditioner(self._minimiser.point, blocks=self._blocks()))
-            before = self._minimiser.point
-            if not self._minimiser.step(passes_left):
-                return "no_progress" if self._objective.passes < self._max_passes else "max_passes"
-            self.steps += 1
-            self._keep_if_better()
-            if self.steps - self.best_step >= patience:
-                return "validation"
-            if _is_standstill(before, self._minimiser.point):
-                return "no_progress"
-        return "converged"
+        Args:
+            head: a head with output or independent paths, from (N, D) to (N, C). Its mode is left as it is.
+            inputs: (N, D), or a re-iterable of batches (inputs, targets) or (inputs, targets, weights): then path
+                activations are computed anew in every pass, and never held all at once.
+            targets: class labels (N,), or numbers (N, C), see ``loss``; ``None`` where ``inputs`` yields them.
+            sample_weights: (N,), how much each sample counts; ``None`` where all count the same.
+            validation: (inputs, targets) or (inputs, targets, weights), or batches of them; with it the head is never
+                worse on them than before.
+            group: the processes of ``torch.distributed`` that share the data, each reading its own part; all end with
+                the same weights. ``None`` for this process alone.
 
-    @property
-    def passes(self) -> int:
-        """How many times the data was read."""
-        return self._objective.passes
+        Returns:
+            What the solve did.
 
-    def _keep_if_better(self) -> None:
-        score = self._score(self._minimiser.point)
-        if score is None or self.score is None or score > self.score:
-            self.best, self.best_step, self.score = self._minimiser.point, self.steps, score
-
-    def _score(self, point: Point) -> float | None:
-        if self._held_out is None:
-            return None
-        return classification_accuracy(
-            point.weights, self._held_out, has_bias=self._objective.has_bias, processes=self._objective.processes
-        )
-
-    def _preconditioner(self, point: Point, *, blocks: int) -> CovariancePreconditioner:
-        features, labels = self._sample.collect()
-        return self._objective.preconditioner(self._centered, features, labels, point.weights, blocks=blocks)
-
-    def _blocks(self) -> int:
-        """Return how many covariances a renewed preconditioner has.
-
-        With few classes a covariance costs more than a pass, yet one for each rotated class pays: it halves the number
-        of passes. With many classes, sharing several among them was measured to save no pass.
+        Raises:
+            TypeError: if ``head`` is not frozen, or dtypes are wrong.
+            ValueError: if the head is not linear in its path weights, or the data is not what it has to be, see
+                ``solve_features``. The head is then as it was.
+            RuntimeError: if another process of the group raised an error.
         """
-        classes = len(self.begin.weights)
-        return max(classes - 1, 1) if classes <= _CLASSES_WITH_OWN_COVARIANCE else 1
+        return solve_head(
+            self.solve_features, head, inputs, targets, sample_weights, validation=validation, group=group
+        )
 
+    def solve_features(
+        self,
+        features: Tensor | Batches | FeatureBatches,
+        targets: Tensor | None = None,
+        *,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        sample_weights: Tensor | None = None,
+        validation: Data | FeatureBatches | None = None,
+        group: "ProcessGroup | None" = None,
+    ) -> LinearSolution:
+        """Fit a linear model over fixed features.
 
-class _AveragedDescent:
-    """The averages of one solve after each of its passes, and the best of them."""
+        With a ``group``, the samples are those of all its processes, each of which reads its own. All end with the same
+        weights, to the last bit, and where one raises an error all do.
 
-    def __init__(self, adam: AveragedAdam, held_out: FeatureBatches | None, *, max_passes: int) -> None:
-        self._adam = adam
-        self._held_out = held_out
-        self._max_passes = max_passes
-        self.best_step = 0
-        self.score = self.start_score = self._score(adam.objective.start)
+        Args:
+            features: (N, F), or a re-iterable of batches, see ``solve``.
+            targets: class labels (N,), integers in [0, C), for one logit also bool, or 0.0 and 1.0, and of shape
+                (N, 1); or floating numbers in [0, 1] (N, C), see ``loss``.
+            weight: (C, F), where to start; not changed. Computed in float64 if this or a tensor of features is in it,
+                in float32 otherwise.
+            bias: (C,), or ``None`` for a model without.
+            sample_weights: (N,), or ``None``.
+            validation: another (features, targets) or (features, targets, weights), or re-iterable of batches.
+            group: the processes that share the samples, those of ``validation`` too; ``None`` for this one alone.
 
-    def run(self, *, tolerance: float, patience: int) -> str:
-        """Make all passes, fewer if validation says so, and return the reason to stop; there is no ``tolerance``."""
-        best, best_pass, reason = self._adam.objective.start, 1, "max_passes"
-        # The average of the first pass is of weights on their way, and dropped after it.
-        self._adam.make_pass()
-        while self._adam.passes < self._max_passes:
-            average = self._adam.make_pass()
-            score = self._score(average)
-            if score is None or self.score is None or score > self.score:
-                best, best_pass, self.best_step, self.score = average, self._adam.passes, self._adam.steps, score
-            if self._adam.passes - best_pass >= patience:
-                reason = "validation"
-                break
-        objective = self._adam.sampled_objective()
-        self.begin = objective.begin(SystematicSample(1))
-        self.best = Point(best, *objective(best)) if self.best_step else self.begin
-        return reason
+        Returns:
+            ``weight`` (C, F) and ``bias`` (C,) or ``None``, in the dtype and on the device of those given, and the
+            report.
 
-    @property
-    def steps(self) -> int:
-        """How many steps were made."""
-        return self._adam.steps
+        Raises:
+            TypeError: if dtypes are wrong, or batches can be read only once.
+            ValueError: if shapes disagree, a target is out of range, numbers are not finite, or there is no sample.
+            RuntimeError: if another process of the group raised an error.
 
-    @property
-    def passes(self) -> int:
-        """How many times the data was read."""
-        return self._adam.passes
+        Example:
+            >>> features = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+            >>> targets = torch.tensor([0, 0, 1, 1])
+            >>> solver = LogisticSolver(l2=1e-3, max_passes=30)
+            >>> weight, bias, report = solver.solve_features(
+            ...     features, targets, weight=torch.zeros(2, 1), bias=torch.zeros(2)
+            ... )
+            >>> (features @ weight.T + bias).argmax(1), report.reason
+            (tensor([0, 0, 1, 1]), 'converged')
+        """
+        began = time.perf_counter()
+        processes = Processes(group, weight.device)
+        with processes.failing_together():
+            check_linear(weight, bias)
+            batches = as_batches(features, targets, sample_weights, outputs=len(weight))
+            held_out = held_out_batches(validation, outputs=len(weight))
+        start = weight.detach().to(_compute_dtype(batches.features, weight, processes))
+        start = torch.cat([start] if bias is None else [start, bias.detach().to(start).unsqueeze(1)], dim=1)
+        processes.from_first(start)
+        loss = make_loss(self.loss, self.class_weights, self.label_smoothing, outputs=len(weight), like=start)
+        model = LinearModel(start, has_bias=bias is not None, loss=loss, processes=processes)
+        own_held_out = 0
+        if held_out is None and not _is_single(self.l2):
+            batches, held_out, own_held_out = _held_out_part(batches, processes)
+        point, report = self._solve(model, batches, held_out)
+        # The same in all processes, if their arithmetic is.
+        best = processes.from_first(point.weights.clone())
+        return LinearSolution(
+            weight=best[:, : model.num_features].to(weight, copy=True).contiguous(),
+            bias=None if bias is None else best[:, -1].to(bias, copy=True),
+            report=replace(report, seconds=time.perf_counter() - began, held_out=own_held_out),
+        )
 
-    def _score(self, weights: Tensor) -> float | None:
-        if self._held_out is None:
-            return None
-        objective = self._adam.objective
-        return classification_accuracy(
-            weights, self._held_out, has_bias=objective.has_bias, processes=objective.processes
+    def _solve(
+        self, model: LinearModel, batches: FeatureBatches, held_out: FeatureBatches | None
+    ) -> tuple[Point, SolveReport]:
+        candidates = Candidates(None if held_out is None else HeldOut(model, held_out))
+        candidates.begin(model.start)
+        sample = _sample_for(model, batches)
+        mean_loss = MeanLoss(model, batches, sample)
+        begin = Point(model.start, *mean_loss(model.start))
+        sampled = model.processes.all_rows(sample.collect())
+        strengths = check_strengths(self.l2) or _default_path(sampled, chosen_by_validation=held_out is not None)
+        stopping = Stopping(self.max_passes, self.tolerance, self.patience)
+        method: Literal["quasi_newton", "minibatch"] = "quasi_newton"
+        if _minibatches_are_worth_it(mean_loss.samples, *model.start.shape, len(sampled), self.max_passes):
+            method = "minibatch"
+            adam = AveragedAdam(mean_loss, sampled)
+            reason = follow_averages(mean_loss, adam, strengths, candidates, stopping)
+            steps = adam.steps
+        else:
+            spectrum = FeatureSpectrum.of(sampled, has_bias=model.has_bias, processes=model.processes)
+            path = QuasiNewtonPath(mean_loss, begin, spectrum, sampled, candidates, stopping)
+            reason = path.run(strengths)
+            steps = path.steps
+        chosen = candidates.chosen()
+        penalised = Penalised(mean_loss, chosen.l2)
+        at_start = penalised.moved(begin, 0.0)
+        point = at_start if chosen.step == 0 else chosen.point or Point(chosen.weights, *penalised(chosen.weights))
+        return point, SolveReport(
+            loss=point.loss,
+            start_loss=at_start.loss,
+            gradient_norm=float(point.gradient.norm()),
+            start_gradient_norm=float(at_start.gradient.norm()),
+            score=chosen.score,
+            start_score=candidates.start_score,
+            l2=chosen.l2,
+            tried=tuple(candidates.tried.items()),
+            method=method,
+            steps=steps,
+            best_step=chosen.step,
+            passes=mean_loss.passes,
+            seconds=0.0,
+            reason=reason,
         )
 
 
-def _is_standstill(before: Point, after: Point) -> bool:
-    resolution = 1e-2 * torch.finfo(before.weights.dtype).eps * abs(before.loss)
-    return before.loss - after.loss <= resolution and bool(after.gradient.norm() >= before.gradient.norm())
+def _is_single(l2: float | list[float] | None) -> bool:
+    return len(check_strengths(l2) or ()) == 1
 
 
-def check_logistic_settings(
-    l2: float,
-    center: str,
-    label_smoothing: float,
-    max_passes: int,
-    tolerance: float,
-    patience: int,
-    method: str,
-    learning_rate: float,
-    batch_size: int,
-) -> None:
-    """Check the settings of ``solve_logistic``.
-
-    Raises:
-        TypeError: for the first that is of the wrong type.
-        ValueError: for the first that is out of range.
-    """
-    numbers = {"l2": l2, "label_smoothing": label_smoothing, "tolerance": tolerance, "learning_rate": learning_rate}
-    for name, number in numbers.items():
-        expect_number(name, number)
-    for name, count in {"max_passes": max_passes, "patience": patience, "batch_size": batch_size}.items():
-        expect_integer(name, count)
-    if not 0.0 <= l2 < math.inf:
-        raise UserValueError(f"Expected `l2` to be finite and at least 0, but got {l2}.")
-    expect_choice("center", center, ("zero", "current"))
-    if not 0.0 <= label_smoothing < 1.0:
-        raise UserValueError(f"Expected `label_smoothing` to be in [0, 1), but got {label_smoothing}.")
-    if max_passes < 2:
-        raise UserValueError(f"Expected `max_passes` to be at least 2, but got {max_passes}.")
-    if not 0.0 <= tolerance < 1.0:
-        raise UserValueError(f"Expected `tolerance` to be in [0, 1), but got {tolerance}.")
-    if patience < 1:
-        raise UserValueError(f"Expected `patience` to be at least 1, but got {patience}.")
-    expect_choice("method", method, ("quasi_newton", "minibatch"))
-    if not 0.0 < learning_rate < math.inf:
-        raise UserValueError(f"Expected `learning_rate` to be finite and above 0, but got {learning_rate}.")
-    if batch_size < 1:
-        raise UserValueError(f"Expected `batch_size` to be at least 1, but got {batch_size}.")
+def _held_out_part(batches: FeatureBatches, processes: Processes) -> tuple[FeatureBatches, FeatureBatches | None, int]:
+    """Return the training part, the held-out part and its size in all processes; all and nothing where one is empty."""
+    kept, held_out = batches.split()
+    sizes = [0, 0]
+    with processes.failing_together():
+        for index, part in enumerate((kept, held_out)):
+            sizes[index] = sum(len(targets) for _, targets, _ in part.untransformed())
+    kept_samples, held_out_samples = (int(size) for size in processes.sum_numbers(*sizes))
+    if not kept_samples or not held_out_samples:
+        return batches, None, 0
+    return kept, held_out, held_out_samples
 
 
-def _class_weights(given: Sequence[float] | Tensor | None, start: Tensor) -> Tensor:
-    classes = max(len(start), 2)
-    if given is None:
-        return start.new_ones(classes)
-    weights = torch.as_tensor(given, dtype=start.dtype, device=start.device).detach()
-    if weights.shape != (classes,):
-        raise UserValueError(f"Expected `class_weights` to be {classes} numbers, but got shape {tuple(weights.shape)}.")
-    if not bool((weights.isfinite() & (weights >= 0.0)).all()):
-        raise UserValueError(f"Expected `class_weights` to be finite and at least 0, but got {weights.tolist()}.")
-    return weights
+def _sample_for(model: LinearModel, batches: FeatureBatches) -> SystematicSample:
+    rows = _SAMPLED_ROWS_PER_FEATURE * model.num_features
+    if rows > _MOST_SAMPLED_ROWS:
+        rows = _MOST_SAMPLED_ROWS // _SAMPLED_ROWS_PER_FEATURE
+    sample = SystematicSample(math.ceil(max(1024, rows) / model.processes.count), batches.samples)
+    # There may be none in one process of several.
+    sample.add(model.start.new_empty(0, model.num_features))
+    return sample
+
+
+def _default_path(sampled: Tensor, *, chosen_by_validation: bool) -> list[float]:
+    spread = float(sampled.var(0, correction=0).mean()) or 1.0
+    relative = RELATIVE_PATH if chosen_by_validation else RELATIVE_PATH[len(RELATIVE_PATH) // 2 :][:1]
+    return [strength * spread for strength in relative]
+
+
+def _minibatches_are_worth_it(samples: int, outputs: int, features: int, sampled: int, passes: int) -> bool:
+    """Tell by counted multiply-adds whether minibatch steps take the place of quasi-Newton steps."""
+    decomposed = min(sampled, features)
+    # An eigendecomposition was measured to take the time of 13 products of such matrices.
+    spectrum = sampled * features * decomposed + 13 * (decomposed**3 + passes * outputs**3)
+    one_pass = 2 * samples * features * outputs
+    steps = samples / BATCH_SIZE * 10 * outputs * features
+    many = spectrum + passes * one_pass
+    return outputs > _MOST_QUASI_NEWTON_OUTPUTS or (
+        many > _FEW_MULTIPLY_ADDS and many > _WORTH_SAVING * passes * (1.5 * one_pass + steps)
+    )
 
 
 def _compute_dtype(features: object, weight: Tensor, processes: Processes) -> torch.dtype:

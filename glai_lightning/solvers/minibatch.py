@@ -1,136 +1,115 @@
-"""Minibatch steps of Adam on a linear model, whose weights are averaged: a cheap solve where there are many classes."""
+"""Minibatch steps of Adam on a linear model, whose weights are averaged: a solve in little memory for many classes."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from glai_lightning.checks import UserValueError
-from glai_lightning.solvers.cross_entropy import LogisticObjective, check_batch, linear_logits
-from glai_lightning.solvers.feature_batches import FeatureBatches, SystematicSample
+from glai_lightning.solvers.objective import Batch, LinearModel, MeanLoss
 
-#: Rows of the sample on which loss and gradient are reported.
-_SAMPLED_ROWS = 4096
+#: Rows of a minibatch, in each process.
+BATCH_SIZE = 256
+#: Of features in units of their standard deviation.
+_LEARNING_RATE = 5e-3
 
 
 class AveragedAdam:
-    """Averages the weights over minibatch steps of Adam at a constant rate, in which their noise cancels.
+    """Averages the weights over the minibatch steps of a pass, in which their noise cancels.
 
-    Polyak and Juditsky, Acceleration of stochastic approximation by averaging, 1992. The average begins anew after
-    the first pass, which leads from the start to where the steps wander.
+    Polyak and Juditsky, Acceleration of stochastic approximation by averaging, 1992, around steps of Adam at a constant
+    rate. Features are shifted and scaled column by column, so that one rate suits all of them.
 
     Rows of a tensor are drawn in a new order in every pass, those of other batches come as they are read. A step is
     made on one minibatch of every process, whose gradients are added up, so that the weights are the same in all.
 
     Args:
-        objective: what is minimised, and from where on; its batches are checked in the first pass. The mean of a
-            minibatch weighs samples as that of all does.
-        learning_rate: step size of Adam.
-        batch_size: rows of a minibatch.
+        mean_loss: what is minimised, with a first pass made.
+        features: a sample of the features of all processes, (S, F), for their means and deviations.
     """
 
-    def __init__(self, objective: LogisticObjective, *, learning_rate: float, batch_size: int) -> None:
-        self.objective = objective
-        self.passes = self.steps = 0
-        start = objective.start
-        self._batch_size = batch_size
-        self._weights = start.clone()
-        self._average, self._averaged = torch.zeros_like(start), 0
-        self._adam = torch.optim.Adam([self._weights], lr=learning_rate, fused=start.device.type in ("cpu", "cuda"))
-        self._order = torch.Generator().manual_seed(0)
-        self._sample = SystematicSample(_SAMPLED_ROWS, objective.batches.samples)
-        self._nothing = (
-            start.new_empty(0, start.shape[1] - objective.has_bias),
-            torch.empty(0, dtype=torch.int64).to(start.device),
+    def __init__(self, mean_loss: MeanLoss, features: Tensor) -> None:
+        self.model: LinearModel = mean_loss.model
+        self._batches = mean_loss.batches
+        self.steps = 0
+        mean = features.mean(0) if self.model.has_bias else features.new_zeros(features.shape[1])
+        scale = (features - mean).square().mean(0).sqrt()
+        rounding = 8.0 * torch.finfo(features.dtype).eps * features.abs().amax(0)
+        self._mean, self._scale = mean, torch.where(scale > rounding, scale, 1.0)
+        # What a sample counts on average, as the mean loss counts it.
+        self._weight = mean_loss.normaliser / mean_loss.samples
+        self._weights = self._to_standard(self.model.start)
+        self._adam = torch.optim.Adam(
+            [self._weights], lr=_LEARNING_RATE, fused=self._weights.device.type in ("cpu", "cuda")
         )
-        self._sample.add(*self._nothing)
+        self._order = torch.Generator().manual_seed(0)
 
-    def make_pass(self) -> Tensor:
-        """Make one pass over the data, and return the average of the weights over its steps and those before.
+    def make_pass(self, l2: float) -> Tensor:
+        """Make one pass over the data, and return the average of the weights (C, F or F + 1) over its steps.
 
-        Raises:
-            TypeError: if features or labels have the wrong dtype.
-            ValueError: if there is no sample, or shapes, labels or numbers are not what they have to be.
+        Args:
+            l2: strength of the penalty on the weights of the features as given.
         """
-        if self.passes <= 1:
-            self._averaged = 0
-        before = self.steps
-        for features, labels in self._minibatches():
-            self._step(features, labels)
-            self.steps += 1
-            self._averaged += 1
-            self._average.lerp_(self._weights, 1.0 / self._averaged)
-        if self.steps == before:
-            raise UserValueError("Expected at least one sample, but got none.")
-        self.passes += 1
-        if not bool(self._average.isfinite().all()):
-            raise UserValueError("Expected a finite loss, but the logits overflow: scale the features or weights.")
-        return self._average.clone()
+        model, average, averaged = self.model, torch.zeros_like(self._weights), 0
+        width, penalty = model.num_features, l2 / self._scale.square().clamp(min=1e-20)
+        for features, targets, sample_weights in self._minibatches():
+            _, by_logits = model.loss.evaluate(model.logits(self._weights, features), targets, sample_weights)
+            # The last column is the number of rows, so that one sum over processes adds up both.
+            summed = torch.zeros(len(self._weights), self._weights.shape[1] + 1).to(self._weights)
+            model.add_gradient(summed[:, :-1], by_logits, features)
+            summed[:, -1] = len(features)
+            model.processes.sum(summed)
+            gradient = summed[:, :-1] / (summed[0, -1] * self._weight)
+            gradient[:, :width].addcmul_(self._weights[:, :width], penalty)
+            self._weights.grad = gradient
+            self._adam.step()
+            self.steps, averaged = self.steps + 1, averaged + 1
+            average.lerp_(self._weights, 1.0 / averaged)
+        return self._from_standard(average)
 
-    def sampled_objective(self) -> LogisticObjective:
-        """Return what is minimised, of a sample of what was read in the first pass, spread evenly over it."""
-        return self.objective.over(FeatureBatches(*self._sample.collect()))
+    def _to_standard(self, weights: Tensor) -> Tensor:
+        width = self.model.num_features
+        standard = weights.clone()
+        standard[:, :width] *= self._scale
+        standard[:, width:] += (weights[:, :width] @ self._mean).unsqueeze(1)
+        return standard
 
-    def _step(self, features: Tensor, labels: Tensor) -> None:
-        logits = linear_logits(self._weights, features, has_bias=self.objective.has_bias)
-        weight = self.objective.cross_entropy.class_weights[labels].sum()
-        if self.objective.center == "current":
-            change = logits - linear_logits(self.objective.start, features, has_bias=self.objective.has_bias)
-        _, by_logits = self.objective.cross_entropy.evaluate(logits, labels)
-        if self.objective.center == "current" and len(labels):
-            by_logits.add_(change, alpha=self.objective.l2 * float(weight) / len(labels))
-        # The last column is the weight of the samples, so that one sum over processes adds up both.
-        summed = features.new_empty(len(self.objective.start), self.objective.start.shape[1] + 1)
-        torch.mm(by_logits, features, out=summed[:, : features.shape[1]])
-        if self.objective.has_bias:
-            summed[:, -2] = by_logits.sum(1)
-        summed[:, -1] = weight
-        self.objective.processes.sum(summed)
-        # Samples of weight 0 alone have no gradient either.
-        gradient = summed[:, :-1] / summed[0, -1].clamp(min=torch.finfo(summed.dtype).tiny)
-        if self.objective.center == "zero":
-            gradient[:, : features.shape[1]].add_(self._weights[:, : features.shape[1]], alpha=self.objective.l2)
-        self._weights.grad = gradient
-        self._adam.step()
+    def _from_standard(self, weights: Tensor) -> Tensor:
+        width = self.model.num_features
+        given = weights.clone()
+        given[:, :width] /= self._scale
+        given[:, width:] -= (given[:, :width] @ self._mean).unsqueeze(1)
+        return given
 
-    def _minibatches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what this process has to offer for every step, empty once it has read all it has.
+    def _minibatches(self) -> Iterator[Batch]:
+        """Yield what this process has to offer for every step, no rows once it has read all it has.
 
         Where one process raises an error, all do, and all stop together.
         """
-        own = self._shuffled() if self.objective.batches.in_memory else self._cut()
+        nothing = self._weights.new_zeros(0, self.model.num_features)
+        # As probabilities or as outputs, whatever the loss.
+        last: Batch = nothing, self.model.loss.read(nothing.new_zeros(0, len(self._weights)), nothing), None
+        own = self._own()
         while True:
-            with self.objective.processes.failing_together():
-                features, labels = next(own, self._nothing)
-            (rows,) = self.objective.processes.sum_numbers(len(features))
+            with self.model.processes.failing_together():
+                batch = next(own, None)
+            (rows,) = self.model.processes.sum_numbers(0 if batch is None else len(batch[0]))
             if rows == 0:
                 return
-            yield features, labels
+            last = _cut(last, slice(0)) if batch is None else batch
+            yield last
 
-    def _shuffled(self) -> Iterator[tuple[Tensor, Tensor]]:
-        features, targets = self.objective.batches.features, self.objective.batches.targets
-        assert isinstance(features, Tensor)
-        assert targets is not None
-        if self.passes == 0:
-            for batch in self.objective.batches:
-                self._check_and_sample(*batch)
-        for rows in torch.split(torch.randperm(len(features), generator=self._order), self._batch_size):
-            yield features[rows].to(self.objective.start), self._labels(targets[rows])
+    def _own(self) -> Iterator[Batch]:
+        batches = self._batches
+        if isinstance(batches.features, Tensor):
+            order = torch.randperm(len(batches.features), generator=self._order)
+            batches = batches.selected(order)
+        for features, targets, weights in self.model.read(batches, checked=True):
+            standard = (features - self._mean) / self._scale
+            for start in range(0, len(features), BATCH_SIZE):
+                yield _cut((standard, targets, weights), slice(start, start + BATCH_SIZE))
 
-    def _cut(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for features, targets in self.objective.batches:
-            if self.passes == 0:
-                self._check_and_sample(features, targets)
-            pairs = zip(torch.split(features, self._batch_size), torch.split(targets, self._batch_size), strict=True)
-            for some_features, some_targets in pairs:
-                yield some_features.to(self.objective.start), self._labels(some_targets)
 
-    def _labels(self, targets: Tensor) -> Tensor:
-        return targets.reshape(-1).to(self.objective.start.device, torch.int64)
-
-    def _check_and_sample(self, features: Tensor, targets: Tensor) -> None:
-        width = self.objective.start.shape[1] - self.objective.has_bias
-        check_batch(features, targets, num_features=width, num_logits=len(self.objective.start))
-        if not bool(features.isfinite().all()):
-            raise UserValueError("Expected features to be finite, but got NaN or infinity.")
-        self._sample.add(features.to(self.objective.start), self._labels(targets))
+def _cut(batch: Batch, rows: slice) -> Batch:
+    features, targets, weights = batch
+    by_sample = targets[rows] if targets.ndim == 1 else targets[:, rows]
+    return features[rows], by_sample, None if weights is None else weights[rows]

@@ -39,11 +39,17 @@ class Processes:
             dist.all_reduce(values, dist.ReduceOp.SUM, group=self._group)
         return values
 
-    def max(self, values: Tensor) -> Tensor:
-        """Take the element-wise maximum of a tensor over all processes, in place, and return it."""
-        if self._group is not None:
-            dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
-        return values
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """Return the rows (n, ...) of all processes, one after the other."""
+        if self._group is None:
+            return rows
+        counts = torch.zeros(self.count, dtype=torch.int64, device=rows.device)
+        rank = dist.get_rank(self._group)
+        counts[rank] = len(rows)
+        ends = self.sum(counts).cumsum(0).tolist()
+        together = rows.new_zeros(ends[-1], *rows.shape[1:])
+        together[ends[rank] - len(rows) : ends[rank]] = rows
+        return self.sum(together)
 
     def sum_numbers(self, *numbers: float) -> list[float]:
         """Return the sum over all processes of each number, in float64."""

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from glai_lightning.checks import UserTypeError, UserValueError
+from glai_lightning.checks import UserTypeError, UserValueError, expect_number
 
 
 @dataclass(frozen=True)
 class SolveReport:
-    """What a solve did.
+    """What a solve did. ``str`` makes a sentence of it.
 
     Args:
         loss: training loss with the penalty, of the weights handed back.
@@ -18,16 +18,21 @@ class SolveReport:
         gradient_norm: Euclidean norm of the gradient of ``loss``.
         start_gradient_norm: the same at the start.
         score: validation score of the weights handed back (accuracy in [0, 1]; minus the mean squared error of a
-            regression), or ``None`` without validation.
-        start_score: the same at the start.
-        l2: strength of the penalty.
+            regression), or ``None`` where nothing was validated.
+        start_score: the same at the start; ``None`` where ``score`` is.
+        l2: strength of the penalty that was chosen; the mean over outputs where each has its own.
+        tried: the strengths that were tried, in their order, each with the best score that it reached, ``None`` without
+            validation.
+        method: ``"quasi_newton"``, ``"minibatch"`` or ``"closed_form"``.
         steps: steps taken.
         best_step: the step whose weights were handed back; 0 means those at the start.
         passes: how many times the training data was read from beginning to end, for whatever purpose.
         seconds: wall-clock time.
         reason: why the solve stopped. ``"converged"``: the gradient is small beside that at the start.
             ``"no_progress"``: the loss no longer falls. ``"max_passes"``: no pass over the data is left.
-            ``"validation"``: the validation score no longer rises. ``"closed_form"``: there was nothing to iterate.
+            ``"validation"``: the validation score no longer rises. ``"path_end"``: all strengths were tried.
+            ``"closed_form"``: there was nothing to iterate.
+        held_out: rows of the training data that were held out to choose by, for want of validation data.
     """
 
     loss: float
@@ -37,11 +42,27 @@ class SolveReport:
     score: float | None
     start_score: float | None
     l2: float
+    tried: tuple[tuple[float, float | None], ...]
+    method: str
     steps: int
     best_step: int
     passes: int
     seconds: float
     reason: str
+    held_out: int = 0
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.passes} passes in {self.seconds:.2f} s ({self.method}, {self.reason}): "
+            f"loss {self.start_loss:.4g} before, {self.loss:.4g} now"
+        )
+        if self.score is not None and self.start_score is not None:
+            text += f"; validation score {self.start_score:.4f} before, {self.score:.4f} now"
+        if len(self.tried) > 1:
+            text += f"; l2 = {self.l2:.2g}, chosen from {len(self.tried)} strengths"
+        if self.held_out:
+            text += f" by {self.held_out} rows of the training data that were held out"
+        return text + "."
 
 
 class LinearSolution(NamedTuple):
@@ -56,6 +77,23 @@ class LinearSolution(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     report: SolveReport
+
+
+def check_strengths(l2: float | list[float] | None) -> list[float] | None:
+    """Check one or several strengths of a penalty, and return them from strong to weak; ``None`` stays.
+
+    Raises:
+        TypeError: if one is not a number.
+        ValueError: if there is none, or one is negative or not finite.
+    """
+    if l2 is None:
+        return None
+    strengths = list(l2) if isinstance(l2, list | tuple) else [l2]
+    if not strengths:
+        raise UserValueError("Expected `l2` to be a number or several, but got none.")
+    for strength in strengths:
+        expect_number("l2", strength, low=0.0)
+    return sorted({float(strength) for strength in strengths}, reverse=True)
 
 
 def check_linear(weight: Tensor, bias: Tensor | None) -> None:

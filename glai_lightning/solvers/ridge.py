@@ -1,24 +1,31 @@
 """Ridge regression over fixed features: streaming moments, one eigendecomposition, every strength of the penalty."""
 
-import math
 import time
-from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from glai_lightning.checks import UserTypeError, UserValueError, expect_number
-from glai_lightning.solvers.feature_batches import Batches, FeatureBatches, as_batches, held_out_batches
+from glai_lightning.checks import UserTypeError, UserValueError
+from glai_lightning.heads.frozen import GLAIHead
+from glai_lightning.solvers.feature_batches import (
+    Batches,
+    Data,
+    FeatureBatches,
+    as_batches,
+    held_out_batches,
+)
+from glai_lightning.solvers.head_weights import solve_head
+from glai_lightning.solvers.moments import Moments
 from glai_lightning.solvers.processes import Processes
-from glai_lightning.solvers.report import LinearSolution, SolveReport, check_linear
+from glai_lightning.solvers.report import LinearSolution, SolveReport, check_linear, check_strengths
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 #: Strengths of the penalty to choose from, relative to the mean variance of the features.
-RELATIVE_GRID = tuple(10.0 ** (exponent / 2.0) for exponent in range(-12, 5))
+RELATIVE_GRID = tuple(10.0 ** (exponent / 2.0) for exponent in range(4, -13, -1))
 
 MIXED_TARGETS = "Expected all targets to be class labels (integers) or all to be numbers (floating), but got both."
 
@@ -78,121 +85,13 @@ class RidgeTargets:
             return (2.0 * labels - 1.0).double().unsqueeze(1)
         return torch.nn.functional.one_hot(labels, classes).double()
 
-    def score(self, outputs: Tensor, encoded: Tensor) -> Tensor:
-        """Return the summed scores of outputs (G, n, C): correct classes, or minus squared errors; (G,)."""
+    def scores(self, outputs: Tensor, encoded: Tensor) -> Tensor:
+        """Return the summed scores of outputs (G, n, C): correct classes (G, 1), or minus squared errors (G, C)."""
         if not self.classification:
-            return -(outputs - encoded).square().sum((1, 2)) / self.outputs
+            return -(outputs - encoded).square().sum(1)
         if self.outputs == 1:
-            return ((outputs > 0.0) == (encoded > 0.0)).double().sum((1, 2))
-        return (outputs.argmax(2) == encoded.argmax(1)).double().sum(1)
-
-
-class Moments:
-    """Means and covariances of features and targets, summed in float64 batch by batch: O(F^2 + F C) memory.
-
-    Sums are taken around the first batch's means: the mean of a column may be far larger than its deviation.
-
-    Args:
-        num_features: F.
-        num_targets: C.
-        has_bias: whether means are to be taken out, for a bias makes up for them.
-        device: where the sums are held.
-    """
-
-    def __init__(
-        self, num_features: int, num_targets: int, *, has_bias: bool, device: torch.device | str = "cpu"
-    ) -> None:
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.samples = 0
-        self.has_bias = has_bias
-        self._features_shift, self._targets_shift = zeros(num_features), zeros(num_targets)
-        self._features_sum, self._targets_sum = zeros(num_features), zeros(num_targets)
-        self._features_squares = zeros(num_features, num_features)
-        self._products = zeros(num_features, num_targets)
-        self._targets_squares = zeros(num_targets)
-
-    def add(self, features: Tensor, targets: Tensor) -> None:
-        """Add features (n, F) and targets (n, C), both float64."""
-        if self.samples == 0 and self.has_bias:
-            self._features_shift, self._targets_shift = features.mean(0), targets.mean(0)
-        features = features - self._features_shift
-        targets = targets - self._targets_shift
-        self.samples += len(features)
-        self._features_sum += features.sum(0)
-        self._targets_sum += targets.sum(0)
-        self._features_squares.addmm_(features.t(), features)
-        self._products.addmm_(features.t(), targets)
-        self._targets_squares += targets.square().sum(0)
-
-    def add_up(self, processes: Processes) -> None:
-        """Add up what each process was given, so that all have the moments of everything."""
-        samples = int(processes.sum_numbers(self.samples)[0])
-        share = self.samples / max(samples, 1)
-        self._shift_to(processes.sum(self._features_shift * share), processes.sum(self._targets_shift * share))
-        for sums in (
-            self._features_sum,
-            self._targets_sum,
-            self._features_squares,
-            self._products,
-            self._targets_squares,
-        ):
-            processes.sum(sums)
-        self.samples = samples
-
-    def _shift_to(self, features_shift: Tensor, targets_shift: Tensor) -> None:
-        """Take the sums around other numbers than the first batch's means."""
-        by_feature, by_target = self._features_shift - features_shift, self._targets_shift - targets_shift
-        self._features_shift, self._targets_shift = features_shift, targets_shift
-        # Halfway sums make the corrections of second order symmetric: (x + d)^2 = x^2 + d (x + (x + d)).
-        features_sum = self._features_sum + self.samples * by_feature
-        targets_sum = self._targets_sum + self.samples * by_target
-        self._features_squares += self._features_sum.outer(by_feature) + by_feature.outer(features_sum)
-        self._products += self._features_sum.outer(by_target) + by_feature.outer(targets_sum)
-        self._targets_squares += by_target * (self._targets_sum + targets_sum)
-        self._features_sum, self._targets_sum = features_sum, targets_sum
-
-    def features_mean(self) -> Tensor:
-        """Return the means of the features, (F,); zeros without a bias."""
-        return self._features_shift + self._features_sum / self.samples * self.has_bias
-
-    def targets_mean(self) -> Tensor:
-        """Return the means of the targets, (C,); zeros without a bias."""
-        return self._targets_shift + self._targets_sum / self.samples * self.has_bias
-
-    def covariance(self) -> Tensor:
-        """Return the covariance of the features around ``features_mean``, (F, F)."""
-        mean = self._features_sum / self.samples * self.has_bias
-        return self._features_squares / self.samples - mean.outer(mean)
-
-    def cross_covariance(self) -> Tensor:
-        """Return the covariance of features and targets, (F, C)."""
-        features_mean = self._features_sum / self.samples * self.has_bias
-        return self._products / self.samples - features_mean.outer(self._targets_sum / self.samples)
-
-    def targets_variance(self) -> Tensor:
-        """Return the variances of the targets around ``targets_mean``, (C,)."""
-        mean = self._targets_sum / self.samples * self.has_bias
-        return self._targets_squares / self.samples - mean.square()
-
-    def half_squared_error(self, weight: Tensor, bias: Tensor | None) -> tuple[float, Tensor]:
-        """Return half the mean over samples of the squared errors, summed over outputs, and its gradient.
-
-        Args:
-            weight: (C, F), float64.
-            bias: (C,), float64, or ``None`` without.
-
-        Returns:
-            The half squared error, and its gradient (C, F), or (C, F + 1) with that by the bias last.
-        """
-        cross = self.cross_covariance().t()
-        explained = weight @ self.covariance()
-        errors = self.targets_variance().sum() - 2.0 * (weight * cross).sum() + (weight * explained).sum()
-        gradient = explained - cross
-        if bias is not None:
-            offset = weight @ self.features_mean() + bias - self.targets_mean()
-            errors = errors + offset.square().sum()
-            gradient = torch.cat([gradient + offset.outer(self.features_mean()), offset.unsqueeze(1)], dim=1)
-        return 0.5 * float(errors.clamp(min=0.0)), gradient
+            return ((outputs > 0.0) == (encoded > 0.0)).double().sum(1)
+        return (outputs.argmax(2) == encoded.argmax(1)).double().sum(1, keepdim=True)
 
 
 class RidgePath:
@@ -222,11 +121,10 @@ class RidgePath:
         inverse = 1.0 / (self.eigenvalues + l2.unsqueeze(1))
         return torch.where(self._kept, inverse, 0.0)
 
-    def weight(self, l2: float) -> Tensor:
-        """Return the weights (C, F) for one strength."""
-        shrinkage = self.shrinkage(torch.tensor([l2], dtype=torch.float64, device=self.eigenvalues.device))
-        weight: Tensor = self.vectors @ (shrinkage.t() * self.rotated)
-        return weight.t()
+    def weight(self, l2: Tensor) -> Tensor:
+        """Return the weights (C, F) for a strength of each output, (C,)."""
+        weight: Tensor = (self.shrinkage(l2) * self.rotated.t()) @ self.vectors.t()
+        return weight
 
     def bias(self, weight: Tensor) -> Tensor:
         """Return the bias (C,) that goes with weights (C, F)."""
@@ -244,126 +142,169 @@ class RidgePath:
         return outputs + self.targets_mean, leverages + float(self.has_bias) / self.samples
 
 
-def solve_ridge(
-    features: Tensor | Batches | FeatureBatches,
-    targets: Tensor | None = None,
-    *,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    l2: float | Sequence[float] | None = None,
-    validation: tuple[Tensor, Tensor] | Batches | FeatureBatches | None = None,
-    group: "ProcessGroup | None" = None,
-) -> LinearSolution:
-    """Fit a linear model over fixed features in closed form: half the mean squared error + l2 / 2 * squared weights.
+@dataclass(frozen=True)
+class RidgeSolver:
+    """Sets a frozen head's path weights to those of the smallest squared error plus a penalty, in closed form.
 
-    The squared error is summed over outputs and averaged over samples; the bias is not penalised. With integer targets
-    it is a classifier: the outputs are fitted to one-hot codes, a single output to -1 and 1. Of several strengths of
-    the penalty, all solved by the same eigendecomposition, the one of the best score is used: accuracy of a
-    classifier, squared error of a regression, on the validation data or, without, of the leave-one-out predictions of
-    the training data, y - (y - f(x)) / (1 - leverage). Of equals the strongest penalty is used.
+    What is minimised is half the mean squared error + l2 / 2 times the squared weights. The squared error is summed
+    over outputs and averaged over samples; the bias is not penalised. With integer targets it is a classifier: the
+    outputs are fitted to one-hot codes, a single output to -1 and 1. Of several strengths of the penalty, all solved by
+    the same eigendecomposition, the one of the best score is used: accuracy of a classifier, squared error of a
+    regression, on the validation data or, without, of the leave-one-out predictions of the training data,
+    y - (y - f(x)) / (1 - leverage). Of equals the strongest penalty is used.
 
     Everything is computed in float64. Features may be constant, collinear, and fewer or more than the samples:
-    directions with less than F times the machine epsilon of the largest variance get no weight. Among columns of
-    scales 1e8 apart the small ones are such directions; scale columns if they matter.
-
-    With a ``group``, the samples are those of all its processes, each of which reads its own. All end with the same
-    weights, to the last bit, and where one raises an error all do.
+    directions with less than F times the machine epsilon of the largest variance get no weight. Among columns of scales
+    1e8 apart the small ones are such directions; scale columns if they matter.
 
     Args:
-        features: (N, F), or a re-iterable of batches ((n, F), targets).
-        targets: class labels (N,), integers in [0, C); or numbers of a floating dtype (N, C), (N,) for one output.
-        weight: (C, F): its shape, dtype and device are those of the result. Not changed.
-        bias: (C,), or ``None`` for a model without.
-        l2: strength of the penalty, at least 0, or several to choose from. Default: 17 from 1e-6 to 100 times the mean
-            variance of the features.
-        validation: another (features, targets), or re-iterable of batches. The given weights are handed back where no
-            solution scores better on it.
-        group: the processes that share the samples, those of ``validation`` too; ``None`` for this one alone.
-
-    Returns:
-        ``weight`` (C, F) and ``bias`` (C,) or ``None``, and the report.
+        l2: strength of the penalty, at least 0, or several to choose from. Default: 17 strengths from 1e-6 to 100 times
+            the mean variance of the path activations.
 
     Raises:
-        TypeError: if dtypes are wrong, or batches can be read only once.
-        ValueError: if a strength is out of range, shapes disagree, a label is out of range, numbers are not finite, or
-            there is no sample.
-        RuntimeError: if another process of the group raised an error.
+        ValueError: if a strength is out of range.
 
     Example:
-        >>> features = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
-        >>> fit = solve_ridge(features, 2.0 * features + 1.0, weight=torch.zeros(1, 1), bias=torch.zeros(1), l2=0.0)
-        >>> round(fit.weight.item(), 4), round(fit.bias.item(), 4)
-        (2.0, 1.0)
+        >>> from glai_lightning import freeze_structure, mlp_head
+        >>> head = freeze_structure(mlp_head(4, 8, 1))
+        >>> inputs = torch.randn(60, 4)
+        >>> RidgeSolver(l2=1e-6).solve(head, inputs, head(inputs).detach() + 1.0).reason
+        'closed_form'
     """
-    began = time.perf_counter()
-    processes = Processes(group, weight.device)
-    with processes.failing_together():
-        strengths = None if l2 is None else check_strengths(l2)
-        check_linear(weight, bias)
-        batches = as_batches(features, targets, outputs=len(weight))
-        held_out = held_out_batches(validation, outputs=len(weight))
-    moments, code = _moments(batches, weight, has_bias=bias is not None, processes=processes)
-    path = RidgePath(moments)
-    if strengths is None:
-        spread = float(path.eigenvalues.clamp(min=0.0).mean())
-        strengths = [relative * spread for relative in RELATIVE_GRID] if spread > 0.0 else [1.0]
-    candidates = torch.tensor(sorted(strengths, reverse=True), dtype=torch.float64, device=path.eigenvalues.device)
-    start_weight = weight.detach().double()
-    start_bias = None if bias is None else bias.detach().double()
-    passes, score, start_score, best = 1, None, None, 0
-    if held_out is not None:
-        scores, start_score = _validation_scores(path, code, held_out, candidates, start_weight, start_bias, processes)
-        best = int(scores.argmax())
-        score = float(scores[best])
-    elif len(candidates) > 1:
-        scores = _leave_one_out_scores(path, code, batches, candidates, processes)
-        passes += 1
-        best = int(scores.argmax())
-        score = float(scores[best])
-    chosen = float(candidates[best])
-    kept = start_score is not None and score is not None and score <= start_score
-    found_weight = start_weight if kept else path.weight(chosen)
-    found_bias = start_bias if kept or start_bias is None else path.bias(found_weight)
-    # The same in all processes, if their arithmetic is.
-    found_weight = processes.from_first(found_weight.contiguous())
-    if found_bias is not None:
-        found_bias = processes.from_first(found_bias.contiguous())
-    loss, gradient_norm = _penalised(moments, found_weight, found_bias, chosen)
-    start_loss, start_gradient_norm = _penalised(moments, start_weight, start_bias, chosen)
-    return LinearSolution(
-        weight=found_weight.to(weight, copy=True),
-        bias=None if bias is None or found_bias is None else found_bias.to(bias, copy=True),
-        report=SolveReport(
-            loss=loss,
-            start_loss=start_loss,
-            gradient_norm=gradient_norm,
-            start_gradient_norm=start_gradient_norm,
-            score=start_score if kept else score,
-            start_score=start_score,
-            l2=chosen,
-            steps=1,
-            best_step=0 if kept else 1,
-            passes=passes,
-            seconds=time.perf_counter() - began,
-            reason="closed_form",
-        ),
-    )
 
+    l2: float | list[float] | None = None
 
-def check_strengths(l2: float | Sequence[float]) -> list[float]:
-    """Return one or several strengths of a penalty as a list, checked.
+    def __post_init__(self) -> None:
+        check_strengths(self.l2)
 
-    Raises:
-        TypeError: if it is neither a number nor a sequence of numbers.
-        ValueError: if there is none, or one is negative or not finite.
-    """
-    given = l2 if isinstance(l2, Sequence) else [l2]
-    for strength in given:
-        expect_number("l2", strength)
-    strengths = [float(strength) for strength in given]
-    if not strengths or not all(0.0 <= strength < math.inf for strength in strengths):
-        raise UserValueError(f"Expected `l2` to be finite and at least 0, or several such numbers, but got {l2}.")
-    return strengths
+    def solve(
+        self,
+        head: GLAIHead,
+        inputs: Tensor | Batches,
+        targets: Tensor | None = None,
+        *,
+        validation: Data | None = None,
+        group: "ProcessGroup | None" = None,
+    ) -> SolveReport:
+        """Set the path weights of a head in place.
+
+        Args:
+            head: a head with output or independent paths, from (N, D) to (N, C). Its mode is left as it is.
+            inputs: (N, D), or a re-iterable of (inputs, targets) batches.
+            targets: numbers (N, C) of a floating dtype, or class labels (N,), integers; ``None`` where ``inputs``
+                yields them.
+            validation: (inputs, targets), or batches of them; with it the head is never worse on them than before.
+            group: the processes of ``torch.distributed`` that share the data, each reading its own part; all end with
+                the same weights. ``None`` for this process alone.
+
+        Returns:
+            What the solve did.
+
+        Raises:
+            TypeError: if ``head`` is not frozen, or dtypes are wrong.
+            ValueError: if the head is not linear in its path weights, or the data is not what it has to be, see
+                ``solve_features``. The head is then as it was.
+            RuntimeError: if another process of the group raised an error.
+        """
+        return solve_head(self.solve_features, head, inputs, targets, None, validation=validation, group=group)
+
+    def solve_features(
+        self,
+        features: Tensor | Batches | FeatureBatches,
+        targets: Tensor | None = None,
+        *,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        validation: Data | FeatureBatches | None = None,
+        group: "ProcessGroup | None" = None,
+    ) -> LinearSolution:
+        """Fit a linear model over fixed features.
+
+        With a ``group``, the samples are those of all its processes, each of which reads its own. All end with the same
+        weights, to the last bit, and where one raises an error all do.
+
+        Args:
+            features: (N, F), or a re-iterable of batches ((n, F), targets).
+            targets: class labels (N,), integers in [0, C); or numbers of a floating dtype (N, C), (N,) for one output.
+            weight: (C, F): its shape, dtype and device are those of the result. Not changed.
+            bias: (C,), or ``None`` for a model without.
+            validation: another (features, targets), or re-iterable of batches. The given weights are handed back where
+                no solution scores better on it.
+            group: the processes that share the samples, those of ``validation`` too; ``None`` for this one alone.
+
+        Returns:
+            ``weight`` (C, F) and ``bias`` (C,) or ``None``, and the report.
+
+        Raises:
+            TypeError: if dtypes are wrong, or batches can be read only once.
+            ValueError: if shapes disagree, a label is out of range, numbers are not finite, or there is no sample.
+            RuntimeError: if another process of the group raised an error.
+
+        Example:
+            >>> features = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+            >>> fit = RidgeSolver(l2=0.0).solve_features(
+            ...     features, 2.0 * features + 1.0, weight=torch.zeros(1, 1), bias=torch.zeros(1)
+            ... )
+            >>> round(fit.weight.item(), 4), round(fit.bias.item(), 4)
+            (2.0, 1.0)
+        """
+        began = time.perf_counter()
+        processes = Processes(group, weight.device)
+        with processes.failing_together():
+            check_linear(weight, bias)
+            batches = as_batches(features, targets, None, outputs=len(weight))
+            held_out = held_out_batches(validation, outputs=len(weight))
+        moments, code = _moments(batches, weight, has_bias=bias is not None, processes=processes)
+        path = RidgePath(moments)
+        strengths = check_strengths(self.l2)
+        if strengths is None:
+            spread = float(path.eigenvalues.clamp(min=0.0).mean()) or 1.0
+            strengths = [relative * spread for relative in RELATIVE_GRID]
+        candidates = torch.tensor(strengths, dtype=torch.float64, device=path.eigenvalues.device)
+        start_weight = weight.detach().double()
+        start_bias = None if bias is None else bias.detach().double()
+        passes, start_score, scores = 1, None, None
+        if held_out is not None:
+            scores, start_score = _validation_scores(
+                path, code, held_out, candidates, start_weight, start_bias, processes
+            )
+        elif len(candidates) > 1:
+            scores = _leave_one_out_scores(path, code, batches, candidates, processes)
+            passes += 1
+        # Of equal scores the first, for the strongest penalty.
+        best = torch.zeros(1, dtype=torch.int64) if scores is None else scores.argmax(0)
+        chosen = candidates[best].expand(len(weight))
+        score = None if start_score is None or scores is None else float(scores.amax(0).mean())
+        kept = start_score is not None and score is not None and score <= start_score
+        found_weight = start_weight if kept else path.weight(chosen)
+        found_bias = start_bias if kept or start_bias is None else path.bias(found_weight)
+        # The same in all processes, if their arithmetic is.
+        found_weight = processes.from_first(found_weight.contiguous())
+        if found_bias is not None:
+            found_bias = processes.from_first(found_bias.contiguous())
+        loss, gradient_norm = _penalised(moments, found_weight, found_bias, chosen)
+        start_loss, start_gradient_norm = _penalised(moments, start_weight, start_bias, chosen)
+        by_strength = [None] * len(strengths) if scores is None else scores.mean(1).tolist()
+        return LinearSolution(
+            weight=found_weight.to(weight, copy=True),
+            bias=None if bias is None or found_bias is None else found_bias.to(bias, copy=True),
+            report=SolveReport(
+                loss=loss,
+                start_loss=start_loss,
+                gradient_norm=gradient_norm,
+                start_gradient_norm=start_gradient_norm,
+                score=start_score if kept else score,
+                start_score=start_score,
+                l2=float(chosen.mean()),
+                tried=tuple(zip(strengths, by_strength, strict=True)),
+                method="closed_form",
+                steps=1,
+                best_step=0 if kept else 1,
+                passes=passes,
+                seconds=time.perf_counter() - began,
+                reason="closed_form",
+            ),
+        )
 
 
 def _moments(
@@ -371,7 +312,9 @@ def _moments(
 ) -> tuple[Moments, RidgeTargets]:
     moments, code = Moments(weight.shape[1], len(weight), has_bias=has_bias, device=weight.device), None
     with processes.failing_together():
-        for features, targets in batches:
+        for features, targets, sample_weights in batches:
+            if sample_weights is not None:
+                raise UserValueError("Expected no weights of samples for `RidgeSolver`, but got some.")
             if code is None:
                 code = RidgeTargets.of(targets, len(weight))
             moments.add(*_doubled(features, targets, code, weight))
@@ -402,14 +345,14 @@ def _doubled(features: Tensor, targets: Tensor, code: RidgeTargets, weight: Tens
 def _leave_one_out_scores(
     path: RidgePath, code: RidgeTargets, batches: FeatureBatches, l2: Tensor, processes: Processes
 ) -> Tensor:
-    total = torch.zeros_like(l2)
+    total = _no_scores(code, l2)
     with processes.failing_together():
-        for features, targets in batches:
+        for features, targets, _ in batches:
             doubled, encoded = _doubled(features, targets, code, path.rotated.t())
             outputs, leverages = path.outputs(doubled, l2)
             # A leverage of 1 leaves nothing to predict the sample from.
             errors = (encoded - outputs) / (1.0 - leverages).clamp(min=1e-8).unsqueeze(2)
-            total += code.score(encoded - errors, encoded)
+            total += code.scores(encoded - errors, encoded)
     return processes.sum(total) / path.samples
 
 
@@ -422,15 +365,15 @@ def _validation_scores(
     start_bias: Tensor | None,
     processes: Processes,
 ) -> tuple[Tensor, float]:
-    total, own_start_total, own_samples = torch.zeros_like(l2), 0.0, 0
+    total, own_start_total, own_samples = _no_scores(code, l2), 0.0, 0
     with processes.failing_together():
-        for features, targets in held_out:
+        for features, targets, _ in held_out:
             doubled, encoded = _doubled(features, targets, code, start_weight)
             if not bool(doubled.isfinite().all()):
                 raise UserValueError("Expected validation features to be finite, but got NaN or infinity.")
-            total += code.score(path.outputs(doubled, l2)[0], encoded)
+            total += code.scores(path.outputs(doubled, l2)[0], encoded)
             at_start = doubled @ start_weight.t() if start_bias is None else doubled @ start_weight.t() + start_bias
-            own_start_total += float(code.score(at_start.unsqueeze(0), encoded))
+            own_start_total += float(code.scores(at_start.unsqueeze(0), encoded).mean())
             own_samples += len(encoded)
     processes.sum(total)
     start_total, samples = processes.sum_numbers(own_start_total, own_samples)
@@ -439,7 +382,11 @@ def _validation_scores(
     return total / samples, start_total / samples
 
 
-def _penalised(moments: Moments, weight: Tensor, bias: Tensor | None, l2: float) -> tuple[float, float]:
+def _no_scores(code: RidgeTargets, l2: Tensor) -> Tensor:
+    return l2.new_zeros(len(l2), 1 if code.classification else code.outputs)
+
+
+def _penalised(moments: Moments, weight: Tensor, bias: Tensor | None, l2: Tensor) -> tuple[float, float]:
     loss, gradient = moments.half_squared_error(weight, bias)
-    gradient[:, : weight.shape[1]] += l2 * weight
-    return loss + 0.5 * l2 * float(weight.square().sum()), float(gradient.norm())
+    gradient[:, : weight.shape[1]] += l2.unsqueeze(1) * weight
+    return loss + 0.5 * float(l2 @ weight.square().sum(1)), float(gradient.norm())

@@ -22,7 +22,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from glai_lightning import SupervisedModule, mlp_head
-from glai_lightning.callbacks import StructureFreezeCallback
+from glai_lightning.callbacks import StructureFreezeCallback, StructureRevert
 from glai_lightning.solvers import LogisticSolver
 
 HIDDEN = 12
@@ -127,9 +127,9 @@ class DistributedFit:
             freeze_at_epoch=self.freeze_at_epoch,
             check_every_n_steps=self.check_every_n_steps,
             probe_size=self.samples,
-            solver=LogisticSolver(center="zero", l2=1e-2, max_passes=8) if self.solver else None,
-            **({"monitor": "worse", "mode": "min", "revert_patience": 1} if self.revert else {}),
+            solver=LogisticSolver(l2=1e-2, max_passes=8) if self.solver else None,
         )
+        callbacks = [freeze, StructureRevert("worse", mode="min", patience=1)] if self.revert else [freeze]
         inputs, targets = make_data(self.samples + 51)
         training = TensorDataset(inputs[: self.samples], targets[: self.samples])
         validation = TensorDataset(inputs[self.samples :], targets[self.samples :])
@@ -142,7 +142,7 @@ class DistributedFit:
         if self.norm == "sync" and self.count > 1:
             on_gpus = options.get("accelerator") == "cuda"
             defaults |= {"sync_batchnorm": True} if on_gpus else {"plugins": [SyncOnCpu()]}
-        trainer = make_trainer(freeze, SaveEveryProcess(folder), **{**defaults, **options})
+        trainer = make_trainer(*callbacks, SaveEveryProcess(folder), **{**defaults, **options})
         # Lightning puts such samplers in place of all others where there are several processes.
         sampler = DistributedSampler(training, num_replicas=1, rank=0) if self.count == 1 else None
         trainer.fit(
@@ -174,13 +174,14 @@ class SaveEveryProcess(Callback):
 
     def on_train_end(self, trainer, pl_module):
         freeze = next(c for c in trainer.callbacks if isinstance(c, StructureFreezeCallback))
+        reverts = [c.reverts["head"] for c in trainer.callbacks if isinstance(c, StructureRevert)]
         report = freeze.solve_report
         moments = trainer.optimizers[0].state_dict()["state"]
         ended = {
             "weights": dict(pl_module.named_parameters()) | {f"head.{k}": v for k, v in pl_module.head.named_buffers()},
             "optimizer": {f"{p}.{k}": v for p, state in moments.items() for k, v in state.items() if v is not None},
             "freeze_epoch": freeze.freeze_epoch,
-            "reverts": freeze.heads["head"].guard.reverts,
+            "reverts": sum(reverts),
             "churn_history": freeze.churn_history,
             "solved": None if report is None else (report.loss, report.start_loss, report.score, report.passes),
             "wrapped": type(trainer.strategy.model).__name__,

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 import sys
 
@@ -16,26 +17,55 @@ from glai_lightning import freeze_structure
 from glai_lightning.callbacks import FitReport, StructureFreezeCallback
 from glai_lightning.callbacks.fit_plots import as_image, churn_figure, save_png, score_figure
 from glai_lightning.callbacks.fit_table import fit_table
-from glai_lightning.fitting.fit_record import EpochRecord, FitRecord, seconds_per_step
+from glai_lightning.fitting.fit_record import EpochRecord, FitRecord, SolveRecord, seconds_per_step
+
+
+def epoch(number, score, churn=None, *, seconds=1.0, frozen=False, **changes):
+    sizes = (100, 800) if frozen else (500, 4000)
+    fields = {
+        "seconds": 10.0 * (number + 1),
+        "val_score": score,
+        "churn": churn,
+        "frozen": frozen,
+        "trained_frozen": frozen,
+        "steps": 10,
+        "training_seconds": seconds,
+        "trainable_parameters": sizes[0],
+        "optimizer_state_bytes": sizes[1],
+    }
+    return EpochRecord(number, **{**fields, **changes})
 
 
 def make_record(**changes):
     epochs = [
-        EpochRecord(0, 2.0, 10, False, 0.20, 0.80, 500, 4000),
-        EpochRecord(1, 3.0, 10, False, 0.04, 0.85, 500, 4000),
-        EpochRecord(2, 1.0, 10, True, None, 0.95, 100, 800),
-        EpochRecord(3, 1.5, 10, True, None, 0.90, 100, 800),
+        epoch(0, 0.80, 0.20, seconds=2.0),
+        epoch(1, 0.85, 0.04, seconds=3.0),
+        epoch(2, 0.95, frozen=True),
+        epoch(3, 0.90, seconds=1.5, frozen=True),
     ]
     fields = {
         "epochs": epochs,
         "frozen": True,
         "freeze_epoch": 2,
+        "freeze_step": 20,
         "freeze_reason": "churn 4.00% is small",
         "churn_tolerance": 0.1,
         "relative_tolerance": 0.25,
         "score_name": "val/accuracy",
+        "finished_seconds": 42.0,
     }
     return FitRecord(**{**fields, **changes})
+
+
+def solved(**changes):
+    """Return the record of a fit whose head was frozen and solved at the end of its second epoch, where it stopped."""
+    last = epoch(1, 0.97, 0.04, frozen=True, trained_frozen=False, optimizer_state_bytes=0)
+    solve = SolveRecord(0.5, 0.25, passes=6, evaluations=5, start_score=0.91, score=0.97)
+    return make_record(**{"epochs": [epoch(0, 0.8, 0.2), last], "solve": solve, "max_epochs": 40, **changes})
+
+
+def unwrapped(table):
+    return " ".join(table.split())
 
 
 def cells(table, name):
@@ -45,16 +75,17 @@ def cells(table, name):
 
 def test_the_table_compares_before_and_after():
     table = fit_table(make_record())
-    assert "frozen at the start of epoch 2: churn 4.00% is small" in table
+    assert "frozen after 2 epochs (step 20): churn 4.00% is small" in unwrapped(table)
     assert cells(table, "epochs") == ["2", "2"]
     assert cells(table, "trainable parameters") == ["500", "100", "5.00"]
     assert cells(table, "optimizer state [bytes]") == ["4,000", "800", "5.00"]
     assert cells(table, "seconds per step (median)") == ["0.250000", "0.125000"]
-    assert cells(table, "training seconds") == ["5.00", "2.50"]
+    assert cells(table, "training [s]") == ["5.00", "2.50"]
+    assert cells(table, "whole fit [s]")[0] == "42.00,"
 
 
 def test_the_table_names_best_and_last_score():
-    assert "best 0.9500 (epoch 2, frozen), last 0.9000 (epoch 3, frozen)" in fit_table(make_record())
+    assert "best 0.9500 (epoch 2, frozen) last 0.9000 (epoch 3, frozen)" in unwrapped(fit_table(make_record()))
 
 
 def test_the_best_score_is_the_smallest_where_the_mode_says_so():
@@ -69,30 +100,33 @@ def test_the_table_holds_test_scores_and_what_was_tested():
 def test_the_table_of_a_fit_that_never_froze_leaves_the_side_after_open():
     record = make_record(epochs=make_record().epochs[:2], frozen=False, freeze_epoch=None, freeze_reason=None)
     table = fit_table(record)
-    assert "did not settle before the last of 2 epochs (churn 4.00% at the last check, 20.00% at most)" in table
+    assert "did not settle in 2 epochs (churn 4.00% at the last check, 20.00% at most)" in unwrapped(table)
+    assert "Nothing was frozen" in table
     assert cells(table, "trainable parameters") == ["500", "-"]
 
 
 def test_the_table_of_a_fit_frozen_from_the_start_knows_the_parameters_of_the_mlp():
-    record = make_record(epochs=make_record().epochs[2:], freeze_epoch=0, mlp_parameters=500)
+    record = make_record(epochs=make_record().epochs[2:], freeze_epoch=0, freeze_step=0, mlp_parameters=500)
     table = fit_table(record)
+    assert "frozen before the first step" in table
     assert cells(table, "trainable parameters") == ["500", "100", "5.00"]
     assert cells(table, "optimizer state [bytes]") == ["-", "800"]
 
 
 def test_the_table_says_that_there_was_no_validation():
-    unscored = [EpochRecord(0, 1.0, 10, False, 0.2, None, 500, 4000)]
+    unscored = [epoch(0, None, 0.2)]
     assert "not logged by a validation" in fit_table(make_record(epochs=unscored))
     assert "no score is monitored" in fit_table(make_record(epochs=unscored, score_name=None))
 
 
 def test_the_table_of_an_empty_fit_can_be_written():
     table = fit_table(make_record(epochs=[], frozen=False, score_name=None))
-    assert "did not settle before the last of 0 epochs (churn not measured)" in table
+    assert "did not settle in 0 epochs (churn not measured)" in table
 
 
 def test_seconds_per_step_are_the_median_of_epochs():
-    assert seconds_per_step([EpochRecord(n, seconds, 10) for n, seconds in enumerate((90.0, 1.0, 2.0))]) == 0.2
+    epochs = [EpochRecord(n, steps=10, training_seconds=seconds) for n, seconds in enumerate((90.0, 1.0, 2.0))]
+    assert seconds_per_step(epochs).wall == 0.2
     assert seconds_per_step([]) is None
 
 
@@ -125,12 +159,61 @@ def test_the_churn_plot_marks_thresholds_and_freeze():
     assert set(freeze.get_xdata()) == {2}
 
 
-def test_the_score_plot_runs_over_training_seconds_and_marks_the_freeze():
+def test_the_score_plot_runs_over_seconds_and_marks_freeze_and_best():
     (axes,) = score_figure(make_record()).axes
     score, best, freeze = axes.lines
-    assert list(score.get_xdata()) == [2.0, 5.0, 6.0, 7.5]
-    assert list(best.get_xdata()) == [6.0]
-    assert set(freeze.get_xdata()) == {5.0}
+    assert list(score.get_xdata()) == [10.0, 20.0, 30.0, 40.0]
+    assert list(best.get_xdata()) == [30.0]
+    assert set(freeze.get_xdata()) == {20.0}
+
+
+def test_the_score_plot_marks_the_solve_after_the_freeze():
+    (axes,) = score_figure(solved()).axes
+    *_, freeze, solve = axes.lines
+    assert set(freeze.get_xdata()) == {11.0}
+    assert set(solve.get_xdata()) == {11.75}
+
+
+def test_the_churn_plot_ends_where_churn_does():
+    epochs = [epoch(0, 0.8, 0.2), epoch(1, 0.85, 0.04), *(epoch(n, 0.9, frozen=True) for n in range(2, 40))]
+    (axes,) = churn_figure(make_record(epochs=epochs)).axes
+    assert axes.get_xlim()[1] < 4
+
+
+def test_the_table_counts_solve_and_collecting_and_says_what_they_did():
+    table = fit_table(solved())
+    assert cells(table, "collecting inputs [s]") == ["-", "0.25"]
+    assert cells(table, "solve [s]") == ["-", "0.50"]
+    assert cells(table, "epochs") == ["2", "0"]
+    assert cells(table, "optimizer state [bytes]") == ["4,000", "0"]
+    assert "best 0.9700 (epoch 1, solved)" in table
+    assert unwrapped(table).endswith(
+        "The solve took 0.75 s, collecting included, and changed the validation score from 0.9100 to 0.9700. "
+        "The fit ended after 2 epochs of 40."
+    )
+
+
+def test_the_table_says_what_a_freeze_without_a_solve_did():
+    assert (
+        "The best val/accuracy was 0.8500 before the freeze and is 0.9500 after it; a step took 0.50 times as long "
+        "after it. The fit ended after 4 epochs."
+    ) in unwrapped(fit_table(make_record()))
+
+
+@pytest.mark.parametrize(("scores", "warned"), [((0.8, 0.85), True), ((0.8, 0.95, 0.951), False), ((0.8, 0.7), False)])
+def test_a_freeze_while_the_score_still_rose_is_warned_of(scores, warned):
+    before = [epoch(n, score, 0.1) for n, score in enumerate(scores)]
+    after = epoch(len(scores), 0.9, frozen=True)
+    for mode, sign in (("max", 1), ("min", -1)):
+        epochs = [dataclasses.replace(row, val_score=sign * row.val_score) for row in [*before, after]]
+        assert ("Warning: val/accuracy was still" in fit_table(make_record(epochs=epochs, mode=mode))) is warned
+
+
+@pytest.mark.parametrize("record", [make_record(), solved(), make_record(epochs=[])])
+def test_the_table_fits_80_columns(record):
+    reason = "churn 4.00% is at most 10% and at most 0.25 of the largest, 20.00%; " * 3
+    record = dataclasses.replace(record, freeze_reason=reason, tested="best.ckpt", test_scores={"test/accuracy": 0.9})
+    assert max(map(len, fit_table(record).splitlines())) <= 80
 
 
 def test_plots_leave_pyplot_alone():
@@ -151,10 +234,10 @@ def fit_reported(freeze=None, *callbacks, report=None, module=None, ckpt_path=No
 def test_a_fit_is_recorded_epoch_by_epoch():
     report, _, _ = fit_reported()
     assert [epoch.epoch for epoch in report.record.epochs] == [0, 1, 2, 3]
-    assert [epoch.frozen for epoch in report.record.epochs] == [False, False, True, True]
+    assert [epoch.trained_frozen for epoch in report.record.epochs] == [False, False, True, True]
     assert [epoch.steps for epoch in report.record.epochs] == [5, 5, 5, 5]
     assert [epoch.churn is None for epoch in report.record.epochs] == [False, False, True, True]
-    assert all(epoch.score is not None and epoch.seconds > 0 for epoch in report.record.epochs)
+    assert all(epoch.val_score is not None and epoch.seconds > 0 for epoch in report.record.epochs)
     assert report.record.score_name == "val_loss"
 
 
@@ -185,31 +268,34 @@ def test_the_table_is_printed_once_at_the_end(capsys):
     fit_reported()
     output = capsys.readouterr().out
     assert output.count("Fit report") == 1
-    assert "frozen at the start of epoch 2: asked to freeze at epoch 2" in output
+    assert "frozen after 2 epochs (step 10): asked to freeze at" in output
     assert "no plots were written" in output
 
 
 @pytest.mark.parametrize("val_check_interval", [1.0, 2])
 def test_training_seconds_leave_validation_out(monkeypatch, val_check_interval):
     clock = [0.0]
-    monkeypatch.setattr("glai_lightning.callbacks.fit_report.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("glai_lightning.fitting.fit_record.time.perf_counter", lambda: clock[0])
 
     class Clockwork(Callback):
-        def on_train_batch_end(self, *arguments):
+        def on_train_batch_start(self, *arguments):
             clock[0] += 1
 
         def on_validation_batch_end(self, *arguments):
             clock[0] += 1000
 
     report, _, _ = fit_reported(None, Clockwork(), val_check_interval=val_check_interval)
-    assert [epoch.seconds for epoch in report.record.epochs] == [5, 5, 5, 5]
+    by_epoch = [[row for row in report.record.epochs if row.epoch == number] for number in range(4)]
+    assert [sum(row.training_seconds for row in rows) for rows in by_epoch] == [5, 5, 5, 5]
+    assert [sum(row.steps for row in rows) for rows in by_epoch] == [5, 5, 5, 5]
+    assert report.record.finished_seconds > 4000
 
 
 def test_the_score_is_the_one_that_the_checkpoint_monitors(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss", mode="min")
     report, _, _ = fit_reported(None, checkpoint, report=FitReport())
     assert (report.record.score_name, report.record.mode) == ("val_loss", "min")
-    assert report.record.best.score == pytest.approx(float(checkpoint.best_model_score))
+    assert report.record.best.val_score == pytest.approx(float(checkpoint.best_model_score))
 
 
 def test_a_fit_without_validation_is_reported(tmp_path, capsys):
@@ -226,14 +312,14 @@ def test_scores_are_those_of_the_epochs_that_were_validated():
 
 def test_a_fit_that_never_freezes_says_so(capsys):
     fit_reported(StructureFreezeCallback(HEAD, verbose=False, min_epochs=100))
-    assert "did not settle before the last of 4 epochs" in capsys.readouterr().out
+    assert "did not settle in 4 epochs" in capsys.readouterr().out
 
 
 def test_a_fit_frozen_from_its_first_epoch_is_reported(capsys):
     report, _, module = fit_reported(StructureFreezeCallback(HEAD, verbose=False, freeze_at_epoch=0))
     assert all(epoch.frozen and epoch.churn is None for epoch in report.record.epochs)
     assert report.record.mlp_parameters == sum(parameter.numel() for parameter in module.parameters())
-    assert "frozen at the start of epoch 0" in capsys.readouterr().out
+    assert "frozen before the first step" in capsys.readouterr().out
 
 
 def test_a_head_that_was_frozen_before_the_fit_has_no_side_before(capsys):
@@ -269,8 +355,9 @@ def test_a_resumed_fit_reports_all_epochs(tmp_path, cut, on_train_epoch_end):
     assert [epoch.steps for epoch in whole] == [5, 5, 5, 5]
     assert [epoch.frozen for epoch in whole] == [False, False, True, True]
     assert [epoch.churn is None for epoch in whole] == [False, False, True, True]
-    assert all(epoch.score is not None for epoch in whole)
-    assert [epoch.seconds for epoch in whole[: cut - 1]] == [epoch.seconds for epoch in before.record.epochs[: cut - 1]]
+    assert all(epoch.val_score is not None for epoch in whole)
+    assert whole[: cut - 1] == before.record.epochs[: cut - 1]
+    assert [epoch.seconds for epoch in whole] == sorted(epoch.seconds for epoch in whole)
     assert after.record.mlp_parameters == before.record.mlp_parameters
 
 

@@ -188,13 +188,11 @@ def test_a_checkpoint_of_another_size_is_refused_with_the_model_as_it_was(frozen
     wide = SupervisedModule(mlp_head(FEATURES, HIDDEN + 1, CLASSES, batch_norm=True))
     before = {key: value.clone() for key, value in wide.state_dict().items()}
     checkpoint = torch.load(folder / "epoch=4.ckpt", weights_only=True)
-    with pytest.raises(
-        ValueError, match=r"Expected the checkpoint to hold a head of the same sizes at 'head', but got"
-    ):
+    with pytest.raises(ValueError, match=r"a tensor of shape \(32, 8\) as `head.0.weight` instead of"):
         wide.load_state_dict(checkpoint["state_dict"])
     assert type(wide.head) is nn.Sequential
     assert all(torch.equal(value, before[key]) for key, value in wide.state_dict().items())
-    with pytest.raises(ValueError, match="of the same sizes"):
+    with pytest.raises(ValueError, match="instead of a tensor of shape"):
         run(lambda: wide, StructureFreezeCallback(), ckpt_path=folder / "epoch=4.ckpt")
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from glai_lightning import GLAIHead, SupervisedModule, mlp_head
-from glai_lightning.callbacks import FitReport, StructureFreezeCallback
+from glai_lightning.callbacks import FitReport, StructureFreezeCallback, StructureRevert
 from glai_lightning.datamodules import FeaturesDataModule
 from glai_lightning.solvers import LogisticSolver
 
@@ -76,14 +76,18 @@ class HeadAt(Callback):
             self.number_remembered = len(optimizer.state)
 
 
-def guarded(name=HEAD, **options):
-    defaults = {"churn_tolerance": 0.0, "freeze_at_epoch": 2, "monitor": "score"}
-    return StructureFreezeCallback(name, **{**defaults, **options})
+def freezing(name=HEAD, **options):
+    return StructureFreezeCallback(name, **{"churn_tolerance": 0.0, "freeze_at_epoch": 2, **options})
 
 
-def fit(callback, scores, *callbacks, max_epochs=6, **options):
+def judging(**options):
+    return StructureRevert("score", **options)
+
+
+def fit(freeze, revert, scores, *callbacks, max_epochs=6, **options):
     module, notes = Scripted(scores, **options), Notes()
-    trainer = make_trainer(*callbacks[:1], callback, *callbacks[1:], notes, max_epochs=max_epochs)
+    judges = [] if revert is None else [revert]
+    trainer = make_trainer(*callbacks[:1], freeze, *judges, *callbacks[1:], notes, max_epochs=max_epochs)
     trainer.fit(module, make_loader(), make_loader(32))
     return module, trainer, notes
 
@@ -94,12 +98,12 @@ FALLS = [0.5, 0.8, 0.7, 0.7, 0.9]
 @pytest.mark.parametrize("paths", PATHS)
 @pytest.mark.parametrize("make_optimizer", [sgd, adam])
 def test_the_head_goes_back_to_the_mlp_of_the_freeze_with_its_optimizer_state(paths, make_optimizer, caplog):
-    callback, before, after = guarded(paths=paths), HeadAt(2), HeadAt(4)
+    callback, before, after = freezing(paths=paths), HeadAt(2), HeadAt(4)
     head = mlp_head(FEATURES, HIDDEN, CLASSES, batch_norm=True)
     with caplog.at_level("INFO"):
-        module, _, notes = fit(callback, FALLS, before, after, make_optimizer=make_optimizer, head=head)
+        module, _, notes = fit(callback, judging(), FALLS, before, after, make_optimizer=make_optimizer, head=head)
     assert before.kind is after.kind is nn.Sequential
-    assert notes.frozen == [False, False, True, True, False, False]
+    assert notes.frozen == [False, False, True, False, False, False]
     assert list(before.weights) == list(after.weights)
     assert all(torch.equal(value, after.weights[key]) for key, value in before.weights.items())
     assert (before.groups, before.identities) == (after.groups, after.identities)
@@ -110,18 +114,19 @@ def test_the_head_goes_back_to_the_mlp_of_the_freeze_with_its_optimizer_state(pa
         assert all(torch.equal(value, other[key]) for key, value in one.items())
     assert not torch.equal(module.blocks["head"][0].weight, before.weights["0.weight"])
     assert "`score` is 0.7, 0.7 since it was frozen, and was 0.8 before" in caplog.text
-    never = fit(StructureFreezeCallback(HEAD, churn_tolerance=0.0), FALLS, make_optimizer=make_optimizer)[2]
+    never = fit(freezing(freeze_at_epoch=None), None, FALLS, make_optimizer=make_optimizer)[2]
     assert notes.rates == never.rates
     assert (callback.frozen, callback.freeze_epoch, callback.freeze_reason) == (False, None, None)
     assert len(callback.churn_history) == 4
+    assert all(module.training for module in module.blocks.modules())
 
 
 def test_what_is_logged():
-    notes = fit(guarded(), FALLS)[2]
+    notes = fit(freezing(), judging(), FALLS)[2]
     logged = {key: [notes.metrics[epoch][f"structure/{key}"] for epoch in range(6)] for key in ("frozen", "reverts")}
-    assert logged == {"frozen": [0, 0, 1, 1, 0, 0], "reverts": [0, 0, 0, 0, 1, 1]}
-    assert [notes.metrics[epoch]["structure/freeze_epoch"] for epoch in range(6)] == [-1, -1, 2, 2, -1, -1]
-    without = fit(guarded(monitor=None), FALLS)[2]
+    assert logged == {"frozen": [0, 0, 1, 0, 0, 0], "reverts": [0, 0, 0, 1, 1, 1]}
+    assert [notes.metrics[epoch]["structure/freeze_epoch"] for epoch in range(6)] == [-1, -1, 2, -1, -1, -1]
+    without = fit(freezing(), None, FALLS)[2]
     assert "structure/reverts" not in without.metrics[5]
 
 
@@ -130,10 +135,10 @@ def test_what_is_logged():
     [
         ([0.5, 0.8, 0.7, 0.8], {}, True),
         ([0.5, 0.8, 0.797], {}, True),
-        ([0.5, 0.8, 0.79], {"revert_tolerance": 0.02}, True),
+        ([0.5, 0.8, 0.79], {"tolerance": 0.02}, True),
         ([0.5, 0.8, 0.79], {}, False),
-        ([0.5, 0.8, 0.7, 0.7, 0.9], {"revert_patience": 3}, True),
-        ([0.5, 0.8, 0.7, 0.9], {"revert_patience": 1}, False),
+        ([0.5, 0.8, 0.7, 0.7, 0.9], {"patience": 3}, True),
+        ([0.5, 0.8, 0.7, 0.9], {"patience": 1}, False),
         ([0.5, 0.8, 0.9], {"mode": "min"}, False),
         ([0.5, 0.8, 0.7], {"mode": "min"}, True),
         ([0.5, 0.8, math.nan], {}, False),
@@ -142,45 +147,61 @@ def test_what_is_logged():
     ],
 )
 def test_a_freeze_is_proven_by_one_validation_that_is_as_good(scores, options, frozen_at_end):
-    callback = guarded(**options)
-    fit(callback, scores, max_epochs=5)
+    callback, revert = freezing(), judging(**options)
+    fit(callback, revert, scores, max_epochs=5)
     assert callback.frozen is frozen_at_end
-    assert callback.heads[HEAD].guard.trial is None
-    assert callback.heads[HEAD].guard.reverts == (not frozen_at_end)
+    assert not revert.is_judging(HEAD)
+    assert revert.reverts[HEAD] == (not frozen_at_end)
 
 
 def test_what_was_kept_is_let_go_of_once_the_freeze_is_proven():
-    callback, kept = guarded(), []
+    callback, revert, kept = freezing(), judging(), []
 
     class Kept(Callback):
         def on_validation_end(self, trainer, pl_module):
-            kept.append(callback.heads[HEAD].guard.trial is not None)
+            kept.append("weights" in str(revert.state_dict()))
 
         def on_train_epoch_start(self, trainer, pl_module):
-            kept.append(callback.heads[HEAD].guard.trial is not None)
+            kept.append("weights" in str(revert.state_dict()))
 
     module, notes = Scripted([0.5, 0.8, 0.7, 0.8]), Notes()
-    make_trainer(callback, Kept(), notes, max_epochs=5, num_sanity_val_steps=0).fit(
+    make_trainer(callback, revert, Kept(), notes, max_epochs=5, num_sanity_val_steps=0).fit(
         module, make_loader(), make_loader()
     )
     assert kept == [False] * 4 + [True, True, True, False, False, False]
-    assert "weights" not in str(callback.state_dict())
 
 
-def test_a_head_that_loses_in_the_last_epoch_goes_back_at_the_end():
-    callback = guarded()
-    module, _, notes = fit(callback, FALLS, max_epochs=4)
-    assert notes.frozen == [False, False, True, True]
+@pytest.mark.parametrize("after_epoch", [True, False])
+def test_a_head_that_loses_in_the_last_epoch_goes_back_before_the_last_save(tmp_path, after_epoch):
+    callback = freezing()
+    saving = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=after_epoch)
+    module, _, notes = fit(callback, judging(), FALLS, saving, max_epochs=4)
+    assert notes.frozen == [False, False, True, False]
     assert not callback.frozen
     assert type(module.blocks["head"]) is nn.Sequential
     assert all(parameter.requires_grad for parameter in module.parameters())
     assert not module.blocks["head"]._forward_pre_hooks
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[key]) for key, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_it_works_wherever_it_stands_in_the_list_of_callbacks(place):
+    callbacks = [freezing(), Notes()]
+    callbacks.insert(place, judging())
+    module = Scripted(FALLS)
+    trainer = make_trainer(*callbacks)
+    trainer.fit(module, make_loader(), make_loader(32))
+    (notes,) = (callback for callback in callbacks if isinstance(callback, Notes))
+    assert notes.frozen == [False, False, True, False, False, False]
+    assert trainer.callback_metrics["structure/reverts"] == 1
+    assert type(module.blocks["head"]) is nn.Sequential
 
 
 def test_a_fit_that_ends_before_the_proof_says_so(caplog):
     with caplog.at_level("INFO"):
-        callback = guarded()
-        fit(callback, FALLS, max_epochs=3)
+        callback = freezing()
+        fit(callback, judging(), FALLS, max_epochs=3)
     assert "ends before the freeze of 'blocks.head' is proven: `score` is 0.7 since" in caplog.text
     assert callback.frozen
 
@@ -191,21 +212,23 @@ def test_it_waits_twice_as_long_after_every_time_and_is_not_forced_again():
         def validation_step(self, batch, batch_idx):
             self.log("score", 0.0 if isinstance(self.blocks["head"], GLAIHead) else 1.0, batch_size=1)
 
-    callback, notes = guarded(churn_tolerance=1.0, relative_tolerance=1.0, min_epochs=1, freeze_at_epoch=None), Notes()
-    make_trainer(callback, notes, max_epochs=20).fit(WorseWhileFrozen(), make_loader(), make_loader(32))
+    settles = {"churn_tolerance": 1.0, "relative_tolerance": 1.0, "freeze_at_epoch": None}
+    callback, revert, notes = freezing(**settles), judging(), Notes()
+    make_trainer(callback, revert, notes, max_epochs=20).fit(WorseWhileFrozen(), make_loader(), make_loader(32))
     runs = "".join("F" if frozen else "m" for frozen in notes.frozen)
-    assert runs == "m" + "FF" + "mm" + "FF" + "mmmm" + "FF" + "mmmmmmm"
-    assert callback.heads[HEAD].guard.reverts == 3
-    forced, notes = guarded(), Notes()
-    make_trainer(forced, notes, max_epochs=12).fit(WorseWhileFrozen(), make_loader(), make_loader(32))
-    assert "".join("F" if frozen else "m" for frozen in notes.frozen) == "mmFFmmmmmmmm"
+    # Noted after the verdict, so that of two frozen epochs the second ends as an MLP.
+    assert runs == "m" + "Fm" + "mm" + "Fm" + "mmmm" + "Fm" + "mmmmmmm"
+    assert revert.reverts[HEAD] == 3
+    forced, notes = freezing(), Notes()
+    make_trainer(forced, judging(), notes, max_epochs=12).fit(WorseWhileFrozen(), make_loader(), make_loader(32))
+    assert "".join("F" if frozen else "m" for frozen in notes.frozen) == "mmFmmmmmmmmm"
 
 
 def test_after_it_went_back_patience_counts_new_checks_only():
     options = {"churn_tolerance": 1.0, "relative_tolerance": 1.0, "freeze_at_epoch": None}
-    callback = guarded(patience=4, revert_patience=1, **options)
-    notes = fit(callback, [1.0, 1.0, 1.0, 1.0, 0.0, 1.0], max_epochs=10)[2]
-    assert "".join("F" if frozen else "m" for frozen in notes.frozen) == "mmmmFmmmmF"
+    scores = [1.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+    notes = fit(freezing(patience=4, **options), judging(patience=1), scores, max_epochs=10)[2]
+    assert "".join("F" if frozen else "m" for frozen in notes.frozen) == "mmmmmmmmmF"
 
 
 class Rings(LightningModule):
@@ -262,24 +285,24 @@ def test_a_freeze_forced_at_step_one_ends_as_good_as_without_it(paths, make_opti
     epochs, options = 50, {"paths": paths, **STEP_ONE[how]}
     never = accuracy_of_the_mlp(make_optimizer, epochs)
     forced = accuracy(make_optimizer, epochs, Once(**options))
-    callback = Once(monitor="accuracy", **options)
-    with_guard = accuracy(make_optimizer, epochs, callback)
+    revert = StructureRevert("accuracy")
+    with_revert = accuracy(make_optimizer, epochs, Once(**options), revert)
     assert forced < never - 0.05
-    assert with_guard > never - 0.02
-    assert callback.heads["head"].guard.reverts == 1
+    assert with_revert > never - 0.02
+    assert revert.reverts["head"] == 1
 
 
-def test_a_validation_before_the_first_step_after_a_freeze_is_the_score_at_the_freeze():
+def test_a_validation_before_the_first_step_after_a_freeze_says_nothing():
     # Validation and check both follow step 2, at which nothing has been trained frozen.
     class Counts(Scripted):
         validations = 0
 
         def validation_step(self, batch, batch_idx):
-            scores = [0.1, 0.9, 0.5, 0.5]
-            self.log("score", scores[min(Counts.validations, 3)], batch_size=1)
+            scores = [0.9, 0.1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+            self.log("score", scores[min(Counts.validations, 7)], batch_size=1)
             Counts.validations += 1
 
-    callback = guarded(
+    callback = freezing(
         check_every_n_steps=2, min_epochs=0, freeze_at_epoch=None, churn_tolerance=1.0, relative_tolerance=1.0
     )
     steps = []
@@ -288,11 +311,46 @@ def test_a_validation_before_the_first_step_after_a_freeze_is_the_score_at_the_f
         def on_train_batch_end(self, trainer, pl_module, *_):
             steps.append(isinstance(pl_module.blocks["head"], GLAIHead))
 
-    trainer = make_trainer(callback, Steps(), max_epochs=1, val_check_interval=1, num_sanity_val_steps=0)
+    trainer = make_trainer(callback, judging(), Steps(), max_epochs=1, val_check_interval=1, num_sanity_val_steps=0)
     trainer.fit(Counts(), make_loader(batch_size=16), make_loader(160, 160))
-    # Frozen after step 2 at a score of 0.9; worse after steps 3 and 4; back after step 5. It waits for two validations,
-    # freezes again at a score of 0.5, and stays.
+    # Frozen after step 2, at a score of 0.9 after step 1; worse after steps 3 and 4, and back. It waits for two
+    # validations, freezes again at a score of 0.5, and stays.
     assert steps == [False, True, True, True, False, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("when", ["before the validation", "after the validation"])
+def test_a_checkpoint_on_the_step_of_a_freeze_and_a_validation_resumes_to_the_same_end(tmp_path, when):
+    class ByStep(Scripted):
+        def validation_step(self, batch, batch_idx):
+            frozen = isinstance(self.blocks["head"], GLAIHead)
+            self.log("score", 0.1 if frozen and self.global_step < 12 else 0.5 + 0.01 * self.global_step, batch_size=1)
+
+    def run(*checkpoints, ckpt_path=None):
+        seed_everything(5, verbose=False)
+        settles = {"churn_tolerance": 1.0, "relative_tolerance": 1.0, "probe_size": 16, "min_epochs": 0}
+        callback, revert = freezing(freeze_at_epoch=None, check_every_n_steps=2, **settles), judging(patience=1)
+        module = ByStep()
+        trainer = make_trainer(callback, revert, *checkpoints, max_epochs=5, val_check_interval=2)
+        trainer.fit(module, datamodule=features(), ckpt_path=ckpt_path)
+        return module.state_dict(), callback, revert
+
+    options = {"every_n_train_steps": 2} if when == "before the validation" else {"save_on_train_epoch_end": False}
+    weights, callback, revert = run(ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", **options))
+    assert revert.reverts[HEAD] >= 1
+    cuts = 0
+    for cut in sorted(tmp_path.glob("*.ckpt")):
+        saved = torch.load(cut, weights_only=True)
+        (state,) = (v for k, v in saved["callbacks"].items() if "StructureRevert" in k)
+        trial = state["heads"][HEAD]["trial"]
+        if when == "before the validation" and (trial is None or trial["step"] != saved["global_step"]):
+            # Lightning leaves out the validation that would follow, and with it a score.
+            continue
+        cuts += 1
+        resumed, resumed_callback, resumed_revert = run(ckpt_path=cut)
+        assert str(resumed_callback.state_dict()) == str(callback.state_dict()), cut
+        assert str(resumed_revert.state_dict()) == str(revert.state_dict()), cut
+        assert all(torch.equal(value, resumed[key]) for key, value in weights.items()), cut
+    assert cuts >= 2
 
 
 def features():
@@ -309,12 +367,15 @@ def test_a_fit_cut_before_while_and_after_the_freeze_is_judged_ends_bitwise_the_
 ):
     def run(*checkpoints, ckpt_path=None):
         seed_everything(5, verbose=False)
-        callback = guarded(paths=paths, freeze_at_epoch=1, churn_tolerance=1.0, relative_tolerance=1.0)
+        # One batch is enough for a check, also after a cut.
+        settles = {"churn_tolerance": 1.0, "relative_tolerance": 1.0, "probe_size": 16}
+        callback = freezing(paths=paths, freeze_at_epoch=1, **settles)
+        revert = judging()
         module = Scripted([0.8, 0.7, 0.7, 0.9, 0.9, 0.8], make_optimizer)
         module.blocks["head"] = mlp_head(FEATURES, HIDDEN, CLASSES, batch_norm=True)
-        trainer = make_trainer(callback, *checkpoints, max_epochs=6)
+        trainer = make_trainer(callback, revert, *checkpoints, max_epochs=6)
         trainer.fit(module, datamodule=features(), ckpt_path=ckpt_path)
-        return module.state_dict(), trainer.optimizers[0].state_dict(), callback
+        return module.state_dict(), trainer.optimizers[0].state_dict(), callback, revert
 
     options = {
         "after the epoch": {"save_on_train_epoch_end": True},
@@ -322,17 +383,17 @@ def test_a_fit_cut_before_while_and_after_the_freeze_is_judged_ends_bitwise_the_
         # Never after an epoch's last batch: a fit resumed from there is not validated by Lightning, with or without us.
         "in the middle of an epoch": {"every_n_train_steps": 7},
     }[when]
-    weights, optimizer, callback = run(ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", **options))
+    weights, optimizer, callback, revert = run(ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", **options))
     assert callback.frozen
     assert callback.freeze_epoch == 5
-    assert callback.heads[HEAD].guard.reverts == 1
+    assert revert.reverts[HEAD] == 1
     cuts = sorted(tmp_path.glob("*.ckpt"))
     assert len(cuts) >= 4
     judged = 0
     for cut in cuts:
-        (state,) = (v for k, v in torch.load(cut, weights_only=True)["callbacks"].items() if "Structure" in k)
-        judged += state["guard"]["trial"] is not None
-        resumed_weights, resumed_optimizer, resumed = run(ckpt_path=cut)
+        (state,) = (v for k, v in torch.load(cut, weights_only=True)["callbacks"].items() if "StructureRevert" in k)
+        judged += any(head["trial"] is not None for head in state["heads"].values())
+        resumed_weights, resumed_optimizer, resumed, resumed_revert = run(ckpt_path=cut)
         assert list(weights) == list(resumed_weights)
         assert all(torch.equal(value, resumed_weights[key]) for key, value in weights.items())
         assert resumed_optimizer["param_groups"] == optimizer["param_groups"]
@@ -340,6 +401,7 @@ def test_a_fit_cut_before_while_and_after_the_freeze_is_judged_ends_bitwise_the_
         for position, entries in optimizer["state"].items():
             assert all(torch.equal(v, resumed_optimizer["state"][position][k]) for k, v in entries.items())
         assert str(resumed.state_dict()) == str(callback.state_dict())
+        assert str(resumed_revert.state_dict()) == str(revert.state_dict())
     assert judged >= 2
 
 
@@ -371,11 +433,11 @@ def test_two_processes_go_back_together_and_stay_identical(tmp_path, paths):
     backbone = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Tanh())
     module = EachRankItsScore(mlp_head(FEATURES, HIDDEN, CLASSES), backbone, freeze_backbone=False)
     loader = DataLoader(TensorDataset(*make_data(160)), batch_size=16, shuffle=True)
-    callback = guarded("head", paths=paths)
-    trainer = make_trainer(callback, SaveEveryRank(tmp_path), max_epochs=6, devices=2, strategy="ddp_fork")
+    callback = freezing("head", paths=paths)
+    trainer = make_trainer(callback, judging(), SaveEveryRank(tmp_path), max_epochs=6, devices=2, strategy="ddp_fork")
     trainer.fit(module, loader, make_loader())
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert first["frozen"] == second["frozen"] == [False, False, True, True, False, False]
+    assert first["frozen"] == second["frozen"] == [False, False, True, False, False, False]
     assert all(torch.equal(value, second["weights"][key]) for key, value in first["weights"].items())
     assert first["optimizer"].keys() == second["optimizer"].keys() == set(range(6))
     for position, entries in first["optimizer"].items():
@@ -390,24 +452,24 @@ class FirstRankAlone(SupervisedModule):
 
 @pytest.mark.processes
 def test_a_metric_that_one_process_lacks_stops_them_all():
-    trainer = make_trainer(guarded("head"), devices=2, strategy="ddp_fork")
+    trainer = make_trainer(freezing("head"), judging(), devices=2, strategy="ddp_fork")
     with pytest.raises(Exception, match="Expected `monitor` to name a metric that the validation logs"):
         trainer.fit(FirstRankAlone(mlp_head(FEATURES, HIDDEN, CLASSES)), make_loader(), make_loader())
 
 
 def test_a_solve_that_makes_things_worse_is_undone_before_the_fit_stops():
-    callback = guarded(solver=LogisticSolver(max_passes=5), stop_after_solve=True)
-    _, trainer, notes = fit(callback, [0.8, 0.1, 0.1, 0.9], max_epochs=6)
+    callback = freezing(solver=LogisticSolver(max_passes=5), stop_after_solve=True)
+    _, trainer, notes = fit(callback, judging(), [0.8, 0.1, 0.1, 0.9], max_epochs=6)
     # Solved at the end of epoch 1, and worse in the validations of epochs 1 and 2.
-    assert notes.frozen == [False, True, True, False, False, False]
+    assert notes.frozen == [False, True, False, False, False, False]
     assert trainer.current_epoch == 6
     assert callback.solve_report is None
 
 
 def test_stopping_after_the_solve_waits_for_the_proof():
     for scores, epochs in (([0.8, 0.8], 2), ([0.8, 0.1, 0.8], 3)):
-        callback = guarded(solver=LogisticSolver(max_passes=5), stop_after_solve=True)
-        _, trainer, _ = fit(callback, scores, max_epochs=6)
+        callback = freezing(solver=LogisticSolver(max_passes=5), stop_after_solve=True)
+        _, trainer, _ = fit(callback, judging(), scores, max_epochs=6)
         assert trainer.current_epoch == epochs
         assert callback.frozen
         assert callback.solve_report is not None
@@ -426,9 +488,9 @@ def test_one_of_several_heads_goes_back():
         def should_freeze(self, head):
             return len(head.churn_history) == {HEAD: 3, "blocks.other": 1}[head.name]
 
-    callback, notes = OneAfterTheOther("blocks.*", monitor="score"), Notes()
-    make_trainer(callback, notes).fit(Two(), make_loader(), make_loader(32))
-    assert [notes.metrics[epoch]["structure/frozen/blocks.head"] for epoch in range(6)] == [0, 0, 0, 1, 1, 0]
+    callback, notes = OneAfterTheOther("blocks.*"), Notes()
+    make_trainer(callback, judging(), notes).fit(Two(), make_loader(), make_loader(32))
+    assert [notes.metrics[epoch]["structure/frozen/blocks.head"] for epoch in range(6)] == [0, 0, 0, 1, 0, 0]
     assert [notes.metrics[epoch]["structure/frozen/blocks.other"] for epoch in range(6)] == [0, 1, 1, 1, 1, 1]
     assert notes.metrics[5]["structure/reverts/blocks.head"] == 1
     assert notes.metrics[5]["structure/reverts/blocks.other"] == 0
@@ -436,60 +498,56 @@ def test_one_of_several_heads_goes_back():
 
 def test_a_metric_that_the_validation_does_not_log_is_an_error_in_the_first_one():
     steps = []
-    callback = guarded(monitor="accuracy")
+    revert = StructureRevert("accuracy")
     module = Scripted([0.5])
     module.on_train_batch_end = lambda *_: steps.append(1)
     with pytest.raises(MisconfigurationException, match=r"but got 'accuracy'. Logged are: \['loss', 'score'\]|'score'"):
-        make_trainer(callback).fit(module, make_loader(), make_loader(32))
+        make_trainer(freezing(), revert).fit(module, make_loader(), make_loader(32))
     assert len(steps) == 5
 
 
 def test_a_monitor_without_validation_is_refused_before_training():
     with pytest.raises(MisconfigurationException, match="Expected a fit with validation"):
-        make_trainer(guarded()).fit(Scripted([0.5]), make_loader())
+        make_trainer(freezing(), judging()).fit(Scripted([0.5]), make_loader())
 
 
 def test_sanity_checking_is_not_a_validation():
-    callback = guarded(freeze_at_epoch=0, revert_patience=1)
-    fit(callback, [0.5], max_epochs=2)
-    assert callback.heads[HEAD].guard.reverts == 1
+    revert = judging(patience=1)
+    fit(freezing(freeze_at_epoch=0), revert, [0.5], max_epochs=2)
+    assert revert.reverts[HEAD] == 1
 
 
 def test_a_new_fit_forgets_what_was_kept_for_the_optimizer_of_the_last():
-    callback = guarded()
-    module, _, _ = fit(callback, FALLS, max_epochs=3)
-    assert callback.heads[HEAD].guard.trial is not None
-    make_trainer(callback, max_epochs=3).fit(module, make_loader(), make_loader(32))
+    callback, revert = freezing(), judging()
+    module, _, _ = fit(callback, revert, FALLS, max_epochs=3)
+    assert revert.is_judging(HEAD)
+    make_trainer(callback, revert, max_epochs=3).fit(module, make_loader(), make_loader(32))
     assert callback.frozen
-    assert callback.heads[HEAD].guard.trial is None
+    assert not revert.is_judging(HEAD)
+
+
+def test_it_is_refused_without_a_freeze_to_judge():
+    with pytest.raises(MisconfigurationException, match="to have a `StructureFreezeCallback` beside `StructureRevert`"):
+        make_trainer(judging()).fit(Scripted([0.5]), make_loader(), make_loader(32))
 
 
 def test_the_fit_report_tells_of_a_head_that_went_back():
     report = FitReport(score="score")
-    fit(guarded(), FALLS, report)
-    assert [epoch.frozen for epoch in report.record.epochs] == [False, False, True, True, False, False]
+    fit(freezing(), judging(), FALLS, report)
+    assert [epoch.frozen for epoch in report.record.epochs][:3] == [False, False, True]
     assert not report.record.frozen
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "min"}, "Expected `monitor` to be given with `mode`, but got None."),
-        ({"revert_patience": 3}, "Expected `monitor` to be given with `revert_patience`, but got None."),
-        ({"revert_tolerance": 0.1}, "Expected `monitor` to be given with `revert_tolerance`, but got None."),
-        ({"monitor": "a", "mode": "best"}, "Expected `mode` to be 'min' or 'max', but got 'best'."),
-        (
-            {"monitor": "a", "revert_tolerance": -1},
-            "Expected `revert_tolerance` to be a number in [0, inf], but got -1.",
-        ),
-        (
-            {"monitor": "a", "revert_patience": 0},
-            "Expected `revert_patience` to be an integer of at least 1, but got 0.",
-        ),
+        ({"mode": "best"}, "Expected `mode` to be 'min' or 'max', but got 'best'."),
+        ({"tolerance": -1}, "Expected `tolerance` to be a finite number in [0, inf], but got -1."),
+        ({"patience": 0}, "Expected `patience` to be an integer of at least 1, but got 0."),
         ({"monitor": 3}, "Expected `monitor` to be the name of a metric, but got 3."),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(MisconfigurationException) as caught:
-        StructureFreezeCallback(**arguments)
+        StructureRevert(**{"monitor": "score", **arguments})
     assert str(caught.value) == message

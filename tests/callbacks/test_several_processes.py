@@ -98,7 +98,7 @@ def test_two_processes_end_where_one_ends_that_reads_the_batches_of_both(tmp_pat
 
 @pytest.mark.parametrize("memory", [2**30, 0], ids=["held", "read in every pass"])
 def test_samples_that_a_sampler_repeats_count_once_in_a_solve(tmp_path, monkeypatch, memory):
-    monkeypatch.setattr("glai_lightning.fitting.solving.INPUTS_IN_MEMORY", memory)
+    monkeypatch.setattr("glai_lightning.fitting.head_data.INPUTS_IN_MEMORY", memory)
     fit = DistributedFit(solver=True, body=False, lr=0.0, freeze_at_epoch=1, count=4)
     _, (first, *_) = fit_in(tmp_path / "shared", fit, max_epochs=1)
     _, (alone,) = fit_in(tmp_path / "alone", fit.in_one_process(), max_epochs=1)
@@ -107,8 +107,8 @@ def test_samples_that_a_sampler_repeats_count_once_in_a_solve(tmp_path, monkeypa
 
 
 class FailsInOne(StructureFreezeCallback):
-    def inputs_and_targets(self, trainer, pl_module, batch, batch_idx, stage):
-        if trainer.global_rank == 1 and self.frozen:
+    def inputs_and_targets(self, batch, batch_idx, stage, head):
+        if head.trainer.global_rank == 1 and self.frozen:
             raise LookupError("no such target")
         return batch[0], batch[1]
 

@@ -7,7 +7,8 @@ import torch
 from fits import HEAD, SomebodysModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from glai_lightning.fitting.conversion import check_optimizers, check_trainer
+from glai_lightning.fitting.heads_in_module import HeadSlot
+from glai_lightning.fitting.support import check_optimizers, check_trainer
 
 NAMESPACES = [lightning.pytorch.strategies, pytorch_lightning.strategies]
 
@@ -74,4 +75,4 @@ def test_an_optimizer_that_shards_its_state_is_refused_by_name():
     module = SomebodysModule()
     trainer = SimpleNamespace(optimizers=[ZeroRedundancyOptimizer(module.parameters(), 0.1)])
     with pytest.raises(MisconfigurationException, match="but got `ZeroRedundancyOptimizer`"):
-        check_optimizers(trainer, module.get_submodule(HEAD), HEAD)
+        check_optimizers(trainer, HeadSlot(module, HEAD), "output")

@@ -408,7 +408,7 @@ class UncalledHead(SomebodysModule):
 @pytest.mark.parametrize(
     ("make", "name", "message"),
     [
-        (SomebodysModule, "head", r"but got 'head'. Modules that look like heads: \['blocks.head'\]"),
+        (SomebodysModule, "head", r"but got 'head'. Modules that can be used as a head: \['blocks.head'\]"),
         (SomebodysModule, "body", "but got `Linear` with 1 Linear"),
         (
             lambda: SomebodysModule(nn.Sequential(nn.Linear(8, 4), nn.GELU(), nn.Linear(4, 3))),
@@ -422,11 +422,11 @@ class UncalledHead(SomebodysModule):
             HEAD,
             "momentum=None",
         ),
-        (TwoNames, HEAD, "under 'projection' as well"),
-        (SharedLayer, HEAD, "'blocks.head.2' under 'classifier' as well"),
+        (TwoNames, HEAD, r"'blocks.head.0.weight' under 'projection.0.weight' as well"),
+        (SharedLayer, HEAD, "'blocks.head.2.weight' under 'classifier.weight' as well"),
         (ManualModule, HEAD, "manual optimization"),
         (UntrainedHead, HEAD, "it holds none of them"),
-        (UncalledHead, HEAD, "it saw no input in the first batch"),
+        (UncalledHead, HEAD, "only modules in it are called"),
     ],
 )
 def test_modules_that_cannot_be_frozen_are_refused_at_once(make, name, message):
@@ -464,15 +464,18 @@ def test_strategies_that_shard_are_refused_by_name():
     ("arguments", "message"),
     [
         ({"paths": "all"}, "Expected `paths` to be 'output', 'tangent' or 'independent', but got 'all'."),
-        ({"churn_tolerance": 1.5}, "Expected `churn_tolerance` to be a number in [0, 1], but got 1.5."),
-        ({"churn_tolerance": float("nan")}, "Expected `churn_tolerance` to be a number in [0, 1], but got nan."),
-        ({"relative_tolerance": 0.0}, "Expected `relative_tolerance` to be a number in (0, 1], but got 0.0."),
+        ({"churn_tolerance": 1.5}, "Expected `churn_tolerance` to be a finite number in [0, 1], but got 1.5."),
+        ({"churn_tolerance": float("nan")}, "Expected `churn_tolerance` to be a finite number in [0, 1], but got nan."),
+        ({"relative_tolerance": 0.0}, "Expected `relative_tolerance` to be a finite number in (0, 1], but got 0.0."),
         ({"patience": 0}, "Expected `patience` to be an integer of at least 1, but got 0."),
         ({"min_epochs": -1}, "Expected `min_epochs` to be an integer of at least 0, but got -1."),
         ({"freeze_at_epoch": -1}, "Expected `freeze_at_epoch` to be an integer of at least 0, but got -1."),
         ({"min_epochs": None}, "Expected `min_epochs` to be an integer of at least 0, but got None."),
         ({"churn_tolerance": "a"}, "Expected `churn_tolerance` to be a number in [0, 1], but got 'a'."),
-        ({"solver": "ridge"}, "Expected `solver` to be a `LogisticSolver` or a `RidgeSolver`, but got 'ridge'."),
+        (
+            {"solver": "ridge"},
+            "Expected `solver` to be 'auto', a `LogisticSolver` or a `RidgeSolver`, but got 'ridge'.",
+        ),
         ({"probe_size": 0}, "Expected `probe_size` to be an integer of at least 1, but got 0."),
     ],
 )

@@ -54,7 +54,10 @@ def test_a_head_that_another_callback_freezes_no_longer_churns():
 
 @pytest.mark.parametrize(
     ("modules", "message"),
-    [("nothing.*", r"but got 'nothing.\*'. Modules that look like heads: \['blocks.head'\]"), ("body", "`Linear`")],
+    [
+        ("nothing.*", r"but got 'nothing.\*'. Modules that can be used as a head: \['blocks.head'\]"),
+        ("body", "`Linear`"),
+    ],
 )
 def test_what_cannot_be_watched_is_refused_before_training(modules, message):
     with pytest.raises(MisconfigurationException, match=message):

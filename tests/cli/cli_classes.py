@@ -1,5 +1,10 @@
 """Classes that are named on the command line."""
 
+import errno
+import os
+import urllib.error
+
+import torch
 from fits import SomebodysModule, make_loader
 from lightning.pytorch import Callback
 
@@ -36,3 +41,37 @@ class SaysTrainingClasses(Callback):
     def on_train_start(self, trainer, pl_module):
         episodes = trainer.datamodule.episodes["train"]
         print("trained on classes", *sorted({int(y) for n in range(40) for y in episodes[n]["query_labels"]}))
+
+
+class ScoredByEpoch(WithItsOwnData):
+    """Is best after its second epoch, and tells in a test after how many epochs its weights were saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("epochs", torch.zeros(()))
+
+    def on_train_epoch_start(self):
+        self.epochs += 1
+
+    def on_validation_epoch_end(self):
+        self.log("val/given", [0.1, 0.9, 0.3, 0.2, 0.5][self.current_epoch])
+
+    def test_step(self, batch, batch_idx):
+        self.log("test/epochs", self.epochs)
+
+    def test_dataloader(self):
+        return make_loader(64)
+
+
+class FillsTheDisk(Callback):
+    """Fails as a write to a full disk does."""
+
+    def on_train_start(self, trainer, pl_module):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class CannotDownload(Callback):
+    """Fails as a library does that cannot reach a server."""
+
+    def on_train_start(self, trainer, pl_module):
+        raise urllib.error.URLError("Name or service not known")

@@ -44,7 +44,7 @@ ON_OWN_DATA = {RECIPES / "images.yaml", RECIPES / "texts.yaml"}
 def test_every_shipped_recipe_freezes_itself_and_is_tested(recipe, capsys):
     assert main(["fit", "--config", str(recipe), *QUIET]) == 0
     table = capsys.readouterr().out.split("Fit report")[1]
-    assert "frozen at the start of epoch" in table
+    assert "frozen after" in table
     assert "(best.ckpt)" in table
 
 
@@ -122,6 +122,56 @@ def test_the_table_of_a_resumed_fit_tells_of_all_epochs(capsys):
     assert sum(int(number) for number in epochs.split()[1:]) == 6
 
 
+def checkpointing(**changes):
+    """Return the configuration of a module that is best after its second epoch, with both checkpoints."""
+    kept = [{"filename": "best", "monitor": "val/given", "mode": "max"}, {"filename": "last"}]
+    checkpoint = "lightning.pytorch.callbacks.ModelCheckpoint"
+    freeze = {"class_path": "glai_lightning.callbacks.StructureFreezeCallback"}
+    freeze["init_args"] = {"head": "blocks.head", "freeze_at_epoch": 1}
+    trainer = {
+        "accelerator": "cpu",
+        "logger": {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": "runs", "name": "own"},
+        },
+        "callbacks": [
+            {"class_path": "glai_lightning.callbacks.FitReport"},
+            freeze,
+            *({"class_path": checkpoint, "init_args": {**one, "enable_version_counter": False}} for one in kept),
+        ],
+    }
+    return {"model": {"class_path": "cli_classes.ScoredByEpoch"}, "trainer": {**trainer, **changes}}
+
+
+def test_a_resumed_fit_tests_the_best_epoch_that_its_table_names(capsys):
+    Path("own.yaml").write_text(yaml.safe_dump(checkpointing()))
+    arguments = ["--config", "own.yaml", *QUIET]
+    assert main(["fit", *arguments, "--trainer.max_epochs=3"]) == 0
+    last = "runs/own/version_0/checkpoints/last.ckpt"
+    capsys.readouterr()
+    assert main(["fit", *arguments, "--trainer.max_epochs=5", "--ckpt_path", last]) == 0
+    table = capsys.readouterr().out.split("Fit report")[1]
+    assert "best 0.9000 (epoch 1, frozen)" in table
+    assert "2.0000 (best.ckpt)" in table
+
+
+def test_best_and_last_are_those_of_the_latest_fit(capsys):
+    Path("own.yaml").write_text(yaml.safe_dump(checkpointing()))
+    for _ in range(2):
+        assert main(["fit", "--config", "own.yaml", *QUIET, "--trainer.max_epochs=3"]) == 0
+    for name, epochs in (("best", 2.0), ("last", 3.0)):
+        capsys.readouterr()
+        assert main(["test", "--config", "own.yaml", *QUIET, f"--ckpt_path={name}"]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "test/epochs" in line]
+        assert str(epochs) in line
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_best_checkpoint_without_an_earlier_fit_is_answered_with_a_sentence(command, capsys):
+    assert main([command, "--config", SUPERVISED, *DRY, "--ckpt_path=best"]) == 1
+    assert "error: Expected the best checkpoint of an earlier fit in 'runs" in capsys.readouterr().err
+
+
 def test_the_test_split_can_be_left_alone(capsys):
     fit("--trainer.limit_test_batches=0")
     table = capsys.readouterr().out.split("Fit report")[1]
@@ -197,7 +247,7 @@ def test_a_cycle_from_the_command_line_is_stepped_after_every_batch(capsys):
 
 def test_a_fit_with_lightnings_optimizer_freezes(capsys):
     fit("--optimizer=AdamW", "--optimizer.lr=0.01")
-    assert "frozen at the start of epoch" in capsys.readouterr().out
+    assert "frozen after" in capsys.readouterr().out
 
 
 def test_any_module_and_data_can_be_named(capsys):
@@ -214,7 +264,7 @@ def test_any_module_and_data_can_be_named(capsys):
     arguments += ["--trainer.callbacks+=glai_lightning.callbacks.FitReport"]
     assert main(["fit", "--config", "somebody.yaml", *QUIET, *arguments]) == 0
     table = capsys.readouterr().out.split("Fit report")[1]
-    assert "frozen at the start of epoch 1: asked to freeze at epoch 1" in table
+    assert "frozen after 1 epoch (step 5): asked to freeze" in table
     assert "no plots were written" in table
 
 
@@ -258,7 +308,7 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
                 "--trainer.callbacks+=glai_lightning.callbacks.StructureFreezeCallback",
                 "--trainer.callbacks.churn_tolerance=2",
             ],
-            "Expected `churn_tolerance` to be a number in [0, 1], but got 2.0.",
+            "Expected `churn_tolerance` to be a finite number in [0, 1], but got 2.0.",
         ),
         (
             [
@@ -269,16 +319,21 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
         ),
         (
             [
-                "--trainer.callbacks+=glai_lightning.callbacks.StructureFreezeCallback",
-                "--trainer.callbacks.revert_patience=3",
+                "--trainer.callbacks+=glai_lightning.callbacks.StructureRevert",
+                "--trainer.callbacks.monitor=val/accuracy",
+                "--trainer.callbacks.patience=0",
             ],
-            "Expected `monitor` to be given with `revert_patience`, but got None.",
+            "Expected `patience` to be an integer of at least 1, but got 0.",
         ),
         (
             ["--model.head.in_features=7"],
             "Expected the head to take the 64 features of the data, but got a head for 7.",
         ),
         (["--ckpt_path=nowhere.ckpt"], "but got 'nowhere.ckpt', which does not exist."),
+        (["--ckpt_path=."], "but got '.', which is not a file."),
+        (["--ckpt_path=/dev/null"], "but got '/dev/null', which is not a file."),
+        (["--trainer.callbacks+=cli_classes.FillsTheDisk"], "error: No space left on device."),
+        (["--trainer.callbacks+=cli_classes.CannotDownload"], "A download failed. <urlopen error Name or service"),
         (
             ["--lr_scheduler=ConstantLR"],
             "Expected `--lr_scheduler` to come with `--optimizer`, without which it has no effect",

@@ -66,14 +66,15 @@ def run(tmp_path, make=None, **changes):
 
 
 def test_every_variant_is_run_with_every_seed_in_turn(tmp_path):
-    variants = "mlp,output,output+solve,tangent,independent,independent+solve,random"
+    variants = "mlp,annealed,output,output+solve,tangent,independent,independent+solve,random,linear"
     comparison = run(tmp_path, Made(max_epochs=2), variants=variants, seeds=2)
     lines = (tmp_path / "comparison" / "runs.jsonl").read_text().splitlines()[1:]
     order = [(run["seed"], run["variant"]) for run in map(json.loads, lines)]
-    assert [seed for seed, _ in order] == [0] * 7 + [1] * 7
-    assert {variant for _, variant in order[:7]} == {variant for _, variant in order[7:]} == set(variants.split(","))
+    assert [seed for seed, _ in order] == [0] * 9 + [1] * 9
+    assert {variant for _, variant in order[:9]} == {variant for _, variant in order[9:]} == set(variants.split(","))
+    assert order[8][1] == order[17][1] == "annealed"
     frozen = {run.variant: run.frozen for run in comparison.runs}
-    assert frozen == {variant: variant != "mlp" for variant in variants.split(",")}
+    assert frozen == {variant: variant not in ("mlp", "annealed") for variant in variants.split(",")}
     epochs = {run.variant: len(run.epochs) for run in comparison.of("mlp") + comparison.of("output+solve")}
     assert epochs == {"mlp": 2, "output+solve": 1}
 
@@ -87,7 +88,7 @@ def test_files_hold_what_the_protocol_asks_for(tmp_path):
     for one in read["runs"]:
         assert one.keys() >= RUN_KEYS
         assert one["parameters"].keys() == {"total", "trainable", "optimizer_state_bytes"}
-        assert all(epoch.keys() == EPOCH_KEYS for epoch in one["epochs"])
+        assert all(epoch.keys() >= EPOCH_KEYS for epoch in one["epochs"])
     summary = read["summary"]["output+solve"]
     assert summary["speedup_finished"].keys() == summary["speedup_best"].keys() == {"mean", "low", "high", "p"}
     assert summary["test_difference"].keys() == {"mean", "low", "high"}
@@ -120,6 +121,52 @@ def test_the_looks_of_the_solver_at_validation_data_are_counted(tmp_path):
     minibatch = LogisticSolver(max_passes=3, method="minibatch", batch_size=8)
     assert 3 <= run(tmp_path / "a", solver=quasi_newton).of("output+solve")[0].evaluations <= 6
     assert 3 <= run(tmp_path / "b", solver=minibatch).of("output+solve")[0].evaluations <= 5
+
+
+class Rates(Callback):
+    def __init__(self):
+        self.rates = []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_the_annealed_mlp_is_given_the_time_of_the_solved_fit_under_one_cycle(tmp_path):
+    make = Made(Rates, max_epochs=4, freeze={"freeze_at_epoch": 2})
+    comparison = run(tmp_path, make, variants="mlp,output+solve,annealed", patience=1)
+    mlp, solved, annealed = comparison.runs
+    of_an_epoch = mlp.finished_cpu_seconds / mlp.num_epochs
+    assert annealed.num_epochs == max(1, round(solved.finished_cpu_seconds / of_an_epoch))
+    rates = make.parts[-1][2].callbacks[1].rates
+    assert len(rates) == 3 * annealed.num_epochs
+    assert rates[0] < rates[1]
+    assert max(rates) > 0.001 > 10 * rates[-1]
+
+
+def test_the_time_until_the_mlp_was_as_good_is_told(tmp_path):
+    class Scored(scored([0.1, 0.9, 0.95])):
+        def on_validation_epoch_end(self):
+            self.log("val/given", 0.9 if isinstance(self.head, GLAIHead) else next(self.scores))
+
+    comparison = run(tmp_path, Made(module=Scored), score="val/given", variants="mlp,output", seeds=2)
+    summary = comparison.summary["output"]
+    seconds = [run.epochs[1].cpu_seconds for run in comparison.of("mlp")]
+    assert (summary.mlp_reached_runs, summary.mlp_reached_seconds) == (2, pytest.approx(sum(seconds) / 2))
+    assert comparison.summary["mlp"].mlp_reached_runs == 2
+
+
+def test_fits_compute_on_the_threads_that_are_named(tmp_path):
+    used = []
+
+    class Threads(Callback):
+        def on_train_start(self, *_):
+            used.append(torch.get_num_threads())
+
+    torch.set_num_threads(2)
+    comparison = run(tmp_path, Made(Threads), variants="mlp,output")
+    assert set(used) == {1}
+    assert comparison.machine["threads"] == 1
+    assert torch.get_num_threads() == 2
 
 
 def test_both_sides_are_the_same_fit_until_the_freeze(tmp_path):
@@ -209,7 +256,7 @@ def test_somebodys_own_module_is_compared_without_test_data(tmp_path):
     comparison = run(tmp_path, make, score="val_loss", mode="min", head=HEAD, variants=variants, seeds=2)
     assert all(run.test_score is None for run in comparison.runs)
     assert comparison.summary["random"].test_difference is None
-    assert "validation score (there is no test data)" in comparison.verdict.sentence
+    assert "val_loss (there is no test data)" in comparison.verdict.sentence
     assert "test (no data)" in text_report(comparison)
 
 
@@ -248,7 +295,7 @@ def test_other_callbacks_are_kept_and_what_writes_or_draws_is_not(tmp_path, monk
     trainers = [trainer for _, _, trainer in make.parts[-2:]]
     assert all(trainer.callbacks[1].batches > 0 for trainer in trainers)
     names = [type(callback).__name__ for callback in trainers[1].callbacks]
-    assert names == ["RunRecorder", "Counts", "LearningRateMonitor", "StructureFreezeCallback", "EarlyStopping"]
+    assert names == ["Recorder", "Counts", "LearningRateMonitor", "StructureFreezeCallback", "EarlyStopping"]
     assert {path.name for path in tmp_path.iterdir()} == {"comparison"}
 
 
@@ -259,7 +306,7 @@ class CutShortError(Exception):
 def test_an_interrupted_comparison_goes_on_without_repeating_finished_runs(tmp_path):
     class Stops(Made):
         def __call__(self, seed):
-            # Behind two rehearsals and three runs.
+            # After two dry runs and three runs.
             if len(self.parts) == 5:
                 raise CutShortError
             return super().__call__(seed)
@@ -272,7 +319,7 @@ def test_an_interrupted_comparison_goes_on_without_repeating_finished_runs(tmp_p
     comparison = run(tmp_path, resumed, seeds=2)
     assert (tmp_path / "comparison" / "runs.jsonl").read_text().startswith(kept)
     assert len(comparison.runs) == 4
-    # The rehearsal of the MLP, and the one run that was missing, which is one of it.
+    # The dry run of the MLP, and the one run that was missing, which is one of it.
     assert len(resumed.parts) == 2
 
 
@@ -296,12 +343,12 @@ def test_runs_under_other_rules_are_not_mixed_in(tmp_path):
     [
         ({"seeds": 0}, "Expected `seeds` to be an integer of at least 1, but got 0"),
         ({"mode": "most"}, "Expected `mode` to be 'min' or 'max', but got 'most'"),
-        ({"patience": 0}, "Expected `patience` to be an integer of at least 1 or None, but got 0"),
+        ({"patience": 0}, "Expected `patience` to be an integer of at least 1, but got 0"),
         ({"score": "val/beauty"}, r"Expected the validation score 'val/beauty' to be logged .* 'val/accuracy'"),
         ({"test_score": "test/beauty"}, r"Expected the test score 'test/beauty' to be logged .* 'test/accuracy'"),
         (
             {"head": "heart"},
-            r"Expected `head` to name a module .* but got 'heart'. Modules that look like heads: .'head'",
+            r"Expected `head` to name a module .* but got 'heart'. Modules that can be used as a head: .'head'",
         ),
     ],
 )
@@ -312,7 +359,7 @@ def test_what_cannot_be_compared_is_said_before_anything_is_measured(tmp_path, c
     assert not runs.exists() or runs.read_text().count("\n") == 1
 
 
-def test_a_loss_that_cannot_be_solved_is_found_out_in_the_rehearsal(tmp_path):
+def test_a_loss_that_cannot_be_solved_is_found_out_in_the_dry_run(tmp_path):
     class Unusual(SupervisedModule):
         def loss(self, predictions, targets):
             return F.multi_margin_loss(predictions, targets)

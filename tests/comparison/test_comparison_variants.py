@@ -1,14 +1,15 @@
 """The sides of a comparison."""
 
 import pytest
+import torch
 from fits import FEATURES
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from glai_lightning import matched_hidden_features, mlp_head
 from glai_lightning.callbacks import StructureFreezeCallback
-from glai_lightning.comparison.variants import find_variant, find_variants, freeze_callback, matched_head
-from glai_lightning.heads.frozen import freeze_structure
+from glai_lightning.comparison.variants import find_variant, find_variants, freeze_callback, linear_head, matched_head
+from glai_lightning.heads import freeze_structure
 from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 
@@ -26,6 +27,7 @@ def test_names_are_found_in_their_order():
         ("output,tangent", "Expected `variants` to hold 'mlp'"),
         ("mlp", "at least one to compare with it"),
         ("", "but got ''"),
+        ("mlp,annealed", r"Expected 'annealed' to stand beside 'output\+solve', whose time it is given"),
     ],
 )
 def test_names_that_make_no_comparison_are_refused(names, sentence):
@@ -92,6 +94,15 @@ def test_a_matched_head_is_a_fresh_head_of_the_same_layers():
     assert narrow[3].negative_slope == 0.2
     assert mlp[1] is linear
     assert not {id(p) for p in narrow.parameters()} & {id(p) for p in mlp.parameters()}
+
+
+def test_a_linear_head_is_linear_in_its_inputs_and_keeps_what_stands_around():
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3), nn.BatchNorm1d(3))
+    head = linear_head(mlp).eval()
+    x = torch.randn(2, 4, 2, 4)
+    torch.testing.assert_close(head(x[0]) + head(x[1]), 2 * head(x.mean(0)))
+    torch.testing.assert_close(head(x[0]), head[-1](head[-2](x[0].flatten(1))))
+    assert [type(module) for module in (head[0], head[-1])] == [nn.Flatten, nn.BatchNorm1d]
 
 
 def test_a_head_that_cannot_be_read_cannot_be_matched():

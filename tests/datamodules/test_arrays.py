@@ -78,6 +78,20 @@ def write_a_bomb(path):
     write_header(path, (2**50,), forged_size=2**53)
 
 
+def write_a_second_member(path):
+    """A small `a.npy` beside `a`, which numpy reads in its place, and which unpacks to a thousand times its size."""
+    bomb, small = io.BytesIO(), io.BytesIO()
+    np.save(bomb, np.zeros(10**6))
+    np.save(small, np.zeros(3))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a", bomb.getvalue())
+        archive.writestr("a.npy", small.getvalue())
+
+
+def write_a_shape_that_is_no_number(path):
+    write_header(path, (True, 8), bytes(64))
+
+
 def write_locked(path):
     np.savez(path, a=np.ones(3))
     content = bytearray(path.read_bytes())
@@ -105,6 +119,8 @@ def write_code_in_the_header(path):
         (write_larger_than_it_is, "Expected `a` in '.*data.npz' to be an array of numbers, but it cannot be read"),
         (write_larger_than_any_memory, "Expected `a` in '.*data.npz' to "),
         (write_a_bomb, "Expected '.*data.npz' to fit into memory, .* bytes, but its arrays say that they take"),
+        (write_a_second_member, "Expected '.*data.npz' to hold one `a`, but it holds 2"),
+        (write_a_shape_that_is_no_number, "Expected `a` in '.*data.npz' to be an array of numbers, but it cannot be"),
         (write_locked, "Expected `a` in '.*data.npz' to be readable, but it is damaged: .*password"),
         (write_code_in_the_header, "Expected `a` in '.*data.npz' to be an array of numbers, but it cannot be read"),
         (write_no_member, "Expected '.*data.npz' to hold `a`, but it lacks `a`: it holds `x`, `y`"),

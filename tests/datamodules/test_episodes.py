@@ -7,8 +7,9 @@ from torch.utils.data import TensorDataset
 from glai_lightning import PrototypicalModule, mlp_head
 from glai_lightning.backbones import conv_backbone
 from glai_lightning.datamodules import DigitEpisodesDataModule, EpisodesDataModule
-from glai_lightning.datamodules.class_splits import rows_of_splits
-from glai_lightning.datamodules.episode_drawing import EpisodeSampler, NumberedEpisodes, distinct_integers
+from glai_lightning.datamodules.loader import EpisodeSampler
+from glai_lightning.datamodules.splits import split_classes
+from glai_lightning.datamodules.tasksets import NumberedEpisodes, distinct_integers
 
 THIRDS = {"train": [0, 1, 2, 3], "val": [4, 5], "test": [6, 7]}
 
@@ -134,7 +135,7 @@ def test_groups_of_classes_stay_together():
 
 def test_validation_and_test_may_share_classes_but_no_samples():
     labels = torch.arange(63) % 3
-    rows = rows_of_splits(labels, {"train": [0], "val": [1, 2], "test": [2]})
+    rows = split_classes(labels, {"train": [0], "val": [1, 2], "test": [2]})
     assert not set(rows["val"].tolist()) & set(rows["test"].tolist())
     assert set(labels[rows["val"]].tolist()) == {1, 2}
     assert set(labels[rows["test"]].tolist()) == {2}
@@ -294,13 +295,13 @@ def test_data_that_cannot_make_episodes_is_refused_before_training(options, erro
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"ways": 1}, ValueError, "Expected `ways` to be at least 2, but got 1."),
-        ({"shots": 0}, ValueError, "Expected `shots` to be at least 1, but got 0."),
-        ({"queries": 0}, ValueError, "Expected `queries` to be at least 1, but got 0."),
-        ({"shots": 1.5}, TypeError, "Expected `shots` to be an int, but got 1.5."),
-        ({"train_episodes": 0}, ValueError, "Expected `train_episodes` to be at least 1, but got 0."),
-        ({"eval_episodes": 0}, ValueError, "Expected `eval_episodes` to be at least 1, but got 0."),
-        ({"seed": -1}, ValueError, "Expected `seed` to be at least 0, but got -1."),
+        ({"ways": 1}, ValueError, "Expected `ways` to be an integer of at least 2, but got 1."),
+        ({"shots": 0}, ValueError, "Expected `shots` to be an integer of at least 1, but got 0."),
+        ({"queries": 0}, ValueError, "Expected `queries` to be an integer of at least 1, but got 0."),
+        ({"shots": 1.5}, TypeError, "Expected `shots` to be an integer of at least 1, but got 1.5."),
+        ({"train_episodes": 0}, ValueError, "Expected `train_episodes` to be an integer of at least 1, but got 0."),
+        ({"eval_episodes": 0}, ValueError, "Expected `eval_episodes` to be an integer of at least 1, but got 0."),
+        ({"seed": -1}, ValueError, "Expected `seed` to be an integer of at least 0, but got -1."),
         ({"path": "nowhere.npz"}, ValueError, "Expected `path` to be an existing file, but got 'nowhere.npz'."),
         ({"path": "a.npz", "arrays": {}}, ValueError, "one of .* but got `path` and `arrays`."),
         ({"arrays": None}, ValueError, "one of `path`, `arrays` and `dataset`, but got none."),

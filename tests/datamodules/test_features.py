@@ -41,16 +41,36 @@ def test_setup_prepares_the_data_once():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ValueError, "Expected one of `path` and `arrays`, but got neither"),
-        ({"path": "a.npz", "arrays": {}}, ValueError, "Expected one of `path` and `arrays`, but got both"),
+        ({}, ValueError, "Expected one of `path` and `arrays`, but got none"),
+        (
+            {"path": "a.npz", "arrays": {}},
+            ValueError,
+            "Expected one of `path` and `arrays`, but got `path` and `arrays`",
+        ),
         ({"path": "missing.npz"}, ValueError, "Expected `path` to be an existing file, but got 'missing.npz'"),
         ({"arrays": [1, 2]}, TypeError, "Expected `arrays` to be a mapping of arrays by key, but got list"),
         ({"arrays": {"x": 1}}, ValueError, "lacks `x_train`, `y_train`, `x_test`, `y_test`: it holds `x`"),
-        ({"arrays": arrays(), "batch_size": 0}, ValueError, "Expected `batch_size` to be at least 1, but got 0"),
-        ({"arrays": arrays(), "batch_size": 2.5}, TypeError, "Expected `batch_size` to be an int, but got 2.5"),
-        ({"arrays": arrays(), "seed": -1}, ValueError, "Expected `seed` to be at least 0, but got -1"),
-        ({"arrays": arrays(), "val_fraction": 0}, ValueError, r"`val_fraction` to be in \(0, 1\), but got 0"),
-        ({"arrays": arrays(), "val_fraction": 1.0}, ValueError, r"`val_fraction` to be in \(0, 1\), but got 1.0"),
+        (
+            {"arrays": arrays(), "batch_size": 0},
+            ValueError,
+            "Expected `batch_size` to be an integer of at least 1, but got 0",
+        ),
+        (
+            {"arrays": arrays(), "batch_size": 2.5},
+            TypeError,
+            "Expected `batch_size` to be an integer of at least 1, but got 2.5",
+        ),
+        ({"arrays": arrays(), "seed": -1}, ValueError, "Expected `seed` to be an integer of at least 0, but got -1"),
+        (
+            {"arrays": arrays(), "val_fraction": 0},
+            ValueError,
+            r"`val_fraction` to be a finite number in \(0, 1\), but got 0",
+        ),
+        (
+            {"arrays": arrays(), "val_fraction": 1.0},
+            ValueError,
+            r"`val_fraction` to be a finite number in \(0, 1\), but got 1.0",
+        ),
         ({"arrays": arrays(), "val_fraction": float("nan")}, ValueError, "`val_fraction` .* but got nan"),
     ],
 )

@@ -109,7 +109,7 @@ def test_an_image_that_cannot_be_read_is_named(root, name):
 
 def test_images_that_cannot_be_read_are_skipped_with_one_warning_that_names_them(root):
     damage(root)
-    data = ImageFolderDataModule(root, unreadable="skip", num_workers=2)
+    data = ImageFolderDataModule(root, on_error="skip", num_workers=2)
     with pytest.warns(UserWarning, match=r"Skipped images that cannot be read, 3: .*03.png.*04.png.*05.png") as caught:
         data.setup()
     assert len(caught) == 1
@@ -136,10 +136,18 @@ def test_images_of_different_sizes_are_refused_and_a_transform_makes_them_one(ro
         (["train"], {}, "Expected folders of at least two classes in '.*train', but got none."),
         (["train/cat"], {}, "Expected folders of at least two classes in '.*train', but got cat."),
         (["train/cat", "train/dog"], {}, "Expected images in the folders of '.*train', but got none that can be read."),
-        (["train/cat", "train/dog"], {"val_fraction": 1.0}, r"Expected `val_fraction` to be in \(0, 1\), but got 1.0"),
+        (
+            ["train/cat", "train/dog"],
+            {"val_fraction": 1.0},
+            r"Expected `val_fraction` to be a finite number in \(0, 1\), but got 1.0",
+        ),
         (["train/cat", "train/dog"], {"test_fraction": 0.8}, r"Expected `test_fraction` to be in \[0, 1 - `val_f"),
-        (["train/cat", "train/dog"], {"unreadable": "keep"}, "Expected `unreadable` to be 'stop' or 'skip', but got"),
-        (["train/cat", "train/dog"], {"batch_size": 0}, "Expected `batch_size` to be at least 1, but got 0."),
+        (["train/cat", "train/dog"], {"on_error": "keep"}, "Expected `on_error` to be 'raise' or 'skip', but got"),
+        (
+            ["train/cat", "train/dog"],
+            {"batch_size": 0},
+            "Expected `batch_size` to be an integer of at least 1, but got 0.",
+        ),
     ],
 )
 def test_wrong_folders_and_arguments_are_refused(folders, arguments, message, tmp_path):

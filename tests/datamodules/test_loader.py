@@ -16,7 +16,7 @@ def read(loader):
 
 
 def loader_of(num_rows=10, batch_size=4, seed=0):
-    rows = TensorRows(torch.arange(num_rows), batch_size=batch_size)
+    rows = TensorRows(torch.arange(num_rows))
     return BatchLoader(rows, SeededBatchSampler(num_rows, batch_size, shuffle_seed=seed))
 
 
@@ -99,8 +99,8 @@ def test_the_state_is_made_of_primitives():
 
 
 def test_a_sampler_of_single_rows_is_cut_into_batches():
-    rows = TensorRows(torch.arange(10), batch_size=4)
-    assert read(BatchLoader(rows, SequentialSampler(rows))) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    rows = TensorRows(torch.arange(10))
+    assert read(BatchLoader(rows, SequentialSampler(rows), rows_per_batch=4)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_a_loader_survives_pickling():

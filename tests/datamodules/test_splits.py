@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from glai_lightning.datamodules.splits import make_splits
+from glai_lightning.datamodules.features import make_splits
 
 
 def arrays(**changes):
@@ -53,9 +53,9 @@ def with_values(key, *values):
         (
             {"val_fraction": 0.01},
             ValueError,
-            "`val_fraction` to leave rows .* got 0.01, which leaves 20 and 0 of 20",
+            "Expected at least one sample in each split, but got 0 of 20 for 'val'",
         ),
-        ({"val_fraction": 0.99}, ValueError, "which leaves 0 and 20 of 20"),
+        ({"val_fraction": 0.99}, ValueError, "Expected at least one sample in each split, but got 0 of 20 for 'train'"),
     ],
 )
 def test_bad_arrays_are_refused_with_what_is_wrong(changes, error, message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.preprocessing import StandardScaler
 
-from glai_lightning.datamodules.standardisation import Standardisation
+from glai_lightning.datamodules.arrays import Standardisation
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_it_agrees_with_scikit_learn_in_float64(dtype):
 def test_blocks_make_no_difference(monkeypatch):
     inputs = torch.randn(100, 3)
     whole = Standardisation.fit(inputs)(inputs)
-    monkeypatch.setattr("glai_lightning.datamodules.standardisation._ELEMENTS_PER_BLOCK", 20)
+    monkeypatch.setattr("glai_lightning.datamodules.arrays._ELEMENTS_PER_BLOCK", 20)
     torch.testing.assert_close(Standardisation.fit(inputs)(inputs), whole)
 
 

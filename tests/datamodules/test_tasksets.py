@@ -4,8 +4,8 @@ import random
 
 import pytest
 import torch
-from learn2learn.data import FilteredMetaDataset, MetaDataset, Taskset
-from learn2learn.data.transforms import ConsecutiveLabels, FilterLabels, KShots, LoadData, NWays, RemapLabels
+from learn2learn.data import MetaDataset, Taskset
+from learn2learn.data.transforms import ConsecutiveLabels, KShots, LoadData, NWays, RemapLabels
 from recording import quiet_trainer
 from torch.utils.data import TensorDataset
 
@@ -24,10 +24,9 @@ def meta_dataset(classes):
     return MetaDataset(TensorDataset(inputs, labels))
 
 
-def taskset(dataset, *filters, num_tasks=-1, relabel=True):
-    transforms = [*filters, NWays(dataset, WAYS), KShots(dataset, SHOTS + QUERIES), LoadData(dataset)]
-    if relabel:
-        transforms += [RemapLabels(dataset), ConsecutiveLabels(dataset)]
+def taskset(dataset, num_tasks=-1):
+    transforms = [NWays(dataset, WAYS), KShots(dataset, SHOTS + QUERIES), LoadData(dataset)]
+    transforms += [RemapLabels(dataset), ConsecutiveLabels(dataset)]
     return Taskset(dataset, task_transforms=transforms, num_tasks=num_tasks)
 
 
@@ -94,22 +93,6 @@ def test_a_fit_over_tasksets_freezes_and_is_tested():
     assert isinstance(module.head, GLAIHead)
     (scores,) = trainer.test(module, data, verbose=False)
     assert {"test/accuracy", "test/accuracy_interval"} <= set(scores)
-
-
-def test_classes_shared_within_one_dataset_are_named():
-    everything = meta_dataset(range(16))
-    parts = [FilteredMetaDataset(everything, list(classes)) for classes in ([0, 1, 2, 3], [4, 5, 6], [2, 3, 7, 8])]
-    with pytest.raises(ValueError, match=r"'train' and 'test' to be disjoint, but both have 2, 3\."):
-        EpisodesDataModule.from_tasksets(*(taskset(part) for part in parts))
-    with pytest.raises(ValueError, match="'train' and 'val' to be disjoint, but both have 0, 1, 2"):
-        EpisodesDataModule.from_tasksets(*[taskset(everything)] * 3)
-
-
-def test_tasksets_that_filter_one_dataset_themselves_are_taken():
-    everything = meta_dataset(range(16))
-    tasksets = [taskset(everything, FilterLabels(everything, list(classes))) for classes in CLASSES.values()]
-    # Which classes a filter leaves cannot be seen from outside of it.
-    assert set(EpisodesDataModule.from_tasksets(*tasksets).episodes) == set(CLASSES)
 
 
 class Tasks(list):

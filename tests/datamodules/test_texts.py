@@ -94,11 +94,11 @@ def test_a_fit_cut_within_an_epoch_goes_on_with_the_same_texts(path, step, tmp_p
     ("content", "arguments", "message"),
     [
         ("", {}, r"films.csv' to have a column 'text', but got an empty file\."),
-        ("text,label\n", {}, r"Expected rows behind the header of '.*films.csv', but got none\."),
+        ("text,label\n", {}, r"Expected rows after the header of '.*films.csv', but got none\."),
         ("review,label\ngood,1\n", {}, r"to have a column 'text', but got 'review', 'label'\."),
         ("text,label\ngood,1\n", {"label_column": "class"}, r"to have a column 'class', but got 'text', 'label'\."),
         ("text,label\ngood,1\nbad,1\n", {}, r"Expected at least two classes in the column 'label' .* but got '1'\."),
-        ("text,label\ngood,1\n  ,0\n", {}, r"in the column 'text' of every row of .* an empty one in row 2 behind"),
+        ("text,label\ngood,1\n  ,0\n", {}, r"in the column 'text' of every row of .* an empty one in row 2 after"),
         ("text,label\ngood,1\nbad,0\nfine\n", {}, r"in the column 'label' of every row of .* an empty one in row 3 "),
         ("text,label\ngood,1\nbad,0\n", {}, r"Expected at least one sample in each split, but got 0 of 2 for 'val'"),
         ('text,label\n"good,1\n', {}, r"Expected `path` to be a CSV file in UTF-8, but got '.*films.csv': unexpected"),
@@ -115,7 +115,7 @@ def test_wrong_files_are_refused(content, arguments, message, tmp_path):
 def test_a_file_that_is_not_there_and_arguments_out_of_range_are_refused(path, tmp_path):
     with pytest.raises(ValueError, match=r"Expected `path` to be an existing file, but got '.*nowhere.csv'"):
         TextsDataModule(tmp_path / "nowhere.csv")
-    with pytest.raises(ValueError, match=r"Expected `val_fraction` to be in \(0, 1\), but got 0"):
+    with pytest.raises(ValueError, match=r"Expected `val_fraction` to be a finite number in \(0, 1\), but got 0"):
         TextsDataModule(path, val_fraction=0)
-    with pytest.raises(ValueError, match=r"Expected `batch_size` to be at least 1, but got 0\."):
+    with pytest.raises(ValueError, match=r"Expected `batch_size` to be an integer of at least 1, but got 0\."):
         TextsDataModule(path, batch_size=0)

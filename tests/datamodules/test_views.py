@@ -230,15 +230,18 @@ NAN_VIEW[1, 4, 2] = torch.nan
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "Expected one of `path`, `arrays` and `dataset`, but got none of them."),
+        ({}, "Expected one of `path`, `arrays` and `dataset`, but got none."),
         ({"path": "views.npz", "arrays": {}}, "but got `path` and `arrays`."),
         ({"path": "nowhere.npz"}, "Expected `path` to be an existing file, but got 'nowhere.npz'."),
         ({"arrays": {"x": 1}}, "Expected `arrays` to hold `views`, but it lacks `views`: it holds `x`."),
         ({"dataset": Images()}, "but got no transform with `dataset`."),
         ({"arrays": numbered(), "transform": noisy}, "but got a transform with `arrays`."),
-        ({"arrays": numbered(), "num_views": 1}, "Expected `num_views` to be at least 2, but got 1."),
-        ({"arrays": numbered(), "batch_size": 1}, "Expected `batch_size` to be at least 2, but got 1."),
-        ({"arrays": numbered(), "val_fraction": 0.0}, "Expected `val_fraction` to be in (0, 1), but got 0.0."),
+        ({"arrays": numbered(), "num_views": 1}, "Expected `num_views` to be an integer of at least 2, but got 1."),
+        ({"arrays": numbered(), "batch_size": 1}, "Expected `batch_size` to be an integer of at least 2, but got 1."),
+        (
+            {"arrays": numbered(), "val_fraction": 0.0},
+            "Expected `val_fraction` to be a finite number in (0, 1), but got 0.0.",
+        ),
         ({"arrays": numbered(), "test_fraction": 0.8}, "but got 0.8 with a `val_fraction` of 0.2."),
         ({"arrays": numbered(1)}, "Expected `views` to hold at least 2 views, but got 1."),
         ({"arrays": {"views": torch.zeros(2, 10)}}, "Expected `views` to have the shape (views, samples, features...)"),

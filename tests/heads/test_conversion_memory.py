@@ -7,9 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from glai_lightning import GLAIHead, mlp_head
+from glai_lightning import mlp_head
 from glai_lightning.fitting.sizes import count_bytes
-from glai_lightning.heads.optimizers import follow_conversion
+from glai_lightning.heads import freeze_in_place
+from glai_lightning.heads.optimizers import replace_parameters
 
 
 class LiveBytes(TorchDispatchMode):
@@ -63,8 +64,8 @@ def test_a_conversion_needs_at_most_the_heads_parameters_and_optimizer_state_onc
     mlp, optimizer = trained(hidden, dtype)
     state = count_bytes(dict(optimizer.state))
     with LiveBytes() as counted:
-        head = GLAIHead.adopt(mlp, paths=paths)
-        follow_conversion(optimizer, head)
+        head = freeze_in_place(mlp, paths=paths)
+        replace_parameters(optimizer, head)
     parameters = count_bytes([*head.parameters(), *mlp.parameters()])
     assert counted.peak <= parameters + state
     if paths == "output":

@@ -4,13 +4,14 @@ import pickle
 
 import pytest
 import torch
-from head_examples import HEADS, C, D, H, trained
+from head_examples import HEADS, C, D, FunctionalHead, H, trained
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import nn
 
-from glai_lightning import GLAIHead, activation_patterns, freeze_structure, mlp_head
+from glai_lightning import ChurnProbe, GLAIHead, activation_patterns, freeze_structure, mlp_head
+from glai_lightning.heads import freeze_in_place, unfreeze_in_place
 
 PATHS = ("output", "tangent", "independent")
 
@@ -100,11 +101,12 @@ def test_output_paths_train_the_last_linear_only():
     assert [name for name, p in head.named_parameters() if p.grad is not None] == ["3.weight", "3.bias"]
 
 
-def test_adopting_keeps_the_very_modules_and_parameters():
+def test_freezing_in_place_keeps_the_very_modules_and_parameters():
     mlp = mlp_head(D, H, C)
     parameters, modules = dict(mlp.named_parameters()), list(mlp)
-    head = GLAIHead.adopt(mlp)
+    head = freeze_in_place(mlp)
     assert {name: id(p) for name, p in head.named_parameters()} == {name: id(p) for name, p in parameters.items()}
+    assert head is mlp
     assert list(head) == modules
     assert head[0] is modules[0]
     assert head[-1] is modules[-1]
@@ -115,7 +117,7 @@ def test_adopting_keeps_the_very_modules_and_parameters():
 def test_a_converted_head_answers_to_its_old_names(name):
     mlp = HEADS[name]()
     children = dict(mlp.named_children())
-    head = GLAIHead.adopt(mlp)
+    head = freeze_in_place(mlp)
     assert all(getattr(head, child_name) is child for child_name, child in children.items())
 
 
@@ -123,7 +125,7 @@ def test_hooks_of_the_user_go_on_firing_and_can_be_removed():
     mlp, calls = mlp_head(D, H, C), []
     handle = mlp.register_forward_hook(lambda *_: calls.append("head"))
     mlp[0].register_forward_hook(lambda *_: calls.append("inner"))
-    head = GLAIHead.adopt(mlp)
+    head = freeze_in_place(mlp)
     head(torch.randn(2, D))
     assert calls == ["inner", "head"]
     handle.remove()
@@ -141,7 +143,7 @@ def test_batch_norm_inside_stays_frozen_in_training_mode():
 
 
 def test_modules_behind_the_last_linear_stay_as_they_are():
-    head = GLAIHead.adopt(HEADS["lightly's SimCLR projection"]()).train()
+    head = freeze_in_place(HEADS["lightly's SimCLR projection"]()).train()
     statistics = head.layers[4].running_mean.clone()
     head(torch.randn(50, D))
     assert not torch.equal(head.layers[4].running_mean, statistics)
@@ -169,21 +171,22 @@ def test_to_mlp_without_batch_norm_is_bitwise_and_trainable():
 @pytest.mark.parametrize("paths", ["tangent", "independent"])
 def test_only_output_paths_go_back_to_an_mlp(paths):
     head = freeze_structure(mlp_head(D, H, C), paths=paths)
-    with pytest.raises(ValueError, match="Expected `paths` to be 'output' to convert back to an MLP"):
+    with pytest.raises(ValueError, match="Expected `paths` to be 'output' to make an MLP"):
         head.to_mlp()
-    with pytest.raises(ValueError, match="Expected `paths` to be 'output' to thaw"):
-        head.thaw()
+    with pytest.raises(ValueError, match="Expected `paths` to be 'output' to unfreeze"):
+        unfreeze_in_place(head)
 
 
-def test_thawing_gives_back_the_module_that_was_adopted():
+def test_unfreezing_gives_back_the_class_and_what_was_trainable():
     mlp = mlp_head(D, H, C)
     mlp[0].bias.requires_grad_(False)
-    head = GLAIHead.adopt(mlp)
+    head = freeze_in_place(mlp)
     with torch.no_grad():
         head[2].weight.add_(1.0)
     x = torch.randn(5, D)
     expected = head(x)
-    assert head.thaw() is mlp
+    assert unfreeze_in_place(head) is mlp
+    assert type(mlp) is nn.Sequential
     assert torch.equal(mlp(x), expected)
     assert [name for name, p in mlp.named_parameters() if not p.requires_grad] == ["0.bias"]
 
@@ -212,7 +215,7 @@ def test_a_frozen_head_loads_the_weights_of_another_mlp_exactly(paths):
 @pytest.mark.parametrize("paths", PATHS)
 def test_the_mark_survives_a_weights_only_round_trip(paths):
     file = io.BytesIO()
-    head = GLAIHead.adopt(mlp_head(D, H, C), paths=paths, freeze_epoch=3)
+    head = freeze_in_place(mlp_head(D, H, C), paths=paths, freeze_epoch=3)
     torch.save(head.state_dict(), file)
     file.seek(0)
     state_dict = torch.load(file, weights_only=True)
@@ -253,7 +256,7 @@ def test_frozen_heads_copy_and_pickle(paths):
 def test_refusals_leave_the_head_as_it_was(arguments, error, message):
     mlp = mlp_head(D, H, C)
     with pytest.raises(error, match="Expected") as caught:
-        GLAIHead.adopt(mlp, **arguments)
+        freeze_in_place(mlp, **arguments)
     assert message in str(caught.value)
     assert all(p.requires_grad for p in mlp.parameters())
 
@@ -266,11 +269,11 @@ def test_freezing_twice_is_an_error():
 @pytest.mark.parametrize(
     ("sizes", "options", "message"),
     [
-        ((0, H, C), {}, "Expected `in_features` to be at least 1, but got 0."),
-        ((D, 0, C), {}, "Expected `hidden_features` to be at least 1, but got 0."),
+        ((0, H, C), {}, "Expected `in_features` to be an integer of at least 1, but got 0."),
+        ((D, 0, C), {}, "Expected `hidden_features` to be an integer of at least 1, but got 0."),
         ((D, [], C), {}, "at least one hidden layer, but got none"),
-        ((D, H, 0), {}, "Expected `out_features` to be at least 1, but got 0."),
-        ((D, H, C), {"dropout": 1.0}, "Expected `dropout` to be in [0, 1), but got 1.0."),
+        ((D, H, 0), {}, "Expected `out_features` to be an integer of at least 1, but got 0."),
+        ((D, H, C), {"dropout": 1.0}, "Expected `dropout` to be a finite number in [0, 1), but got 1.0."),
     ],
 )
 def test_mlp_head_refuses_sizes_that_make_no_head(sizes, options, message):
@@ -281,7 +284,7 @@ def test_mlp_head_refuses_sizes_that_make_no_head(sizes, options, message):
 
 @pytest.mark.parametrize("sizes", [("8", H, C), (D, 1.5, C), (D, [H, None], C)])
 def test_mlp_head_refuses_sizes_that_are_no_integers(sizes):
-    with pytest.raises(TypeError, match="to be an integer, but got"):
+    with pytest.raises(TypeError, match="to be an integer of at least 1, but got"):
         mlp_head(*sizes)
 
 
@@ -304,19 +307,228 @@ def test_a_head_follows_batch_norms_that_are_put_in_the_place_of_its_own(paths, 
     x = torch.randn(6, D)
     before = head.eval()(x)
     synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(head).train()
-    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in synchronised.layout.norms())
-    assert len(synchronised.layout.norms()) == 4
-    assert not any(norm.training for norm in synchronised.layout.norms()[:-1])
+    norms = [module for module in synchronised.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    assert [norm.training for norm in norms] == [False, False, False, True]
     head = synchronised_and_back(synchronised).eval()
-    inside = set(head.modules())
-    assert all(norm in inside for norm in head.layout.norms())
     assert torch.equal(head(x), before)
     # Buffers are new tensors from here on, of the modules that are in the head.
     assert torch.allclose(head.double()(x.double()), before.double(), atol=1e-5)
     head.load_state_dict(freeze_structure(nn.Sequential(mlp) if nested else mlp, paths=paths).double().state_dict())
 
 
-def test_a_thawed_mlp_has_the_batch_norms_that_were_put_in_the_place_of_its_own():
-    head = synchronised_and_back(freeze_structure(trained(mlp_head(D, H, C, batch_norm=True))))
-    assert head.layout.norms()[0] is head[1]
-    assert not any(isinstance(module, nn.SyncBatchNorm) for module in head.thaw().modules())
+class Somebodys(nn.Module):
+    """A head with a method, a flag, a second argument, and children whose names are those of a ``GLAIHead``."""
+
+    def __init__(self):
+        super().__init__()
+        self.structure, self.layout, self.paths = nn.Linear(D, H), nn.ReLU(), nn.Linear(H, C)
+        self.scale, self.calls = 1.0, 0
+
+    def forward(self, x, scale=None):
+        self.calls += 1
+        z = self.paths(self.layout(self.structure(x)))
+        return z if scale is None else z * scale
+
+    def patterns(self):
+        return "mine"
+
+
+def test_methods_children_attributes_and_arguments_of_a_head_survive_the_freeze():
+    mlp, x = Somebodys(), torch.randn(5, D)
+    expected = mlp(x, scale=2.0)
+    head = freeze_in_place(mlp)
+    assert isinstance(head, Somebodys)
+    assert isinstance(head, GLAIHead)
+    assert head.patterns() == "mine"
+    assert isinstance(head.structure, nn.Linear)
+    assert isinstance(head.paths, nn.Linear)
+    assert torch.equal(head(x, scale=2.0), expected)
+    assert head.calls == 2
+    assert head.num_paths == D * H * C + H * C + C
+    assert torch.equal(copy.deepcopy(head)(x, scale=2.0), expected)
+    assert head.calls == 2
+
+
+class DropsAtTheEnd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(D, H), nn.Linear(H, C)
+
+    def forward(self, x):
+        z = self.last(torch.relu(self.first(x)))
+        return nn.functional.dropout(z, 0.05, self.training)
+
+
+def test_dropout_that_a_forward_calls_keeps_its_rate_and_stops_in_evaluation():
+    mlp, x = DropsAtTheEnd(), torch.randn(400, D)
+    expected = mlp.eval()(x)
+    head = freeze_in_place(mlp)
+    assert torch.equal(head.eval()(x), expected)
+    dropped = (head.train()(x) == 0).float().mean()
+    assert 0.02 < dropped < 0.1
+
+
+class ScalesWhileItTrains(DropsAtTheEnd):
+    def forward(self, x):
+        z = self.last(torch.relu(self.first(x)))
+        return nn.functional.relu(z) if self.training else z
+
+
+def test_a_forward_that_depends_on_the_mode_goes_on_depending_on_it():
+    mlp, x = ScalesWhileItTrains(), torch.randn(40, D)
+    expected = mlp.train()(x), mlp.eval()(x)
+    head = freeze_in_place(mlp)
+    assert torch.equal(head.train()(x), expected[0])
+    assert torch.equal(head.eval()(x), expected[1])
+
+
+class WithoutGradients(DropsAtTheEnd):
+    def forward(self, x):
+        with torch.no_grad():
+            h = torch.relu(self.first(x))
+        return self.last(h)
+
+
+class OwnReLU(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x) * 2.0
+
+
+def hooked_head():
+    head = mlp_head(D, H, C)
+    head[1].register_forward_hook(lambda module, args, output: output * 2.0)
+    return head
+
+
+@pytest.mark.parametrize("paths", ["tangent", "independent"])
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (Somebodys, "got a forward with 2 arguments"),
+        (DropsAtTheEnd, "its forward calls a dropout function after the last Linear"),
+        (ScalesWhileItTrains, "its forward takes other steps in train mode than in eval mode"),
+        (WithoutGradients, "its gradients reach other parameters"),
+        (hooked_head, "got a hook on '1'"),
+    ],
+)
+def test_formulas_that_would_not_compute_what_the_forward_computes_are_refused(head, message, paths):
+    head = head()
+    with pytest.raises(ValueError, match="Expected a head that computes what the formula of") as caught:
+        freeze_in_place(head, paths=paths)
+    assert message in str(caught.value)
+    assert not isinstance(head, GLAIHead)
+    assert all(p.requires_grad for p in head.parameters())
+
+
+@pytest.mark.parametrize("kind", [OwnReLU, type("OwnDropout", (nn.Dropout,), {"forward": lambda self, x: x * 0.5})])
+def test_a_subclass_with_a_forward_of_its_own_is_not_read_as_its_base(kind):
+    with pytest.raises(ValueError, match=f"but got `{kind.__name__}` at '1'"):
+        freeze_structure(nn.Sequential(nn.Linear(D, H), kind(), nn.Linear(H, C)))
+
+
+@pytest.mark.parametrize("paths", PATHS)
+def test_the_second_dimension_is_not_taken_for_the_units_of_batch_norm(paths):
+    head = freeze_structure(trained(mlp_head(D, H, C, batch_norm=True)), paths=paths)
+    with pytest.raises(ValueError, match=r"Expected inputs of shape \(batch, features\) for a head with BatchNorm"):
+        head.patterns(torch.randn(5, H, D))
+
+
+def test_a_head_in_a_plain_list_is_frozen_too():
+    mlp = mlp_head(D, H, C)
+    kept = [mlp]
+    freeze_in_place(mlp, paths="independent")
+    kept[0](torch.randn(5, D)).sum().backward()
+    assert [name for name, p in mlp.named_parameters() if p.grad is not None] == [
+        "2.path_weights", "2.path_biases_0", "2.bias"
+    ]  # fmt: skip
+
+
+def test_what_is_put_into_a_frozen_head_is_used():
+    head = freeze_in_place(mlp_head(D, H, C))
+    x = torch.randn(5, D)
+    head[2] = nn.Linear(H, 7)
+    assert head(x).shape == (5, 7)
+    assert head.num_paths == D * H * 7 + H * 7 + 7
+    assert torch.allclose(head[2](head.path_activations(x)), head(x))
+
+
+@pytest.mark.parametrize("paths", ["output", "tangent"])
+def test_a_frozen_head_has_the_parameters_of_the_mlp_in_the_same_order(paths):
+    mlp = mlp_head(D, H, C)
+    teacher = copy.deepcopy(mlp)
+    head = freeze_in_place(mlp, paths=paths)
+    assert [name for name, _ in head.named_parameters()] == [name for name, _ in teacher.named_parameters()]
+    assert all(a.shape == b.shape for a, b in zip(head.parameters(), teacher.parameters(), strict=True))
+
+
+def test_references_of_tangent_paths_move_with_the_head():
+    head = freeze_structure(mlp_head(D, H, C), paths="tangent").double()
+    assert head(torch.randn(3, D, dtype=torch.float64)).dtype is torch.float64
+    assert all(value.dtype is torch.float64 for value in head.state_dict().values())
+
+
+def test_independent_paths_have_the_dtype_of_autocast():
+    head = freeze_structure(mlp_head(D, [H, 5], C), paths="independent")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head(torch.randn(3, D)).dtype is torch.bfloat16
+
+
+def test_a_slice_of_a_frozen_sequential_is_a_plain_one():
+    head, x = freeze_structure(mlp_head(D, H, C)), torch.randn(3, D)
+    assert type(head[:2]) is nn.Sequential
+    assert torch.equal(head[2](head[:2](x)), head(x))
+
+
+@pytest.mark.parametrize("paths", PATHS)
+def test_unfreezing_with_weights_keeps_dtypes(paths):
+    mlp = mlp_head(D, H, C).to(torch.bfloat16)
+    before = {name: value.clone() for name, value in mlp.state_dict().items()}
+    unfreeze_in_place(freeze_in_place(mlp, paths=paths), before)
+    assert all(torch.equal(value, before[name]) for name, value in mlp.state_dict().items())
+    assert {value.dtype for value in mlp.state_dict().values()} == {torch.bfloat16}
+
+
+class Around(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.body, self.head = nn.Linear(D, D), head
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+class CountsRuns:
+    """A backend of ``torch.compile`` that runs graphs as they are, and counts the runs."""
+
+    def __init__(self):
+        self.runs = 0
+
+    def __call__(self, graph, _):
+        def run(*args):
+            self.runs += 1
+            return graph.forward(*args)
+
+        return run
+
+
+@pytest.mark.parametrize("paths", PATHS)
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_compiled_head_that_is_watched_runs_compiled_before_and_after_the_freeze(outer, paths):
+    torch._dynamo.reset()
+    head, backend = FunctionalHead(), CountsRuns()
+    module = Around(head) if outer else head
+    module.compile(backend=backend)
+    probe = ChurnProbe(head, probe_size=64)
+    x = torch.randn(32, D)
+    for _ in range(20):
+        module(x).sum().backward()
+    assert backend.runs >= 20
+    assert probe.seen == 20 * 32
+    assert probe.measure()[1] == 64 * H
+    probe.close()
+    freeze_in_place(head, paths=paths)
+    before = backend.runs
+    for _ in range(20):
+        module(x).sum().backward()
+    assert backend.runs - before >= 20

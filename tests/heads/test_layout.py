@@ -20,7 +20,7 @@ def test_layout_holds_the_modules_of_the_head_itself():
     layout = read_head(head)
     assert layout.hidden[0].linear is head.fc1
     assert layout.output is head.fc2
-    assert layout.output_name == "fc2"
+    assert layout.names.output == "fc2"
     assert layout.trailing == (head.drop2,)
 
 

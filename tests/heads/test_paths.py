@@ -17,7 +17,7 @@ def test_matched_width_has_about_as_many_paths_as_the_mlp_has_weights(inputs, hi
 
 
 def test_matched_width_refuses_sizes_below_one():
-    with pytest.raises(ValueError, match="Expected `hidden_features` to be at least 1, but got 0"):
+    with pytest.raises(ValueError, match="Expected `hidden_features` to be an integer of at least 1, but got 0"):
         matched_hidden_features(4, 0, 3)
 
 
@@ -35,7 +35,7 @@ def test_number_of_paths_of_one_hidden_layer():
 def test_independent_outputs_are_linear_in_the_path_activations(hidden):
     head = freeze_structure(mlp_head(D, hidden, 3).double(), paths="independent")
     x = torch.randn(20, D, dtype=torch.float64)
-    paths = head.independent_paths
+    paths = head[-1]
     weights = torch.cat([paths.path_weights.flatten(1), *paths.path_biases()], dim=1)
     torch.testing.assert_close(head.path_activations(x) @ weights.T + paths.bias, head(x))
 

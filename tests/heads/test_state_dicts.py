@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from glai_lightning import GLAIHead, mlp_head
-from glai_lightning.heads.restoring import FreezeMark, HeadRestorer, read_mark
+from glai_lightning.heads import freeze_in_place
+from glai_lightning.heads.restoring import HeadRestorer
+from glai_lightning.heads.state_dicts import FreezeMetadata, read_freeze
 
 
 class Net(nn.Module):
@@ -16,7 +18,7 @@ class Net(nn.Module):
 
 def frozen(paths):
     net = Net()
-    net.head = GLAIHead.adopt(net.head, paths=paths, freeze_epoch=4)
+    freeze_in_place(net.head, paths=paths, freeze_epoch=4)
     with torch.no_grad():
         for parameter in net.head.parameters():
             if parameter.requires_grad:
@@ -25,17 +27,17 @@ def frozen(paths):
 
 
 @pytest.mark.parametrize("paths", ["output", "tangent", "independent"])
-def test_the_mark_is_read_from_the_state_dict_alone(paths):
+def test_the_freeze_is_read_from_the_state_dict_alone(paths):
     state_dict = frozen(paths).state_dict()
-    assert read_mark(state_dict, "head") == FreezeMark(paths, 4)
-    assert read_mark(state_dict, "body") is None
-    assert read_mark(Net().state_dict(), "head") is None
+    assert read_freeze(state_dict, "head") == FreezeMetadata(paths, 4)
+    assert read_freeze(state_dict, "body") is None
+    assert read_freeze(Net().state_dict(), "head") is None
 
 
 @pytest.mark.parametrize(("paths", "found"), [("output", None), ("tangent", "tangent"), ("independent", "independent")])
 def test_without_metadata_the_entries_tell_where_they_differ_from_an_mlp(paths, found):
-    mark = read_mark(dict(frozen(paths).state_dict()), "head")
-    assert mark == (None if found is None else FreezeMark(found, None))
+    freeze = read_freeze(dict(frozen(paths).state_dict()), "head")
+    assert freeze == (None if found is None else FreezeMetadata(found, None))
 
 
 @pytest.mark.parametrize("paths", ["output", "tangent", "independent"])
@@ -79,6 +81,6 @@ def test_other_sizes_are_refused_before_anything_is_loaded():
     net = Net(hidden=9)
     HeadRestorer.of(net, "head")
     body = net.body.weight.clone()
-    with pytest.raises(ValueError, match=r"`head.0.weight` of shape \(8, 5\) for \(9, 5\)"):
+    with pytest.raises(RuntimeError, match=r"a tensor of shape \(8, 5\) as `0.weight` instead of .* shape \(9, 5\)"):
         net.load_state_dict(frozen("output").state_dict())
     assert torch.equal(net.body.weight, body)

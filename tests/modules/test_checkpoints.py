@@ -59,7 +59,7 @@ def test_a_checkpoint_holds_tensors_and_primitives_alone(tmp_path):
     described = torch.load(path, weights_only=True)["glai_lightning"]
     assert described["version"] == 1
     assert described["head"]["layers"]["0"]["arguments"] == {"in_features": 4, "out_features": HIDDEN, "bias": True}
-    assert described["class_names"] is None
+    assert described["classes"] is None
     images = torch.rand(3, 4, 4)
     loaded = SupervisedModule.load_from_checkpoint(path)
     torch.testing.assert_close(loaded.predict(images).probabilities, module.eval()(images).softmax(1))
@@ -79,7 +79,7 @@ def test_an_image_backbone_travels_with_its_preprocessing(kind, name, tmp_path):
     torch.testing.assert_close(loaded.predict(list(images), batch_size=3).probabilities, expected)
 
 
-def test_class_names_travel_and_are_what_is_predicted(tmp_path):
+def test_classes_travel_and_are_what_is_predicted(tmp_path):
     (tmp_path / "texts.csv").write_text("\n".join(["text,label", *["good,yes", "bad,no"] * 20]))
 
     class Letters(nn.Module):
@@ -89,7 +89,7 @@ def test_class_names_travel_and_are_what_is_predicted(tmp_path):
     module = SupervisedModule(mlp_head(3, 16, 2), Letters())
     path = fitted(module, TextsDataModule(tmp_path / "texts.csv"), tmp_path, epochs=20)
     loaded = SupervisedModule.load_from_checkpoint(path, backbone=Letters())
-    assert loaded.class_names == ["no", "yes"]
+    assert loaded.classes == ["no", "yes"]
     assert loaded.predict(["bad", "good", "bad"]).labels == ["no", "yes", "no"]
 
 
@@ -125,7 +125,7 @@ def test_other_modules_are_loaded_without_arguments_too(cls, tmp_path):
         (lambda d: d["head"]["layers"]["0"].pop("arguments"), "but it cannot be made"),
         (lambda d: d["head"]["layers"]["1"]["arguments"].update({"depth": 3}), "but it cannot be made"),
         (lambda d: d.update({"head": [1]}), "Expected the description of a module"),
-        (lambda d: d.update({"class_names": ["a", 3]}), "to hold at most 3 class names, but got"),
+        (lambda d: d.update({"classes": ["a", 3]}), "to hold at most 3 class names, but got"),
         (
             lambda d: d.update(
                 {

@@ -12,9 +12,10 @@ from fits import CLASSES, FEATURES, HIDDEN, make_data, make_trainer
 from safetensors import safe_open
 from torch import nn
 
-from glai_lightning import GLAIHead, SupervisedModule, mlp_head
+from glai_lightning import SupervisedModule, mlp_head
 from glai_lightning.backbones import TimmBackbone, TorchvisionBackbone, conv_backbone
 from glai_lightning.datamodules import FeaturesDataModule
+from glai_lightning.heads import freeze_in_place
 from glai_lightning.modules.export import export_model
 
 ROWS = make_data(240)[0] * 100 + 1000
@@ -27,7 +28,7 @@ def frozen_module(paths="output"):
     arrays = {"x_train": x[:180], "y_train": y[:180], "x_test": x[180:], "y_test": y[180:]}
     make_trainer(max_epochs=2).fit(module, FeaturesDataModule(arrays=arrays))
     if paths is not None:
-        module.head = GLAIHead.adopt(module.head, paths=paths)
+        module.head = freeze_in_place(module.head, paths=paths)
     return module.eval()
 
 
@@ -57,7 +58,7 @@ def test_a_file_gives_what_the_module_gives_for_rows_as_they_come(paths, to, tmp
     module = frozen_module(paths)
     name, run = FILES[to]
     if to == "mlp" and paths in ("tangent", "independent"):
-        with pytest.raises(ValueError, match="Expected `paths` to be 'output' to convert back to an MLP"):
+        with pytest.raises(ValueError, match="Expected `paths` to be 'output' to make an MLP of the head"):
             export_model(module, to, tmp_path / name)
         return
     path = export_model(module, to, tmp_path / name)

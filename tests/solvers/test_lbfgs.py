@@ -3,8 +3,9 @@ import itertools
 import torch
 from torch import Tensor
 
+from glai_lightning.solvers.cross_entropy import CrossEntropy
 from glai_lightning.solvers.lbfgs import LBFGS, Point
-from glai_lightning.solvers.preconditioner import CenteredFeatures, CovariancePreconditioner
+from glai_lightning.solvers.preconditioner import FeatureSpectrum
 from glai_lightning.solvers.processes import Processes
 
 
@@ -74,21 +75,41 @@ def test_a_step_without_descent_leaves_the_point_where_it_is():
     assert minimiser.evaluations <= 10
 
 
+def test_a_change_of_the_objective_keeps_what_was_learned_exactly():
+    quadratic, stronger = Quadratic(2.0), Quadratic(2.0)
+    stronger.hessian = stronger.hessian + 3.0 * torch.eye(6, dtype=torch.float64)
+    changed = LBFGS(quadratic, quadratic.begin(), lambda gradient: gradient)
+    for _ in range(4):
+        assert changed.step(20)
+    weights = changed.point.weights
+    steps, changes = changed._steps[:4], changed._changes[:4]
+    changed.change_objective(stronger, Point(weights, *stronger(weights)), lambda gradient: gradient, lambda s: 3.0 * s)
+    assert torch.allclose(changes, steps @ stronger.hessian, rtol=1e-10)
+    for _ in range(30):
+        changed.step(20)
+    assert changed.point.gradient.norm() < 1e-6
+
+
 def test_at_uniform_probabilities_the_preconditioner_is_the_inverse_hessian():
-    features = torch.randn(200, 4, dtype=torch.float64) * torch.tensor([1.0, 10.0, 0.1, 1.0]) + 2.0
-    probabilities = torch.full((3, 200), 1.0 / 3.0, dtype=torch.float64)
+    features = torch.randn(200, 4, dtype=torch.float64) * torch.tensor([1.0, 100.0, 0.01, 1.0]) + 2.0
     with_ones = torch.cat([features, torch.ones(200, 1, dtype=torch.float64)], dim=1)
     covariance = with_ones.t() @ with_ones / 200 / 3.0
-    covariance.diagonal()[:4] += 0.1
     direction = torch.randn(3, 5, dtype=torch.float64)
     direction -= direction.mean(0)
-    for blocks in (1, 2):
-        inverse = CovariancePreconditioner(
-            CenteredFeatures.of(features, has_bias=True, processes=Processes()),
-            probabilities,
-            torch.ones(200, dtype=torch.float64),
-            ridge=0.1,
-            logit_ridge=0.0,
-            blocks=blocks,
-        )
-        assert torch.allclose(inverse(direction @ covariance), direction, atol=1e-3)
+    spectrum = FeatureSpectrum.of(features, has_bias=True, processes=Processes())
+    loss = CrossEntropy(torch.ones(3, dtype=torch.float64), 0.0)
+    rotation, variances = loss.curvature(torch.zeros(3, 200, dtype=torch.float64))
+    inverse = spectrum.preconditioner(rotation, variances, 0.0)
+    assert torch.allclose(inverse(direction @ covariance), direction, atol=1e-6)
+
+
+def test_the_penalty_is_exact_where_columns_are_of_one_scale():
+    features = torch.randn(300, 4, dtype=torch.float64)
+    centered = features - features.mean(0)
+    hessian = centered.t() @ centered / 300 / 3.0 + 0.1 * torch.eye(4, dtype=torch.float64)
+    direction = torch.randn(3, 4, dtype=torch.float64)
+    direction -= direction.mean(0)
+    spectrum = FeatureSpectrum.of(centered, has_bias=False, processes=Processes())
+    loss = CrossEntropy(torch.ones(3, dtype=torch.float64), 0.0)
+    inverse = spectrum.preconditioner(*loss.curvature(torch.zeros(3, 300, dtype=torch.float64)), 0.1)
+    assert torch.allclose(inverse(direction @ hessian), direction, atol=1e-6)

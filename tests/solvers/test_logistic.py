@@ -6,9 +6,16 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from glai_lightning.solvers import LogisticSolver
 from glai_lightning.solvers.feature_batches import SystematicSample
-from glai_lightning.solvers.logistic import solve_logistic
 from glai_lightning.solvers.report import LinearSolution
+
+
+def solve_logistic(features, targets=None, *, weight, bias=None, validation=None, sample_weights=None, **settings):
+    solver = LogisticSolver(**{"l2": 1e-3, "max_passes": 30, **settings})
+    return solver.solve_features(
+        features, targets, weight=weight, bias=bias, validation=validation, sample_weights=sample_weights
+    )
 
 
 def blobs(samples: int = 300, num_features: int = 6, classes: int = 3, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -18,9 +25,11 @@ def blobs(samples: int = 300, num_features: int = 6, classes: int = 3, *, seed: 
     return centers[targets] + torch.randn(samples, num_features, generator=generator), targets
 
 
-def from_zero(features: Tensor, targets: Tensor, *, classes: int = 3, **settings: object) -> LinearSolution:
-    settings = {"center": "zero", "max_passes": 200, "tolerance": 1e-6, **settings}
-    weight = torch.zeros(classes, features.shape[1], dtype=features.dtype)
+def from_zero(features, targets, *, classes=3, num_features=None, dtype=None, **settings) -> LinearSolution:
+    settings = {"max_passes": 200, "tolerance": 1e-6, **settings}
+    if isinstance(features, Tensor):
+        num_features, dtype = features.shape[1], features.dtype
+    weight = torch.zeros(classes, num_features or 6, dtype=dtype)
     return solve_logistic(features, targets, weight=weight, bias=weight.new_zeros(classes), **settings)
 
 
@@ -29,36 +38,85 @@ def is_finite(solution: LinearSolution) -> bool:
     return bool(solution.weight.isfinite().all() and bias.isfinite().all()) and math.isfinite(solution.report.loss)
 
 
+def gradient_at(solution, features, loss_of, *, l2):
+    weight, bias = solution.weight.clone().requires_grad_(), solution.bias.clone().requires_grad_()
+    loss = loss_of(F.linear(features, weight, bias)) + 0.5 * l2 * weight.square().sum()
+    assert loss.item() == pytest.approx(solution.report.loss, rel=1e-9)
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, (weight, bias))])
+
+
+def doubled_blobs(classes=3):
+    features, targets = blobs(classes=classes)
+    return features.double(), targets
+
+
+def soft_targets(outputs=3):
+    logits = torch.randn(300, outputs, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return logits.softmax(1)
+
+
+@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("class_weights", [None, [1.0, 0.2, 3.0]])
-@pytest.mark.parametrize("center", ["zero", "current"])
-def test_the_solution_is_a_stationary_point_of_torchs_cross_entropy(label_smoothing, class_weights, center):
-    features, targets = (t.double() if t.is_floating_point() else t for t in blobs())
-    start = 0.1 * torch.randn(3, 6, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+def test_the_solution_is_a_stationary_point_of_torchs_cross_entropy(soft, label_smoothing, class_weights):
+    features, targets = doubled_blobs()
+    targets = soft_targets() if soft else targets
     solution = solve_logistic(
         features,
         targets,
-        weight=start[0],
-        bias=start[1],
+        weight=0.1 * torch.randn(3, 6, dtype=torch.float64),
+        bias=torch.randn(3, dtype=torch.float64),
         l2=1e-2,
-        center=center,
         class_weights=class_weights,
         label_smoothing=label_smoothing,
         max_passes=300,
         tolerance=1e-9,
     )
-    weight, bias = solution.weight.requires_grad_(), solution.bias.requires_grad_()
-    logits = F.linear(features, weight, bias)
     weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float64)
-    loss = F.cross_entropy(logits, targets, weight=weights, label_smoothing=label_smoothing)
-    if center == "zero":
-        loss = loss + 0.5e-2 * weight.square().sum()
-    else:
-        loss = loss + 0.5e-2 * (logits - F.linear(features, *start)).square().sum(1).mean()
-    gradients = torch.autograd.grad(loss, (weight, bias))
+
+    def loss_of(logits):
+        return F.cross_entropy(logits, targets, weight=weights, label_smoothing=label_smoothing)
+
     assert solution.report.reason == "converged"
-    assert loss.item() == pytest.approx(solution.report.loss, rel=1e-10)
-    assert all(gradient.norm() < 1e-8 for gradient in gradients)
+    assert gradient_at(solution, features, loss_of, l2=1e-2).norm() < 1e-8
+
+
+@pytest.mark.parametrize("class_weights", [None, [1.0, 5.0, 0.5]])
+def test_several_binary_outputs_are_a_stationary_point_of_torchs_loss(class_weights):
+    features, _ = doubled_blobs()
+    targets = soft_targets()
+    targets[:100] = targets[:100].round()
+    solution = from_zero(
+        features,
+        targets,
+        l2=1e-2,
+        loss="binary_cross_entropy",
+        class_weights=class_weights,
+        tolerance=1e-9,
+    )
+    positives = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float64)
+
+    def loss_of(logits):
+        return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=positives)
+
+    assert gradient_at(solution, features, loss_of, l2=1e-2).norm() < 1e-8
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_weights_of_samples_are_those_of_a_weighted_mean(soft):
+    features, targets = doubled_blobs()
+    targets = soft_targets() if soft else targets
+    weights = torch.rand(300, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    weights[::3] = 0.0
+    solution = from_zero(features, targets, l2=1e-2, sample_weights=weights, tolerance=1e-9)
+
+    def loss_of(logits):
+        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+
+    assert gradient_at(solution, features, loss_of, l2=1e-2).norm() < 1e-8
+    batches = list(zip(features.split(70), targets.split(70), weights.split(70), strict=True))
+    parts = from_zero(batches, None, dtype=torch.float64, l2=1e-2, tolerance=1e-9)
+    assert torch.allclose(parts.weight, solution.weight, atol=1e-6)
 
 
 def test_a_single_logit_is_binary_cross_entropy():
@@ -69,9 +127,9 @@ def test_a_single_logit_is_binary_cross_entropy():
     assert report.gradient_norm < 1e-4
 
 
-def test_a_single_logit_equals_the_difference_of_two_when_the_penalty_is_on_logits():
-    features, targets = (t.double() if t.is_floating_point() else t for t in blobs(classes=2))
-    settings = {"center": "current", "label_smoothing": 0.1, "class_weights": [1.0, 4.0], "tolerance": 1e-9}
+def test_a_single_logit_equals_the_difference_of_two():
+    features, targets = doubled_blobs(classes=2)
+    settings = {"label_smoothing": 0.1, "class_weights": [1.0, 4.0], "tolerance": 1e-9}
     single = from_zero(features, targets, classes=1, l2=0.0, **settings)
     pair = from_zero(features, targets, classes=2, l2=0.0, **settings)
     assert single.report.loss == pytest.approx(pair.report.loss, rel=1e-8)
@@ -89,7 +147,7 @@ def test_the_objective_at_the_optimum_is_scikit_learns():
 
 def test_batches_of_any_size_give_the_solution_of_the_whole():
     features, targets = blobs()
-    whole = from_zero(features, targets, center="current", tolerance=1e-5)
+    whole = from_zero(features, targets, tolerance=1e-5)
     batches = [*zip(features.split(37), targets.split(37), strict=True), (features[:0], targets[:0])]
     start = torch.zeros(3, 6), torch.zeros(3)
     parts = solve_logistic(batches, weight=start[0], bias=start[1], max_passes=200, tolerance=1e-5)
@@ -103,7 +161,7 @@ def test_equal_data_gives_bitwise_equal_solutions():
 
 def test_without_a_bias_none_is_fitted():
     features, targets = blobs()
-    solution = solve_logistic(features, targets, weight=torch.zeros(3, 6), center="zero", max_passes=100)
+    solution = solve_logistic(features, targets, weight=torch.zeros(3, 6), max_passes=100)
     assert solution.bias is None
     assert solution.report.loss > from_zero(features, targets).report.loss
 
@@ -121,9 +179,7 @@ def test_the_weights_given_are_not_changed_and_decide_the_dtype():
 def test_a_solution_is_its_own_solution():
     features, targets = blobs()
     first = from_zero(features, targets)
-    again = solve_logistic(
-        features, targets, weight=first.weight, bias=first.bias, center="zero", max_passes=100, tolerance=1e-2
-    )
+    again = solve_logistic(features, targets, weight=first.weight, bias=first.bias, max_passes=100, tolerance=1e-2)
     assert again.report.loss == pytest.approx(first.report.loss, rel=1e-6)
 
 
@@ -169,28 +225,27 @@ def test_the_best_step_by_validation_is_handed_back():
 def test_constant_and_collinear_features_are_solved_like_their_independent_part():
     features, targets = blobs()
     redundant = torch.cat([features, torch.full((300, 1), 7.0), features[:, :2] @ torch.randn(2, 3)], dim=1)
-    plain = from_zero(features, targets, center="current", l2=1e-2, tolerance=1e-5)
-    solution = from_zero(redundant, targets, center="current", l2=1e-2, tolerance=1e-5)
+    plain = from_zero(features, targets, l2=0.0, tolerance=1e-5)
+    solution = from_zero(redundant, targets, l2=0.0, tolerance=1e-5)
     assert is_finite(solution)
     assert solution.report.loss == pytest.approx(plain.report.loss, rel=1e-5)
 
 
-def test_columns_of_extreme_scales_are_solved_like_those_of_one_scale():
-    features, targets = blobs()
-    scales = torch.tensor([1e-8, 1e-4, 1.0, 1e4, 1e8, 1.0])
-    plain = from_zero(features, targets, center="current", l2=1e-2, max_passes=100)
-    solution = from_zero(features * scales, targets, center="current", l2=1e-2, max_passes=100)
-    assert solution.report.loss == pytest.approx(plain.report.loss, rel=1e-4)
+def test_columns_of_extreme_scales_are_solved_like_those_of_one_scale_without_a_penalty():
+    features, targets = doubled_blobs()
+    scales = torch.tensor([1e-8, 1e-4, 1.0, 1e4, 1e8, 1.0], dtype=torch.float64)
+    plain = from_zero(features, targets, l2=0.0, max_passes=100)
+    solution = from_zero(features * scales, targets, l2=0.0, max_passes=100)
+    assert solution.report.loss == pytest.approx(plain.report.loss, rel=1e-6)
     assert torch.allclose(solution.weight * scales, plain.weight, atol=2e-2)
-    assert is_finite(from_zero(features * scales, targets))
+    assert is_finite(from_zero((features * scales).float(), targets))
 
 
-@pytest.mark.parametrize("center", ["zero", "current"])
 @pytest.mark.parametrize("scale", [1e-30, 1e15])
-def test_columns_at_the_edge_of_the_dtype_give_finite_weights(center, scale):
+def test_columns_at_the_edge_of_the_dtype_give_finite_weights(scale):
     features, targets = blobs()
     features[:, 0] *= scale
-    solution = from_zero(features, targets, center=center, max_passes=40)
+    solution = from_zero(features, targets, max_passes=40)
     assert is_finite(solution)
     assert solution.report.loss < 0.5 * solution.report.start_loss
 
@@ -202,11 +257,10 @@ def test_far_shifted_features_are_solved_like_centered_ones():
     assert solution.report.loss == pytest.approx(plain.report.loss, rel=1e-3)
 
 
-@pytest.mark.parametrize("center", ["zero", "current"])
-def test_separable_data_without_penalty_stops_with_finite_weights(center):
+def test_separable_data_without_penalty_stops_with_finite_weights():
     features = torch.cat([torch.randn(50, 4) + 10.0, torch.randn(50, 4) - 10.0])
     targets = torch.arange(100) // 50
-    solution = from_zero(features, targets, classes=2, l2=0.0, center=center, tolerance=0.0, max_passes=500)
+    solution = from_zero(features, targets, classes=2, l2=0.0, tolerance=0.0, max_passes=500)
     assert is_finite(solution)
     assert solution.report.reason in ("no_progress", "max_passes", "converged")
     assert solution.report.loss < 1e-3
@@ -219,11 +273,10 @@ def test_a_class_without_samples_is_not_predicted():
     assert int(F.linear(features, solution.weight, solution.bias).argmax(1).max()) <= 2
 
 
-@pytest.mark.parametrize("center", ["zero", "current"])
 @pytest.mark.parametrize("samples", [1, 2, 5])
-def test_fewer_samples_than_features_are_solved(center, samples):
+def test_fewer_samples_than_features_are_solved(samples):
     features, targets = blobs(samples, 30)
-    solution = from_zero(features, targets, center=center, max_passes=50)
+    solution = from_zero(features, targets, max_passes=50)
     assert is_finite(solution)
     assert solution.report.loss < solution.report.start_loss
 
@@ -268,6 +321,8 @@ def test_validation_features_that_are_not_finite_are_an_error():
         (torch.zeros(4, 6), torch.tensor([0, 1, 2, -1]), ValueError, "Expected class labels"),
         (torch.zeros(4, 6), torch.zeros(4), TypeError, "Expected integer class labels"),
         (torch.zeros(4, 6), torch.zeros(4, 3).long(), ValueError, r"Expected targets of shape \(samples,\)"),
+        (torch.zeros(4, 6), torch.full((4, 3), 2.0), ValueError, r"Expected targets to be in \[0, 1\]"),
+        (torch.zeros(4, 6), torch.full((4, 3), math.nan), ValueError, r"Expected targets to be in \[0, 1\]"),
         (torch.zeros(4, 6), torch.zeros(3).long(), ValueError, "Expected as many targets as features, but got 3 and 4"),
         (torch.zeros(0, 6), torch.zeros(0).long(), ValueError, "Expected at least one sample"),
         (torch.zeros(4, 5), torch.zeros(4).long(), ValueError, "Expected 6 features a sample, but got 5"),
@@ -309,14 +364,17 @@ def test_passes_of_different_lengths_are_an_error():
     [
         ({"l2": -1.0}, "`l2`"),
         ({"l2": math.nan}, "`l2`"),
-        ({"center": "mean"}, "`center` to be 'zero' or 'current', but got 'mean'"),
+        ({"loss": "hinge"}, "`loss` to be 'cross_entropy' or 'binary_cross_entropy', but got 'hinge'"),
         ({"label_smoothing": 1.0}, "`label_smoothing`"),
         ({"max_passes": 1}, "`max_passes`"),
         ({"tolerance": -1.0}, "`tolerance`"),
         ({"patience": 0}, "`patience`"),
         ({"class_weights": [1.0, 2.0]}, "`class_weights` to be 3 numbers"),
         ({"class_weights": [1.0, 2.0, -1.0]}, "`class_weights` to be finite and at least 0"),
-        ({"class_weights": [0.0, 0.0, 0.0]}, "`class_weights` to be positive for a class that has samples"),
+        (
+            {"class_weights": [0.0, 0.0, 0.0]},
+            "weights of samples, and `class_weights` of a class that has samples, to be positive",
+        ),
         ({"weight": torch.zeros(3)}, "`weight` to be of shape"),
         ({"weight": torch.full((3, 6), math.nan)}, "`weight` to be finite"),
         ({"bias": torch.zeros(4)}, "`bias` to be of shape"),
@@ -330,11 +388,8 @@ def test_settings_out_of_range_are_an_error(settings, message):
 
 def test_a_systematic_sample_is_bounded_and_evenly_spaced():
     sample = SystematicSample(50)
-    rows = torch.arange(1000.0)
-    for part in rows.split(17):
-        sample.add(part.unsqueeze(1), part.long())
-    features, targets = sample.collect()
-    kept = features.squeeze(1)
+    for part in torch.arange(1000.0).unsqueeze(1).split(17):
+        sample.add(part)
+    kept = sample.collect().squeeze(1)
     assert 50 <= len(kept) <= 100
-    assert torch.equal(kept.long(), targets)
     assert torch.equal(kept.diff(), torch.full_like(kept[1:], 16.0))

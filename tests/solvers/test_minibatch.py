@@ -5,8 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glai_lightning.solvers.logistic import solve_logistic
+from glai_lightning.solvers import LogisticSolver
 from glai_lightning.solvers.report import LinearSolution
+
+
+def solve_logistic(features, targets=None, *, weight, bias=None, validation=None, group=None, **settings):
+    solver = LogisticSolver(**{"max_passes": 30, **settings})
+    return solver.solve_features(features, targets, weight=weight, bias=bias, validation=validation, group=group)
 
 
 def blobs(samples: int = 1200, num_features: int = 6, classes: int = 4) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,14 @@ import torch
 from process_groups import run_in_processes
 from torch.distributed import group
 
-from glai_lightning.solvers.logistic import solve_logistic
+from glai_lightning.solvers import LogisticSolver
 
 pytestmark = pytest.mark.processes
+
+
+def solve_logistic(features, targets=None, *, weight, bias=None, validation=None, group=None, **settings):
+    solver = LogisticSolver(**{"max_passes": 30, **settings})
+    return solver.solve_features(features, targets, weight=weight, bias=bias, validation=validation, group=group)
 
 
 def solved(features, targets=None, **settings):

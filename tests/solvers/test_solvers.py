@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
-from glai_lightning.heads.frozen import GLAIHead, freeze_structure, mlp_head
+from glai_lightning.heads import GLAIHead, freeze_structure, mlp_head
 from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 SOLVERS = [LogisticSolver(), RidgeSolver()]
@@ -156,7 +156,7 @@ def test_heads_that_are_not_linear_in_their_path_weights_are_an_error(solver):
     with pytest.raises(ValueError, match="Expected `paths` to be 'output' or 'independent'"):
         solver.solve(frozen("tangent"), inputs, targets)
     normed = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3), nn.BatchNorm1d(3))
-    with pytest.raises(ValueError, match=r"Expected no module behind the head's last Linear.*BatchNorm1d"):
+    with pytest.raises(ValueError, match=r"Expected no module after the head's last Linear.*BatchNorm1d"):
         solver.solve(freeze_structure(normed), inputs, targets)
 
 

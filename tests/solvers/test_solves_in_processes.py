@@ -5,12 +5,22 @@ import torch
 import torch.distributed as dist
 from process_groups import run_in_processes
 
-from glai_lightning.solvers import solve_logistic, solve_ridge
+from glai_lightning.solvers import LogisticSolver, RidgeSolver
 from glai_lightning.solvers.processes import Processes
 
 pytestmark = pytest.mark.processes
 
 SAMPLES, FEATURES, CLASSES = 700, 12, 4
+
+
+def solve_logistic(features, targets=None, *, weight, bias=None, validation=None, group=None, **settings):
+    solver = LogisticSolver(**{"max_passes": 30, **settings})
+    return solver.solve_features(features, targets, weight=weight, bias=bias, validation=validation, group=group)
+
+
+def solve_ridge(features, targets=None, *, weight, bias=None, l2=None, validation=None, group=None):
+    solver = RidgeSolver(l2=l2)
+    return solver.solve_features(features, targets, weight=weight, bias=bias, validation=validation, group=group)
 
 
 def make_data(dtype=torch.float32):

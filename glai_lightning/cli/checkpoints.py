@@ -1,0 +1,118 @@
+"""Which checkpoint ``--ckpt_path`` names, and which one is the best of a fit that was resumed."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.modules.checkpoint_file import check_checkpoint
+
+
+def check_given(path: str, *, weights_only: bool) -> None:
+    """Check that ``--ckpt_path`` names a checkpoint.
+
+    Args:
+        path: a file or an address, or 'best', 'last' or 'hpc'.
+        weights_only: whether the file is to hold tensors and primitives only.
+
+    Raises:
+        MisconfigurationException: if there is no such file.
+        ValueError: if it is no checkpoint.
+    """
+    if path in ("best", "last", "hpc") or "://" in path:
+        return
+    if not os.path.isfile(path):
+        what = "is not a file" if os.path.exists(path) else "does not exist"
+        raise UserMisconfigurationError(
+            f"Expected `--ckpt_path` to be a checkpoint, 'best', 'last' or 'hpc', but got '{path}', which {what}."
+        )
+    if weights_only:
+        check_checkpoint(path)
+
+
+def find_checkpoint(name: str, trainer: Any) -> str | None:
+    """Return the checkpoint that earlier fits of the same configuration left behind.
+
+    Args:
+        name: 'best', of the latest fit by the score that it monitored, or 'last', the file that was written last.
+        trainer: where the configuration writes checkpoints to.
+
+    Returns:
+        The path; ``None`` where there is none.
+    """
+    files = [file for folder in _checkpoint_folders(trainer) for file in folder.glob("*.ckpt")]
+    if not files:
+        return None
+    latest = max(files, key=lambda file: file.stat().st_mtime)
+    if name == "last":
+        return str(latest)
+    for path in _best_paths(latest):
+        # Beside the latest, should the folder have been moved since.
+        for candidate in (path, latest.with_name(path.name)):
+            if candidate.is_file():
+                return str(candidate)
+    return None
+
+
+def checkpoint_roots(trainer: Any) -> list[Path]:
+    """Return the folders below which a Trainer leaves its checkpoints."""
+    given = [Path(one.dirpath) for one in trainer.checkpoint_callbacks if getattr(one, "dirpath", None) is not None]
+    logged = [
+        Path(logger.save_dir, str(logger.name)) for logger in trainer.loggers if getattr(logger, "save_dir", None)
+    ]
+    return list(dict.fromkeys([*given, *logged, Path(trainer.default_root_dir)]))
+
+
+def saved_configuration(checkpoint: str) -> Path | None:
+    """Return the configuration that a fit has saved beside the folder of its checkpoints, ``None`` without one.
+
+    Args:
+        checkpoint: a file, or 'best' or 'last' for the latest fit in ``runs``.
+    """
+    if checkpoint in ("best", "last"):
+        saved = sorted(Path("runs").glob("*/version_*/config.yaml"), key=lambda file: file.stat().st_mtime)
+        return saved[-1] if saved else None
+    beside = Path(checkpoint).parent.parent / "config.yaml"
+    return beside if beside.is_file() else None
+
+
+def _checkpoint_folders(trainer: Any) -> Iterable[Path]:
+    for root in checkpoint_roots(trainer):
+        yield from (root, root / "checkpoints", *root.glob("version_*/checkpoints"))
+
+
+def _best_paths(checkpoint: Path) -> list[Path]:
+    check_checkpoint(checkpoint)
+    states = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {}).values()
+    monitoring = [state for state in states if isinstance(state, dict) and state.get("monitor") is not None]
+    return [Path(state["best_model_path"]) for state in monitoring if state.get("best_model_path")]
+
+
+class KeepsBest(Callback):
+    """Lets the best checkpoint of a resumed fit count, although the fit writes into a new folder.
+
+    Lightning's ``ModelCheckpoint`` forgets the best score in a new folder, and takes the first that follows for the
+    best.
+    """
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Tell every ``ModelCheckpoint`` that its folder is the one of the fit that is resumed."""
+        if trainer.state.fn != "fit":
+            return
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if getattr(callback, "monitor", None) is None or not isinstance(state, dict):
+                continue
+            best = str(state.get("best_model_path", ""))
+            # A file that was written after this checkpoint holds other weights than those of the score.
+            if os.path.isfile(best) and _epoch_of(best) <= checkpoint.get("epoch", -1):
+                state["dirpath"] = callback.dirpath
+
+
+def _epoch_of(path: str) -> int:
+    check_checkpoint(path)
+    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])

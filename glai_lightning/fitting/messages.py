@@ -1,0 +1,34 @@
+"""Messages to the user in the middle of a fit, which no progress bar erases."""
+
+import logging
+import shutil
+import sys
+import textwrap
+
+from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+_LOGGER = logging.getLogger("glai_lightning")
+
+
+class _AboveTheBar(logging.Handler):
+    """Prints above the progress bars of tqdm and of rich, where the program has set up no logging of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().hasHandlers():
+            # By name, because rich puts another stream in its place while it draws.
+            tqdm.write(textwrap.fill(self.format(record), shutil.get_terminal_size().columns), file=sys.stderr)
+
+
+_LOGGER.addHandler(_AboveTheBar())
+_LOGGER.setLevel(logging.INFO)
+
+
+@rank_zero_only
+def say(message: object) -> None:
+    """Tell the user something, once and not once a process, whole and above the progress bar.
+
+    Args:
+        message: what is logged as information by the logger ``glai_lightning``.
+    """
+    _LOGGER.info("%s", message)

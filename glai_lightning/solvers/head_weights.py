@@ -1,0 +1,123 @@
+"""The path weights of a frozen head as a linear model, which the solvers read and set: all they know of a head."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
+
+from glai_lightning.checks import UserTypeError, UserValueError
+from glai_lightning.heads.frozen import GLAIHead
+from glai_lightning.heads.patterns import layout_of
+from glai_lightning.heads.record import record_of
+from glai_lightning.solvers.feature_batches import Batches, Data, FeatureBatches, as_batches, as_tensors
+from glai_lightning.solvers.processes import Processes
+from glai_lightning.solvers.report import LinearSolution, SolveReport
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def solve_head(
+    solve_features: Callable[..., LinearSolution],
+    head: GLAIHead,
+    inputs: Tensor | Batches,
+    targets: Tensor | None,
+    sample_weights: Tensor | None,
+    *,
+    validation: Data | None,
+    group: "ProcessGroup | None",
+) -> SolveReport:
+    """Solve for a head's path weights and set them in place; after an error the head is as it was.
+
+    Args:
+        solve_features: the ``solve_features`` of a solver.
+        head: a head with output or independent paths, from (N, D) to (N, C). Its mode is left as it is.
+        inputs: (N, D), or a re-iterable of (inputs, targets) batches: then path activations are computed anew in every
+            pass, and never held all at once.
+        targets: of N samples, or ``None`` where ``inputs`` yields them.
+        sample_weights: (N,), or ``None``.
+        validation: tensors (inputs, targets) or (inputs, targets, weights), or batches of them.
+        group: the processes of ``torch.distributed`` that share the data.
+    """
+    path_weights = LinearPathWeights(head)
+    with Processes(group, path_weights.device).failing_together():
+        features = path_weights.features(inputs, targets, sample_weights)
+        held_out = None if validation is None else path_weights.features(*as_tensors(validation))
+    solution = solve_features(
+        features, weight=path_weights.weight(), bias=path_weights.bias, validation=held_out, group=group
+    )
+    path_weights.set(solution)
+    return solution.report
+
+
+class LinearPathWeights:
+    """A head's path weights as one matrix (C, F) and a bias (C,), over its path activations (N, F).
+
+    Args:
+        head: a head with output or independent paths, and no module after its last Linear.
+
+    Raises:
+        TypeError: if ``head`` is not a ``GLAIHead``.
+        ValueError: if its paths are 'tangent', or a module follows them that does something in eval mode.
+    """
+
+    def __init__(self, head: GLAIHead) -> None:
+        if not isinstance(head, GLAIHead):
+            raise UserTypeError(
+                f"Expected the head to be a `GLAIHead`, but got `{type(head).__name__}`: freeze it first."
+            )
+        layout, kind = layout_of(head), record_of(head).paths
+        acting = [module for module in layout.trailing if not isinstance(module, _DropoutNd)]
+        if acting:
+            names = ", ".join(type(module).__name__ for module in acting)
+            raise UserValueError(f"Expected no module after the head's last Linear to solve for it, but got {names}.")
+        self._head = head
+        self._parameters: list[Tensor]
+        self.bias: Tensor | None
+        if kind == "output":
+            self._parameters, self.bias = [layout.output.weight], layout.output.bias
+        elif kind == "independent":
+            paths: Any = layout.output
+            path_biases = [bias for bias in paths.path_biases() if bias is not None]
+            self._parameters, self.bias = [paths.path_weights, *path_biases], paths.bias
+        else:
+            raise UserValueError(
+                f"Expected `paths` to be 'output' or 'independent' to solve for them, but got {kind!r}."
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the path weights are."""
+        return self._parameters[0].device
+
+    def weight(self) -> Tensor:
+        """Return the path weights without the output bias, (C, F), in the order of the path activations."""
+        return torch.cat([parameter.detach().flatten(1) for parameter in self._parameters], dim=1)
+
+    def set(self, solution: LinearSolution) -> None:
+        """Put solved weights into the head, in place."""
+        with torch.no_grad():
+            sizes = [parameter[0].numel() for parameter in self._parameters]
+            for parameter, part in zip(self._parameters, torch.split(solution.weight, sizes, dim=1), strict=True):
+                parameter.copy_(part.reshape(parameter.shape))
+            if self.bias is not None and solution.bias is not None:
+                self.bias.copy_(solution.bias)
+
+    def features(
+        self, inputs: Tensor | Batches, targets: Tensor | None, sample_weights: Tensor | None
+    ) -> FeatureBatches:
+        """Return path activations and targets: computed once for a tensor of inputs, in every pass for batches."""
+        read = FeatureBatches(inputs, targets, sample_weights, transform=self._activations)
+        if isinstance(inputs, Tensor):
+            return as_batches(self._activations(inputs), targets, sample_weights, outputs=len(self._parameters[0]))
+        return read
+
+    def _activations(self, inputs: Tensor) -> Tensor:
+        layout = layout_of(self._head)
+        width = layout.widths[0]
+        if not layout.leading and inputs.shape[1] != width:
+            raise UserValueError(f"Expected inputs of shape (samples, {width}), but got {tuple(inputs.shape)}.")
+        with torch.no_grad():
+            return GLAIHead.path_activations(self._head, inputs.to(self._parameters[0]))
