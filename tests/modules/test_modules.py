@@ -129,4 +129,5 @@ def test_a_head_that_does_not_fit_the_data_is_refused_before_training(sizes, mes
 
 def test_hyper_parameters_are_what_weights_only_loading_can_hold():
     module = SupervisedModule(mlp_head(FEATURES, HIDDEN, CLASSES), optimizer=lambda p: torch.optim.SGD(p, 0.1))
-    assert dict(module.hparams) == {"freeze_backbone": True, "num_classes": None, "task": "classification"}
+    expected = {"freeze_backbone": True, "standardise_embeddings": True, "num_classes": None, "task": "classification"}
+    assert dict(module.hparams) == expected

@@ -191,5 +191,5 @@ def test_a_head_that_does_not_fit_the_data_is_refused_before_training():
 
 
 def test_hyper_parameters_are_what_weights_only_loading_can_hold():
-    hparams = {"freeze_backbone": True, "distance": "cosine", "cosine_scale": 10.0}
+    hparams = {"freeze_backbone": True, "standardise_embeddings": True, "distance": "cosine", "cosine_scale": 10.0}
     assert dict(few_shot_module(distance="cosine").hparams) == hparams
