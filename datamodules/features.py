@@ -1,12 +1,14 @@
 """Features and labels in memory, for heads on cached features and for plain tables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_choice
@@ -20,6 +22,7 @@ from glai_lightning.datamodules.arrays import (
     selectable,
 )
 from glai_lightning.datamodules.base import SampleDataModule, Splits, array_reader, expect_one
+from glai_lightning.datamodules.feature_cache import fill_cache
 from glai_lightning.datamodules.splits import SPLITS, split_samples
 from glai_lightning.datamodules.targets import Targets, Task
 
@@ -99,8 +102,73 @@ class FeaturesDataModule(SampleDataModule):
             raise UserTypeError(f"Expected `standardise` to be True or False, but got {standardise!r}.")
         self.task = task
         self.standardise = standardise
+        self._class_names: list[str] | None = None
         self._read_arrays = array_reader(path, arrays, required=_REQUIRED_KEYS, optional=_OPTIONAL_KEYS)
         self._in_memory = path is not None and Path(path).is_file()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        datamodule: pl.LightningDataModule,
+        backbone: nn.Module,
+        *,
+        cache_dir: str | PathLike[str],
+        views: int = 1,
+        batch_size: int | None = None,
+        standardise: bool = False,
+        progress_bar: bool = True,
+    ) -> "FeaturesDataModule":
+        """Embed the inputs of a data module once, and read the embeddings from disk in every epoch and every fit.
+
+        Embeddings are found by what they were made of: the weights, buffers and settings of the backbone, dtype and
+        precision, and the data, by split: the content of tensors, and path, size and time of files. Whatever changes,
+        they are computed anew. They are written in shards; after a crash the next call computes those that are missing.
+        Processes of a distributed fit share the shards, and several programs may fill one cache.
+
+        Args:
+            datamodule: batches ``(inputs, targets)``, of this package or of yours; yours with one loader a split, whose
+                dataset has a length and whose sampler draws every sample once.
+            backbone: a module from a batch of inputs to embeddings (batch, D), frozen and in eval mode.
+            cache_dir: the folder of all caches. Each is a folder in it that ``FeaturesDataModule(path)`` reads, too.
+            views: draws of training inputs that are augmented at random; epoch ``e`` reads draw ``e`` modulo ``views``.
+            batch_size: rows in a batch, in each process; by default that of the data module.
+            standardise: whether embeddings are standardised, by their first draw.
+            progress_bar: whether the progress of the backbone is shown.
+
+        Returns:
+            A data module with the splits of the other, and of ours with its order.
+
+        Raises:
+            TypeError: If an argument is of the wrong type, or data or backbone hold what cannot be looked into.
+            ValueError: If the backbone is trainable, in train mode or random, a sampler draws samples twice or leaves
+                some out, inputs are augmented at random with one view, or the folder cannot be written to.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> from glai_lightning.datamodules import DigitsDataModule
+            >>> backbone = nn.Linear(64, 16).requires_grad_(False).eval()
+            >>> with TemporaryDirectory() as folder:
+            ...     data = FeaturesDataModule.from_backbone(
+            ...         DigitsDataModule(), backbone, cache_dir=folder, progress_bar=False
+            ...     )
+            ...     data.num_features, data.num_classes, len(data.splits["train"])
+            (16, 10, 1150)
+        """
+        folder = fill_cache(datamodule, backbone, cache_dir, views=views, progress_bar=progress_bar)
+        size = getattr(datamodule, "batch_size", None) if batch_size is None else batch_size
+        seed = getattr(datamodule, "seed", 0)
+        data = cls.__new__(cls)
+        FeaturesDataModule.__init__(
+            data,
+            folder,
+            batch_size=size if isinstance(size, int) else 256,
+            seed=seed if isinstance(seed, int) else 0,
+            standardise=standardise,
+        )
+        keys = (*_OPTIONAL_KEYS, "x_test", "y_test", *(f"x_train_view{view}" for view in range(1, views)))
+        data._read_arrays = array_reader(folder, None, required=("x_train", "y_train"), optional=keys)
+        data._class_names = getattr(datamodule, "classes", None)
+        return data
 
     @property
     def num_features(self) -> int:
@@ -110,7 +178,7 @@ class FeaturesDataModule(SampleDataModule):
 
     def _read(self) -> Splits:
         module = None if self.trainer is None else self.trainer.lightning_module
-        return make_splits(
+        splits = make_splits(
             dict(self._read_arrays()),
             val_fraction=self.val_fraction,
             seed=self.seed,
@@ -118,6 +186,7 @@ class FeaturesDataModule(SampleDataModule):
             standardise=self.standardise,
             in_place=self._in_memory,
         )
+        return splits if self._class_names is None else replace(splits, classes=self._class_names)
 
 
 class FeatureRows(Dataset[tuple[Tensor, Tensor]]):
@@ -127,6 +196,7 @@ class FeatureRows(Dataset[tuple[Tensor, Tensor]]):
         inputs: rows (N, D), and what makes float32 inputs of those of a batch; ``None`` where they need no change.
         targets: (M, ...), of the rows of ``index``.
         index: which of the inputs are read (M,), int64; ``None`` for all.
+        draws: further draws of the inputs, one epoch each in turn.
 
     Example:
         >>> FeatureRows((Rows([torch.arange(5.0).reshape(5, 1)]), None), torch.arange(5))[torch.tensor([3, 0])]
@@ -134,8 +204,15 @@ class FeatureRows(Dataset[tuple[Tensor, Tensor]]):
                 [0.]]), tensor([3, 0]))
     """
 
-    def __init__(self, inputs: _Inputs, targets: Tensor, index: Tensor | None = None) -> None:
-        (self.inputs, self.convert), self.targets, self.index = inputs, targets, index
+    def __init__(
+        self, inputs: _Inputs, targets: Tensor, index: Tensor | None = None, draws: Sequence[_Inputs] = ()
+    ) -> None:
+        self.targets, self.index, self.draws = targets, index, (inputs, *draws)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the draw of an epoch."""
+        self.inputs, self.convert = self.draws[epoch % len(self.draws)]
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -167,9 +244,9 @@ def make_splits(
         >>> splits.train[0].shape, splits.val[0].shape, splits.num_classes
         (torch.Size([8, 6]), torch.Size([2, 6]), 3)
     """
-    own_validation = any(key in arrays for key in _OPTIONAL_KEYS)
-    require_keys(arrays, (*_REQUIRED_KEYS, *(_OPTIONAL_KEYS if own_validation else ())), "`arrays`")
-    names = [split for split in SPLITS if f"x_{split}" in arrays]
+    names = [split for split in SPLITS if f"x_{split}" in arrays or f"y_{split}" in arrays]
+    own_validation = "val" in names
+    require_keys(arrays, [f"{letter}_{split}" for split in names for letter in "xy"], "`arrays`")
     inputs = {split: _checked_inputs(f"x_{split}", arrays[f"x_{split}"]) for split in names}
     targets = Targets({split: arrays[f"y_{split}"] for split in names}, task)
     for split in names:
@@ -186,9 +263,17 @@ def make_splits(
     num_features = inputs["train"].shape[1]
     training = None if index["train"] is None else index["train"].sort().values
     convert = Standardisation.fit(inputs["train"], training) if standardise else Standardisation.identity(num_features)
+    draws = [_checked_inputs(key, array) for key, array in arrays.items() if key.startswith("x_train_view")]
+    if any(draw.shape != inputs["train"].shape for draw in draws):
+        raise UserValueError(f"Expected all draws of `x_train` to have the shape {inputs['train'].shape}.")
     prepared = {split: _prepare(inputs[split], convert, in_place=in_place) for split in names}
     prepared = {"val": prepared["train"]} | prepared
-    sources = {split: FeatureRows(prepared[split], of_split[split], index[split]) for split in SPLITS}
+    sources = {
+        split: FeatureRows(prepared[split], of_split[split], index[split]) for split in SPLITS if split in prepared
+    }
+    if draws:
+        more = [_prepare(draw, convert, in_place=in_place) for draw in draws]
+        sources["train"] = FeatureRows(prepared["train"], of_split["train"], index["train"], more)
     return Splits(sources, num_features, targets.num_classes, targets.classes, convert)
 
 
