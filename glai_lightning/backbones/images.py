@@ -53,7 +53,8 @@ class _ImageBackbone(NamedBackbone):
         transforms = _torchvision("transforms.functional", f"`{type(self).__name__}`")
         mode = transforms.InterpolationMode(self.preprocessing["interpolation"])
         resized = transforms.resize(images, self.preprocessing["resize"], interpolation=mode, antialias=True)
-        return transforms.center_crop(resized, self.preprocessing["size"])
+        cropped: Tensor = transforms.center_crop(resized, self.preprocessing["size"])
+        return cropped
 
     def _normalised(self, images: Tensor) -> Tensor:
         # torchvision's own looks at numbers, and cannot be exported for that.
@@ -69,7 +70,8 @@ class _ImageBackbone(NamedBackbone):
 
     def forward(self, images: Images) -> Tensor:
         """Embed images -> (batch, D)."""
-        return self.model(self.preprocess(images))
+        embeddings: Tensor = self.model(self.preprocess(images))
+        return embeddings
 
     def preprocess(self, images: Images) -> Tensor:
         """Return images as the model is to be given them: resized, cropped at the centre, normalised; one batch."""

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glai_lightning.backbones.named import NamedBackbone, check_name, sentence_for_the_hub
 from glai_lightning.checks import UserValueError, expect_choice, expect_integer
@@ -50,7 +50,7 @@ class TransformersBackbone(NamedBackbone):
             model, tokenizer, pooling, min(tokenizer.model_max_length, limit) if max_length is None else max_length
         )
 
-    def _set(self, model: nn.Module, tokenizer: Any, pooling: str, max_length: int) -> None:
+    def _set(self, model: Any, tokenizer: Any, pooling: str, max_length: int) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.pooling, self.max_length = pooling, max_length
         self.num_features = model.config.hidden_size
@@ -80,9 +80,10 @@ class TransformersBackbone(NamedBackbone):
 
     def tokenize(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
         """Return tensors (batch, tokens) by name, padded to the longest text."""
-        return self.tokenizer(
+        tokens: Mapping[str, Tensor] = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         )
+        return tokens
 
 
 class SentenceTransformersBackbone(NamedBackbone):
@@ -132,13 +133,15 @@ class SentenceTransformersBackbone(NamedBackbone):
     def forward(self, texts: Texts) -> Tensor:
         """Embed texts, a list of strings or what ``tokenize`` makes of it -> (batch, D)."""
         tokens = _tokens(texts, self.tokenize, self.model.device)
-        return self.model(dict(tokens))["sentence_embedding"]
+        embeddings: Tensor = self.model(dict(tokens))["sentence_embedding"]
+        return embeddings
 
     def tokenize(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
         """Return tensors (batch, tokens) by name, padded to the longest text."""
         # Its newer name.
         tokenize = getattr(self.model, "preprocess", None) or self.model.tokenize
-        return tokenize(list(texts))
+        tokens: Mapping[str, Tensor] = tokenize(list(texts))
+        return tokens
 
 
 def _tokens(texts: Texts, tokenize: Any, device: Any) -> dict[str, Any]:
