@@ -78,7 +78,7 @@ class FitReport(FitRecorder, Callback):
         """Print the table, in the first process only; nothing if no fit has ended in this process."""
         if self.record is None or not self._is_first_process:
             return
-        notes = [line for note in self._notes for line in textwrap.wrap(note, 76, break_long_words=False)]
+        notes = [line for note in self._notes for line in _wrapped(note)]
         print("\n".join(["", fit_table(self.record), *(f"  {line}" for line in notes)]), flush=True)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -171,3 +171,7 @@ class FitReport(FitRecorder, Callback):
 
 def _only(kinds: dict[str, Any], entries: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if entries is None else {name: entries[name] for name in kinds}
+
+
+def _wrapped(note: str) -> list[str]:
+    return textwrap.wrap(note, 76, break_long_words=False, break_on_hyphens=False)
