@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.head_watch import FreezeSettings, HeadWatch
-from glai_lightning.checks import UserValueError
+from glai_lightning.callbacks.learning_watch import LearningWatch
 from glai_lightning.fitting.conversion import (
     check_head,
     check_unfreezable,
@@ -80,6 +80,8 @@ class StructureFreezeCallback(Callback):
         relative_tolerance: largest churn that counts as settled, as a fraction of the largest so far, in (0, 1].
         patience: number of checks in a row that must pass.
         min_epochs: finished epochs before which the structure is not frozen by churn.
+        min_steps: optimizer steps before which it is not. At 0 churn alone decides; else the training loss must have
+            fallen clearly, and a head that is not solved waits until validation rises no more.
         freeze_at_epoch: first epoch (0-based) to train frozen, whatever the churn; ``None`` to let churn decide.
         check_every_n_steps: measure churn every so many optimizer steps instead of once an epoch, and convert between
             two steps. For data so large that the structure settles within the first epoch; ``min_epochs`` then wants
@@ -123,11 +125,12 @@ class StructureFreezeCallback(Callback):
         relative_tolerance: float = 0.25,
         patience: int = 1,
         min_epochs: int = 1,
+        min_steps: int = 100,
         freeze_at_epoch: int | None = None,
         check_every_n_steps: int | None = None,
         probe_size: int = 1024,
-        solver: LogisticSolver | RidgeSolver | Literal["auto"] | None = None,
-        stop_after_solve: bool = False,
+        solver: LogisticSolver | RidgeSolver | Literal["auto"] | None = "auto",
+        stop_after_solve: bool = True,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -138,6 +141,7 @@ class StructureFreezeCallback(Callback):
         self.relative_tolerance = relative_tolerance
         self.patience = patience
         self.min_epochs = min_epochs
+        self.min_steps = min_steps
         self.freeze_at_epoch = freeze_at_epoch
         self.check_every_n_steps = check_every_n_steps
         self.probe_size = probe_size
@@ -148,13 +152,12 @@ class StructureFreezeCallback(Callback):
             self._settings = FreezeSettings(
                 **{field.name: getattr(self, field.name) for field in fields(FreezeSettings)}
             )
-            if stop_after_solve and solver is None:
-                raise UserValueError("Expected `solver` to be given with `stop_after_solve`, but got None.")
 
         #: By name; those that a pattern stands for from ``setup`` on.
         self.heads = {name: HeadWatch(name, self._settings) for name in self._names if not is_pattern(name)}
         self._logs_names = not stands_alone(self._names)
         self._judges: list[FreezeJudge] = []
+        self._learning = LearningWatch(min_steps)
         self._restored: dict[str, Any] | None = None
         self._module: weakref.ReferenceType[Any] | None = None
         self._fits = False
@@ -354,6 +357,9 @@ class StructureFreezeCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start to watch."""
+        self._learning.start_over()
+        if self._restored is not None:
+            self._learning.load_state_dict(self._restored["learning"])
         for watch, slot in self._watched(pl_module):
             watch.start(trainer, slot, self._state_of(watch))
         self._is_to_stop = self.stop_after_solve and not self._finished
@@ -390,7 +396,7 @@ class StructureFreezeCallback(Callback):
         # At the start of an epoch, so that the checkpoint of the epoch just ended holds the MLP, and a resume from it
         # converts once more, to the same weights.
         for watch, slot in self._watched(pl_module):
-            reason = self._due_reason(watch, trainer.current_epoch)
+            reason = self._due_reason(trainer, watch, trainer.current_epoch)
             if reason is not None:
                 self._freeze(trainer, watch, slot, trainer.current_epoch, reason)
 
@@ -406,11 +412,17 @@ class StructureFreezeCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure churn after the last batch of an epoch, before validation and its checkpoint, or every n steps."""
+        self._learning.after_batch(outputs)
+        checked = False
         for watch, slot in self._watched(pl_module):
             if (news := watch.solve.take_news()) is not None:
                 self.say(news)
             if watch.after_batch(trainer, slot):
+                checked = True
                 watch.note_settled(trainer, self.should_freeze(watch))
+        if checked or trainer.is_last_batch:
+            self._learning.after_check()
+        for watch, slot in self._watched(pl_module):
             self._freeze_and_solve(trainer, watch, slot)
         self.stop_if_finished(trainer)
 
@@ -419,7 +431,7 @@ class StructureFreezeCallback(Callback):
         reason, epoch = None, trainer.current_epoch + int(trainer.is_last_batch)
         within_epoch = self.check_every_n_steps is not None and not trainer.fit_loop._should_accumulate()
         if watch.solve.pending if trainer.is_last_batch else within_epoch:
-            reason = self._due_reason(watch, epoch)
+            reason = self._due_reason(trainer, watch, epoch)
         solves = watch.solve.pending and (reason is not None or (watch.frozen and trainer.is_last_batch))
         with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)) if reason and solves else nullcontext():
             if reason is not None:
@@ -427,9 +439,15 @@ class StructureFreezeCallback(Callback):
             if solves:
                 self.say(watch.run_solve(trainer, slot, self.inputs_and_targets))
 
-    def _due_reason(self, watch: HeadWatch, epoch: int) -> str | None:
+    def _due_reason(self, trainer: Any, watch: HeadWatch, epoch: int) -> str | None:
         """Say why a head is to train frozen in an epoch; ``None`` if it is not, or is frozen already."""
-        return watch.due_reason(epoch) if all(judge.allows_freeze(watch.name) for judge in self._judges) else None
+        reason = watch.due_reason(epoch)
+        if reason is None or not all(judge.allows_freeze(watch.name) for judge in self._judges):
+            return None
+        if watch.is_asked:
+            return reason
+        watch.waits_for = self._learning.missing(trainer, solves=watch.solve.pending)
+        return reason if watch.waits_for is None else None
 
     def _freeze(self, trainer: Any, watch: HeadWatch, slot: HeadSlot, epoch: int, reason: str) -> None:
         for judge in self._judges:
@@ -446,8 +464,14 @@ class StructureFreezeCallback(Callback):
                 "`unfreeze` of the callback between two fits to train the MLP again."
             )
 
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take note of the score, by which a head that is not solved is frozen."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._learning.after_validation(trainer)
+
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log churn and whether the head is frozen."""
+        self._learning.after_epoch(trainer)
         for name, watch in self.heads.items():
             for key, value in watch.metrics().items():
                 # All ranks have the same numbers, and Lightning warns of values that are not synchronised.
@@ -483,7 +507,10 @@ class StructureFreezeCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs; primitives and tensors only, so that ``weights_only`` loading reads it."""
-        return {"heads": {name: watch.state_dict() for name, watch in self.heads.items()}}
+        return {
+            "heads": {name: watch.state_dict() for name, watch in self.heads.items()},
+            "learning": self._learning.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for the start of the fit; a mere test or validation changes nothing.
@@ -491,7 +518,7 @@ class StructureFreezeCallback(Callback):
         Raises:
             MisconfigurationException: if it is not what this callback saves for the same ``head``.
         """
-        check_state(state_dict, {"heads": dict}, "the heads")
+        check_state(state_dict, {"heads": dict, "learning": dict}, "the heads")
         for name, state in state_dict["heads"].items():
             HeadWatch.check_state(state, name)
         self._restored = state_dict
