@@ -403,6 +403,14 @@ def test_plots_lie_beside_the_logs_and_in_tensorboard(tmp_path):
     assert epochs == ["0", "1", "2", "3"]
 
 
+def test_a_fit_without_matplotlib_has_its_table_and_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fit_reported(logger=CSVLogger(tmp_path, name="", version=""))
+    table = unwrapped(capsys.readouterr().out)
+    assert "frozen after 2 epochs" in table
+    assert "pip install 'glai-lightning[report]'" in table
+
+
 @pytest.mark.processes
 def test_a_fit_in_two_processes_is_reported_once(tmp_path, capfd):
     fit_reported(strategy="ddp_fork", devices=2, logger=CSVLogger(tmp_path, name="", version=""))
