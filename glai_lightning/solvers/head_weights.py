@@ -52,6 +52,10 @@ def solve_head(
     return solution.report
 
 
+#: Rows whose path activations are computed at a time, so that what is computed on the way takes little memory.
+_ROWS_AT_A_TIME = 4096
+
+
 class LinearPathWeights:
     """A head's path weights as one matrix (C, F) and a bias (C,), over its path activations (N, F).
 
@@ -111,8 +115,19 @@ class LinearPathWeights:
         """Return path activations and targets: computed once for a tensor of inputs, in every pass for batches."""
         read = FeatureBatches(inputs, targets, sample_weights, transform=self._activations)
         if isinstance(inputs, Tensor):
-            return as_batches(self._activations(inputs), targets, sample_weights, outputs=len(self._parameters[0]))
+            return as_batches(self._held_activations(inputs), targets, sample_weights, outputs=len(self._parameters[0]))
         return read
+
+    def _held_activations(self, inputs: Tensor) -> Tensor:
+        """Return the path activations of all inputs, made of a few rows at a time in memory that is reserved once."""
+        first, *others = inputs.split(_ROWS_AT_A_TIME)
+        activations = self._activations(first)
+        if not others:
+            return activations
+        held = activations.new_empty(len(inputs), activations.shape[1])
+        for rows, part in zip(held.split(_ROWS_AT_A_TIME), (first, *others), strict=True):
+            rows.copy_(self._activations(part))
+        return held
 
     def _activations(self, inputs: Tensor) -> Tensor:
         layout = layout_of(self._head)
