@@ -1,16 +1,16 @@
 """How time grows with samples, hidden units, classes and processes, and how counted multiply-adds do.
 
 Timed in turn, on generated data: a training step of the MLP, the step of the same head frozen with output paths, and
-the solve from zero, by six quasi-Newton passes or by three passes of minibatch steps. Each size grows alone, the others
-stay at N = 20,000, D = 256, H = 512, C = 10:
+the solve from zero for one strength in six passes, by the method that the solver chooses. Each size grows alone, the
+others stay at N = 20,000, D = 256, H = 512, C = 10:
 
 - samples N from 1,000 to 1,000,000, streamed: an epoch of steps, and the solve over batches of inputs, whose path
   activations are computed anew in every pass. The rows are those of one block, again and again, so that neither
   memory nor a generator is what is measured;
 - hidden units H from 64 to 4,096 and classes C from 2 to 1,000: a step, and the solve over inputs that are held;
-- processes (1, 2, 4, gloo): the steps under DistributedDataParallel (256 rows altogether) and the solves over the group
-  (minibatches of 256 rows in each), of the same samples altogether: the CPU seconds of the process that takes most, and
-  wall-clock seconds, for which processes share the cores.
+- processes (1, 2, 4, gloo): the steps under DistributedDataParallel (256 rows altogether) and the solve over the group,
+  of the same samples altogether: the CPU seconds of the process that takes most, and wall-clock seconds, for which
+  processes share the cores.
 
 Counted are the products of the definitions alone: D H N for inner layers and H C N for the last one, forward; twice
 as much for a layer's gradient of weights and activations (no activations for the first); and for quasi-Newton steps
@@ -55,12 +55,9 @@ SWEEPS: dict[str, tuple[int, ...]] = {
     "C": (2, 10, 32, 100, 320, 1000),
 }
 PROCESSES = (1, 2, 4)
-COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
+COLORS = ("tab:blue", "tab:orange", "tab:green")
 BATCH = 256
-SOLVERS = {
-    "quasi_newton": LogisticSolver(center="zero", max_passes=6, tolerance=0.0),
-    "minibatch": LogisticSolver(center="zero", max_passes=3, method="minibatch", batch_size=BATCH),
-}
+SOLVER = LogisticSolver(l2=1e-3, max_passes=6, tolerance=0.0)
 BLOCK = 8192
 
 Work = Callable[[], None]
@@ -82,8 +79,7 @@ class Size:
         return {
             "MLP": self.N * (2 * inner + 3 * outer),
             "frozen": self.N * (inner + 2 * outer),
-            "quasi_newton": 6 * 2 * self.N * outer + sampled * self.H**2 + self.H**3,
-            "minibatch": 3 * 2 * self.N * outer,
+            "solve": SOLVER.max_passes * 2 * self.N * outer + sampled * self.H**2 + self.H**3,
         }
 
 
@@ -123,23 +119,20 @@ def train(head: nn.Module, batches: RepeatedRows) -> Work:
     return epoch
 
 
-def solve(mlp: nn.Module, method: str, data: tuple[Batches | Tensor, Tensor | None], **group: object) -> Work:
+def solve(mlp: nn.Module, data: tuple[Batches | Tensor, Tensor | None], **group: object) -> Work:
     """Return a function that solves a frozen copy of a head from zero."""
     head = freeze_structure(mlp)
-    solver = SOLVERS[method]
 
     def run() -> None:
         nn.init.zeros_(head[-1].weight)
         nn.init.zeros_(head[-1].bias)
-        passes = solver.solve(head, *data, **group).passes
-        # One more where minibatch steps are judged at the end.
-        assert solver.max_passes <= passes <= solver.max_passes + 1, passes
+        SOLVER.solve(head, *data, **group)
 
     return run
 
 
 def titled(work: str) -> str:
-    return f"{work.replace('_', '-')} solve" if work in SOLVERS else f"{work} epoch"
+    return work if work == "solve" else f"{work} epoch"
 
 
 def measure_size(sweep: str, size: Size, repeats: int) -> list[dict[str, object]]:
@@ -152,16 +145,14 @@ def measure_size(sweep: str, size: Size, repeats: int) -> list[dict[str, object]
     mlp = mlp_head(size.D, size.H, size.C)
     steps = RepeatedRows(x, y, stepped, BATCH)
     work = {"MLP": train(mlp, steps), "frozen": train(freeze_structure(mlp), steps)}
-    for name in SOLVERS:
-        work[name] = solve(mlp, name, (RepeatedRows(x, y, size.N, 1024), None) if streamed else (x, y))
+    work["solve"] = solve(mlp, (RepeatedRows(x, y, size.N, 1024), None) if streamed else (x, y))
     times = interleave(work, repeats, warmups=int(repeats > 1))
     counted = size.counted()
-    for name, solver in SOLVERS.items():
-        # Activations are computed once for rows that are held, and in every pass for rows that are streamed.
-        counted[name] += (solver.max_passes if streamed else 1) * size.N * size.D * size.H
+    # Activations are computed once for rows that are held, and in every pass for rows that are streamed.
+    counted["solve"] += (SOLVER.max_passes if streamed else 1) * size.N * size.D * size.H
     rows: list[dict[str, object]] = []
     for name, taken in times.items():
-        part = 1.0 if name in SOLVERS else size.N / stepped
+        part = 1.0 if name == "solve" else size.N / stepped
         seconds = part * median_cpu(taken)
         rows.append(
             {
@@ -193,7 +184,7 @@ def work_in_process(rank: int, world: int, meeting: str, repeats: int, times: ob
     work = {
         "MLP": train(DistributedDataParallel(mlp), batches),
         "frozen": train(DistributedDataParallel(freeze_structure(mlp)), batches),
-        **{name: solve(mlp, name, (x, y), group=dist.group.WORLD) for name in SOLVERS},
+        "solve": solve(mlp, (x, y), group=dist.group.WORLD),
     }
     for name, run in work.items():
         taken = []
@@ -214,8 +205,7 @@ def measure_processes(repeats: int) -> list[dict[str, object]]:
     context = torch.multiprocessing.get_context("fork")
     size = Size()
     counted = size.counted()
-    for name in SOLVERS:
-        counted[name] += size.N * size.D * size.H
+    counted["solve"] += size.N * size.D * size.H
     rows: list[dict[str, object]] = []
     for world in PROCESSES:
         times = context.Queue()
@@ -252,7 +242,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     titles = {"N": "samples (streamed)", "H": "hidden units", "C": "classes", "processes": "processes (of each)"}
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
     for axis, (sweep, title) in zip(axes, titles.items(), strict=True):
-        for color, work in zip(COLORS, map(titled, ("MLP", "frozen", *SOLVERS)), strict=True):
+        for color, work in zip(COLORS, map(titled, ("MLP", "frozen", "solve")), strict=True):
             chosen = [row for row in rows if row["sweep"] == sweep and row["work"] == work]
             at = [row[sweep] for row in chosen]
             axis.plot(at, [row["cpu_seconds"] for row in chosen], "o-", color=color, label=work, markersize=4)

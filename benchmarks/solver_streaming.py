@@ -56,7 +56,7 @@ def main() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cpu_seconds = time.process_time()
     weight, bias = torch.zeros(arguments.classes, arguments.features), torch.zeros(arguments.classes)
-    solver = LogisticSolver(center="zero", max_passes=arguments.max_passes)
+    solver = LogisticSolver(l2=1e-3, max_passes=arguments.max_passes)
     report = solver.solve_features(batches, weight=weight, bias=bias).report
     row = {
         "samples": arguments.samples,

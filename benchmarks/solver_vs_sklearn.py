@@ -67,7 +67,7 @@ def objective(features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor) -
 
 def solve(features: Tensor, targets: Tensor, *, max_passes: int, tolerance: float = 0.0) -> LinearSolution:
     classes = int(targets.max()) + 1
-    solver = LogisticSolver(l2=L2, center="zero", max_passes=max_passes, tolerance=tolerance)
+    solver = LogisticSolver(l2=L2, max_passes=max_passes, tolerance=tolerance)
     weight, bias = features.new_zeros(classes, features.shape[1]), features.new_zeros(classes)
     return solver.solve_features(features, targets, weight=weight, bias=bias)
 

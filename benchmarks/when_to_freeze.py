@@ -371,14 +371,13 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--schedules", nargs="+", default=["constant", "onecycle"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--center", default="zero")
-    parser.add_argument("--l2", type=float, default=1e-3)
+    parser.add_argument("--l2", type=float, help="strength of the penalty; by default chosen along a path")
     parser.add_argument("--max-passes", type=int, default=9)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSVs, which are added to")
     arguments = parser.parse_args()
     use_one_thread()
     warnings.filterwarnings("ignore")
-    solver = LogisticSolver(l2=arguments.l2, center=arguments.center, max_passes=arguments.max_passes)
+    solver = LogisticSolver(l2=arguments.l2, max_passes=arguments.max_passes)
     for name, seed in itertools.product(arguments.sets, arguments.seeds):
         data = load(name, Path(arguments.data), seed)
         for hidden, rate, schedule in itertools.product(arguments.hidden, arguments.rates, arguments.schedules):

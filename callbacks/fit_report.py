@@ -13,7 +13,8 @@ from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.fit_plots import as_image, churn_figure, save_png, score_figure
 from glai_lightning.callbacks.fit_table import fit_table
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
-from glai_lightning.fitting.fit_record import EpochRecord, FitRecord, FitRecorder, SolveRecord
+from glai_lightning.fitting.fit_record import EpochRecord, FitRecord, SolveRecord
+from glai_lightning.fitting.fit_recorder import FitRecorder
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 
 _STATE = {
@@ -23,9 +24,9 @@ _STATE = {
     "freeze_step": int | None,
     "solve": Mapping | None,
 }
-_WIDER = {float: int | float, float | None: int | float | None}
-_EPOCH: dict[str, Any] = {entry.name: _WIDER.get(entry.type, entry.type) for entry in fields(EpochRecord)}  # type: ignore[call-overload]
-_SOLVE: dict[str, Any] = {entry.name: _WIDER.get(entry.type, entry.type) for entry in fields(SolveRecord)}  # type: ignore[call-overload]
+_WIDER: dict[Any, Any] = {float: int | float, float | None: int | float | None}
+_EPOCH: dict[str, Any] = {entry.name: _WIDER.get(entry.type, entry.type) for entry in fields(EpochRecord)}
+_SOLVE: dict[str, Any] = {entry.name: _WIDER.get(entry.type, entry.type) for entry in fields(SolveRecord)}
 
 
 class FitReport(FitRecorder, Callback):

@@ -44,6 +44,7 @@ class FreezeSettings:
     relative_tolerance: float = 0.25
     patience: int = 1
     min_epochs: int = 1
+    min_steps: int = 100
     freeze_at_epoch: int | None = None
     check_every_n_steps: int | None = None
     probe_size: int = 1024
@@ -55,6 +56,7 @@ class FreezeSettings:
         expect_number("relative_tolerance", self.relative_tolerance, low=0.0, high=1.0, above=True)
         expect_integer("patience", self.patience, least=1)
         expect_integer("min_epochs", self.min_epochs, least=0)
+        expect_integer("min_steps", self.min_steps, least=0)
         if self.freeze_at_epoch is not None:
             expect_integer("freeze_at_epoch", self.freeze_at_epoch, least=0)
         if self.check_every_n_steps is not None:
@@ -152,6 +154,8 @@ class HeadWatch:
         self.freeze_epoch: int | None = None
         self.freeze_reason: str | None = None
         self._settled = False
+        #: What the freeze of a structure that has settled waits for, in words.
+        self.waits_for: str | None = None
         self.solve.start_over()
 
     def now_frozen(self, epoch: int | None, reason: str) -> None:
@@ -202,12 +206,18 @@ class HeadWatch:
         # An overridden `should_freeze` may go by what only one process knows.
         self._settled = trainer.strategy.reduce_boolean_decision(enough and settled)
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether the epoch of the freeze was given, and not taken back since."""
+        return self.settings.freeze_at_epoch is not None and self._reverted_at_check is None
+
     def due_reason(self, epoch: int) -> str | None:
         """Say why the head is to train frozen in an epoch; ``None`` if it is not, or is frozen already."""
         if self.frozen:
             return None
         asked = self.settings.freeze_at_epoch
-        if asked is not None and self._reverted_at_check is None:
+        if self.is_asked:
+            assert asked is not None
             return f"asked to freeze at epoch {asked}" if epoch >= asked else None
         if not self._settled:
             return None
@@ -266,6 +276,8 @@ class HeadWatch:
         """Say that the fit ends with the head an MLP."""
         last = f"{self.churn_history[-1]:.2%}" if self.churn_history else "not measured"
         state = "settled only in the last epoch" if self._settled else "did not settle"
+        if self.waits_for is not None:
+            state = f"settled and was not frozen, because {self.waits_for}"
         return f"The structure of {self.name!r} {state} (last churn {last}): the head stays an MLP."
 
     def detach(self) -> None:

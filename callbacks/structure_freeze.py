@@ -1,53 +1,36 @@
 """The callback that freezes the structure of a head in the middle of a fit."""
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
-from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.head_watch import FreezeSettings, HeadWatch
-from glai_lightning.checks import UserValueError
+from glai_lightning.callbacks.learning_watch import LearningWatch
+from glai_lightning.callbacks.watched_heads import FreezeJudge, WatchedHeads
 from glai_lightning.fitting.conversion import (
     check_head,
-    check_unfreezable,
     frozen_head,
     load_as_mlp,
     restore_in_fit,
 )
-from glai_lightning.fitting.heads_in_module import HeadSlot, as_names, is_pattern, match_heads, stands_alone
-from glai_lightning.fitting.messages import say
-from glai_lightning.fitting.misconfiguration import UserMisconfigurationError, as_misconfiguration
+from glai_lightning.fitting.heads_in_module import HeadSlot, match_heads, stands_alone
+from glai_lightning.fitting.misconfiguration import as_misconfiguration
 from glai_lightning.fitting.solving import check_solvable, unwinding
 from glai_lightning.fitting.step_reading import HeadBatch, Stage, StepReader
 from glai_lightning.fitting.support import check_launcher, check_optimizers, check_order, check_trainer
 from glai_lightning.heads.churn import structure_settled
-from glai_lightning.heads.frozen import freeze_in_place, unfreeze_in_place
 from glai_lightning.heads.record import Paths
-from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
+from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 
-@runtime_checkable
-class FreezeJudge(Protocol):
-    """A callback that has a say in the freezes of the ``StructureFreezeCallback`` beside it."""
-
-    def allows_freeze(self, head_name: str) -> bool:
-        """Tell whether a head may be frozen now."""
-
-    def before_freeze(self, trainer: Any, slot: HeadSlot) -> None:
-        """Take note of a head that is about to be frozen."""
-
-    def is_judging(self, head_name: str) -> bool:
-        """Tell whether the freeze of a head still has to prove itself."""
-
-
-class StructureFreezeCallback(Callback):
+class StructureFreezeCallback(WatchedHeads):
     """Freezes the structure of an MLP head once its activation patterns settle, and converts the head in place.
 
     The callback works on any LightningModule, without a change to its code. It measures *churn*, the fraction of
@@ -80,6 +63,8 @@ class StructureFreezeCallback(Callback):
         relative_tolerance: largest churn that counts as settled, as a fraction of the largest so far, in (0, 1].
         patience: number of checks in a row that must pass.
         min_epochs: finished epochs before which the structure is not frozen by churn.
+        min_steps: optimizer steps before which it is not. At 0 churn alone decides; else the training loss must have
+            fallen clearly, and a head that is not solved waits until validation rises no more.
         freeze_at_epoch: first epoch (0-based) to train frozen, whatever the churn; ``None`` to let churn decide.
         check_every_n_steps: measure churn every so many optimizer steps instead of once an epoch, and convert between
             two steps. For data so large that the structure settles within the first epoch; ``min_epochs`` then wants
@@ -123,41 +108,33 @@ class StructureFreezeCallback(Callback):
         relative_tolerance: float = 0.25,
         patience: int = 1,
         min_epochs: int = 1,
+        min_steps: int = 100,
         freeze_at_epoch: int | None = None,
         check_every_n_steps: int | None = None,
         probe_size: int = 1024,
-        solver: LogisticSolver | RidgeSolver | Literal["auto"] | None = None,
-        stop_after_solve: bool = False,
+        solver: LogisticSolver | RidgeSolver | Literal["auto"] | None = "auto",
+        stop_after_solve: bool = True,
         verbose: bool = True,
     ) -> None:
-        super().__init__()
-        self._names = as_names("head", head)
-        self.head = head if isinstance(head, str) else list(head)
+        self.head = list(head) if isinstance(head, tuple) else head
         self.paths: Paths = paths
         self.churn_tolerance = churn_tolerance
         self.relative_tolerance = relative_tolerance
         self.patience = patience
         self.min_epochs = min_epochs
+        self.min_steps = min_steps
         self.freeze_at_epoch = freeze_at_epoch
         self.check_every_n_steps = check_every_n_steps
         self.probe_size = probe_size
         self.solver = solver
         self.stop_after_solve = stop_after_solve
-        self.verbose = verbose
         with as_misconfiguration():
-            self._settings = FreezeSettings(
-                **{field.name: getattr(self, field.name) for field in fields(FreezeSettings)}
-            )
-            if stop_after_solve and solver is None:
-                raise UserValueError("Expected `solver` to be given with `stop_after_solve`, but got None.")
-
-        #: By name; those that a pattern stands for from ``setup`` on.
-        self.heads = {name: HeadWatch(name, self._settings) for name in self._names if not is_pattern(name)}
+            settings = FreezeSettings(**{field.name: getattr(self, field.name) for field in fields(FreezeSettings)})
+        super().__init__(head, settings, verbose)
         self._logs_names = not stands_alone(self._names)
         self._judges: list[FreezeJudge] = []
+        self._learning = LearningWatch(min_steps)
         self._restored: dict[str, Any] | None = None
-        self._module: weakref.ReferenceType[Any] | None = None
-        self._fits = False
         self._is_to_stop = False
         self._val_every: int | None = None
         self._told_of_moving = False
@@ -166,41 +143,6 @@ class StructureFreezeCallback(Callback):
     def state_key(self) -> str:
         """Key of this callback's state in a checkpoint: one for each head."""
         return self._generate_state_key(head=self.head)
-
-    @property
-    def frozen(self) -> bool:
-        """Whether all heads are frozen."""
-        return bool(self.heads) and all(watch.frozen for watch in self.heads.values())
-
-    @property
-    def freeze_epoch(self) -> int | None:
-        """First epoch that trained with all heads frozen; ``None`` if there is none, or it is not known."""
-        epochs = [watch.freeze_epoch for watch in self.heads.values() if watch.frozen]
-        known = [epoch for epoch in epochs if epoch is not None]
-        return max(known) if self.frozen and len(known) == len(epochs) else None
-
-    @property
-    def freeze_reason(self) -> str | None:
-        """Why the head was frozen, in a sentence; of several heads the reasons, once all are frozen."""
-        if not self.frozen:
-            return None
-        if stands_alone(self._names):
-            return self._first().freeze_reason
-        return "; ".join(f"{name!r}: {watch.freeze_reason}" for name, watch in self.heads.items())
-
-    @property
-    def churn_history(self) -> list[float]:
-        """Churn of the (first) head at each check until the freeze."""
-        return self._first().churn_history
-
-    @property
-    def solve_report(self) -> SolveReport | None:
-        """What the solve of the (first) head did, or ``None``."""
-        return self._first().solve.report
-
-    def _first(self) -> HeadWatch:
-        # A pattern that was not looked up yet stands for nothing that was watched.
-        return next(iter(self.heads.values()), HeadWatch(self._names[0], self._settings))
 
     def should_freeze(self, head: HeadWatch) -> bool:
         """Tell, after a check, whether the structure of a head has settled; override to decide otherwise.
@@ -236,68 +178,6 @@ class StructureFreezeCallback(Callback):
             MisconfigurationException: if the loss of the step is none that can be solved for.
         """
         return head.read(batch, batch_idx, stage)
-
-    def freeze(self, name: str | None = None) -> None:
-        """Freeze the structure of a head now, between fits.
-
-        Args:
-            name: which of several heads; ``None`` for all that are not frozen.
-
-        Raises:
-            MisconfigurationException: if the callback has not been part of a fit, no such head is left to freeze, or a
-                head cannot be read, or has too many independent paths. No head is changed then.
-        """
-        slots = self._choose(name, frozen=False)
-        for slot in slots:
-            check_head(slot, self.paths)
-        for slot in slots:
-            freeze_in_place(slot.module, paths=self.paths)
-            self.heads[slot.name].now_frozen(None, "frozen by hand")
-
-    def unfreeze(self, name: str | None = None) -> None:
-        """Put the MLP back in the place of a head frozen with output paths, all of it trainable, between fits.
-
-        The next fit trains and watches it anew, and may freeze it again.
-
-        Args:
-            name: which of several heads; ``None`` for all that are frozen.
-
-        Raises:
-            MisconfigurationException: if the callback has not been part of a fit, or no such head is frozen.
-            ValueError: if a head is frozen with other than output paths, which no MLP equals once they are trained.
-                No head is changed then.
-        """
-        slots = self._choose(name, frozen=True)
-        for slot in slots:
-            check_unfreezable(slot)
-        for slot in slots:
-            unfreeze_in_place(slot.module)
-            self.heads[slot.name].start_over()
-
-    def _choose(self, name: str | None, *, frozen: bool) -> list[HeadSlot]:
-        pl_module = self._fitted_module()
-        if name is not None and name not in self.heads:
-            raise UserMisconfigurationError(f"Expected `name` to be one of {list(self.heads)}, but got {name!r}.")
-        named = [HeadSlot(pl_module, one) for one in (self.heads if name is None else [name])]
-        chosen = [slot for slot in named if slot.is_frozen is frozen]
-        if not chosen:
-            names = " and ".join(repr(slot.name) for slot in named)
-            expected, got = ("frozen", "it is an MLP") if frozen else ("an MLP", "it is frozen already")
-            raise UserMisconfigurationError(f"Expected the head at {names} to be {expected}, but {got}.")
-        return chosen
-
-    def _fitted_module(self) -> Any:
-        pl_module = None if self._module is None else self._module()
-        if self._fits:
-            raise UserMisconfigurationError(
-                "Expected no fit to be running, but `freeze` or `unfreeze` was called in one."
-            )
-        if pl_module is None:
-            raise UserMisconfigurationError("Expected the callback to have been part of a fit, but it was in none yet.")
-        return pl_module
-
-    def _watched(self, pl_module: Any) -> Iterator[tuple[HeadWatch, HeadSlot]]:
-        return ((watch, HeadSlot(pl_module, name)) for name, watch in self.heads.items())
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check trainer and module, and prepare for a checkpoint from either side of the freeze."""
@@ -354,6 +234,9 @@ class StructureFreezeCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start to watch."""
+        self._learning.start_over()
+        if self._restored is not None:
+            self._learning.load_state_dict(self._restored["learning"])
         for watch, slot in self._watched(pl_module):
             watch.start(trainer, slot, self._state_of(watch))
         self._is_to_stop = self.stop_after_solve and not self._finished
@@ -390,7 +273,7 @@ class StructureFreezeCallback(Callback):
         # At the start of an epoch, so that the checkpoint of the epoch just ended holds the MLP, and a resume from it
         # converts once more, to the same weights.
         for watch, slot in self._watched(pl_module):
-            reason = self._due_reason(watch, trainer.current_epoch)
+            reason = self._due_reason(trainer, watch, trainer.current_epoch)
             if reason is not None:
                 self._freeze(trainer, watch, slot, trainer.current_epoch, reason)
 
@@ -406,11 +289,17 @@ class StructureFreezeCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure churn after the last batch of an epoch, before validation and its checkpoint, or every n steps."""
+        self._learning.after_batch(outputs)
+        checked = False
         for watch, slot in self._watched(pl_module):
             if (news := watch.solve.take_news()) is not None:
                 self.say(news)
             if watch.after_batch(trainer, slot):
+                checked = True
                 watch.note_settled(trainer, self.should_freeze(watch))
+        if checked or trainer.is_last_batch:
+            self._learning.after_check()
+        for watch, slot in self._watched(pl_module):
             self._freeze_and_solve(trainer, watch, slot)
         self.stop_if_finished(trainer)
 
@@ -419,7 +308,7 @@ class StructureFreezeCallback(Callback):
         reason, epoch = None, trainer.current_epoch + int(trainer.is_last_batch)
         within_epoch = self.check_every_n_steps is not None and not trainer.fit_loop._should_accumulate()
         if watch.solve.pending if trainer.is_last_batch else within_epoch:
-            reason = self._due_reason(watch, epoch)
+            reason = self._due_reason(trainer, watch, epoch)
         solves = watch.solve.pending and (reason is not None or (watch.frozen and trainer.is_last_batch))
         with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)) if reason and solves else nullcontext():
             if reason is not None:
@@ -427,9 +316,15 @@ class StructureFreezeCallback(Callback):
             if solves:
                 self.say(watch.run_solve(trainer, slot, self.inputs_and_targets))
 
-    def _due_reason(self, watch: HeadWatch, epoch: int) -> str | None:
+    def _due_reason(self, trainer: Any, watch: HeadWatch, epoch: int) -> str | None:
         """Say why a head is to train frozen in an epoch; ``None`` if it is not, or is frozen already."""
-        return watch.due_reason(epoch) if all(judge.allows_freeze(watch.name) for judge in self._judges) else None
+        reason = watch.due_reason(epoch)
+        if reason is None or not all(judge.allows_freeze(watch.name) for judge in self._judges):
+            return None
+        if watch.is_asked:
+            return reason
+        watch.waits_for = self._learning.missing(trainer, solves=watch.solve.pending)
+        return reason if watch.waits_for is None else None
 
     def _freeze(self, trainer: Any, watch: HeadWatch, slot: HeadSlot, epoch: int, reason: str) -> None:
         for judge in self._judges:
@@ -446,8 +341,14 @@ class StructureFreezeCallback(Callback):
                 "`unfreeze` of the callback between two fits to train the MLP again."
             )
 
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take note of the score, by which a head that is not solved is frozen."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._learning.after_validation(trainer)
+
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log churn and whether the head is frozen."""
+        self._learning.after_epoch(trainer)
         for name, watch in self.heads.items():
             for key, value in watch.metrics().items():
                 # All ranks have the same numbers, and Lightning warns of values that are not synchronised.
@@ -477,13 +378,12 @@ class StructureFreezeCallback(Callback):
         for watch in self.heads.values():
             watch.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A weak reference does not pickle.
-        return {**vars(self), "_module": None}
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs; primitives and tensors only, so that ``weights_only`` loading reads it."""
-        return {"heads": {name: watch.state_dict() for name, watch in self.heads.items()}}
+        return {
+            "heads": {name: watch.state_dict() for name, watch in self.heads.items()},
+            "learning": self._learning.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for the start of the fit; a mere test or validation changes nothing.
@@ -491,15 +391,10 @@ class StructureFreezeCallback(Callback):
         Raises:
             MisconfigurationException: if it is not what this callback saves for the same ``head``.
         """
-        check_state(state_dict, {"heads": dict}, "the heads")
+        check_state(state_dict, {"heads": dict, "learning": dict}, "the heads")
         for name, state in state_dict["heads"].items():
             HeadWatch.check_state(state, name)
         self._restored = state_dict
 
     def _state_of(self, watch: HeadWatch) -> dict[str, Any] | None:
         return None if self._restored is None else self._restored["heads"].get(watch.name)
-
-    def say(self, event: object) -> None:
-        """Tell the user, once and not once a process, if the callback is verbose."""
-        if self.verbose:
-            say(event)

@@ -5,6 +5,7 @@ from glai_lightning.datamodules.episodes import EpisodesDataModule
 from glai_lightning.datamodules.features import FeaturesDataModule
 from glai_lightning.datamodules.images import ImageFolderDataModule
 from glai_lightning.datamodules.letter import LetterDataModule
+from glai_lightning.datamodules.tables import TableDataModule
 from glai_lightning.datamodules.texts import TextsDataModule
 from glai_lightning.datamodules.unlabelled import UnlabelledDataModule
 from glai_lightning.datamodules.views import ViewsDataModule
@@ -17,6 +18,7 @@ __all__ = [
     "FeaturesDataModule",
     "ImageFolderDataModule",
     "LetterDataModule",
+    "TableDataModule",
     "TextsDataModule",
     "UnlabelledDataModule",
     "ViewsDataModule",

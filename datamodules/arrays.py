@@ -1,7 +1,8 @@
-"""Arrays as data modules take them: read from an ``.npz`` file, checked, and standardised."""
+"""Arrays as data modules take them: read from an ``.npz`` file or a folder, checked, and standardised."""
 
 import lzma
 import os
+import re
 import struct
 import sys
 import tokenize
@@ -33,8 +34,8 @@ _DAMAGED = (
     tokenize.TokenError,
     UnicodeError,
 )
-# Blocks of 4 MiB in float64: statistics are exact for every input dtype without a float64 copy of the data.
-_ELEMENTS_PER_BLOCK = 2**19
+# Blocks of 512 KiB in float64: statistics are exact for every input dtype without a float64 copy of the data.
+_ELEMENTS_PER_BLOCK = 2**16
 
 
 def read_archive(
@@ -62,6 +63,35 @@ def read_archive(
         wanted = [*required, *(key for key in optional if key in archive.files)]
         _check_size(archive, wanted, path)
         return {key: _read_array(archive, key, path) for key in wanted}
+
+
+class Shards(list[np.ndarray]):
+    """The parts of one array, one after the other, each memory-mapped from a file of its own."""
+
+
+def read_folder(
+    path: str | PathLike[str], *, required: Iterable[str], optional: Iterable[str] = ()
+) -> dict[str, Shards]:
+    """Map arrays from a folder that holds ``KEY.npy``, or ``KEY-00000.npy``, ``KEY-00001.npy``, ... for each key.
+
+    Args:
+        path: the folder.
+        required: keys that it must hold.
+        optional: keys that are read where it holds them. Others are left unread.
+
+    Returns:
+        The arrays by key. Nothing is read before it is used, and nothing is unpickled.
+
+    Raises:
+        ValueError: If there is no such folder, it lacks a required key, a file is damaged or holds Python objects, or
+            the shards of an array do not fit each other.
+    """
+    path = existing_folder("path", path)
+    files: dict[str, list[Path]] = {}
+    for file in sorted(path.glob("*.npy")):
+        files.setdefault(re.sub(r"-\d+$", "", file.stem), []).append(file)
+    require_keys(files, required, f"'{path}'")
+    return {key: _read_shards(files[key]) for key in (*required, *optional) if key in files}
 
 
 def existing_file(path: str | PathLike[str]) -> Path:
@@ -109,12 +139,14 @@ def listed(values: Iterable[Any], most: int = 10) -> str:
     return ", ".join(str(value) for value in values[:most]) + rest
 
 
-def as_tensor(key: str, array: Tensor | np.ndarray) -> Tensor:
+def as_tensor(key: str, array: Tensor | np.ndarray | Shards) -> Tensor:
     """Return an array of real numbers as a tensor on the CPU that shares its memory where it can.
 
     Raises:
         TypeError: If it is no tensor or array, or does not hold real numbers.
     """
+    if isinstance(array, Shards):
+        array = array[0] if len(array) == 1 else np.concatenate(array)
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "biuf":
             raise UserTypeError(f"Expected `{key}` to hold real numbers, but got dtype {array.dtype}.")
@@ -136,17 +168,60 @@ def as_tensor(key: str, array: Tensor | np.ndarray) -> Tensor:
 
 def check_finite(key: str, values: Tensor) -> None:
     """Raise ``ValueError`` with their number, if there are values that are not finite."""
-    if not values.is_floating_point() or values.isfinite().all():
+    if not values.is_floating_point():
         return
-    nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
-    raise UserValueError(
-        f"Expected `{key}` to hold finite numbers, but got {nans} NaN and {infinities} infinite among {values.numel()}."
-    )
+    nans = infinities = 0
+    for block in torch.split(values.flatten(), _ELEMENTS_PER_BLOCK):
+        if not block.isfinite().all():
+            nans, infinities = nans + int(block.isnan().sum()), infinities + int(block.isinf().sum())
+    if nans or infinities:
+        raise UserValueError(
+            f"Expected `{key}` to hold finite numbers, but got {nans} NaN and {infinities} infinite among "
+            f"{values.numel()}."
+        )
 
 
 def selectable(values: Tensor) -> Tensor:
     """Return values in a dtype that torch can select rows of: it holds wide unsigned integers, but cannot do that."""
     return values.double() if values.dtype in (torch.uint16, torch.uint32, torch.uint64) else values
+
+
+class Rows:
+    """Rows (N, D) that lie in one tensor, or in the tensors of several shards one after the other.
+
+    Example:
+        >>> rows = Rows([torch.zeros(2, 3), torch.ones(4, 3)])
+        >>> rows.shape, rows.select(torch.tensor([5, 0]))
+        ((6, 3), tensor([[1., 1., 1.],
+                [0., 0., 0.]]))
+    """
+
+    def __init__(self, parts: list[Tensor]) -> None:
+        self.parts = parts
+        self.starts = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
+        self.shape = (int(self.starts[-1]), parts[0].shape[1])
+        self.dtype = parts[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def select(self, index: Tensor) -> Tensor:
+        """Return a copy of the rows of an index (B,), int64, as (B, D)."""
+        if len(self.parts) == 1:
+            # A quarter of the time that tensor[rows] takes.
+            return self.parts[0].index_select(0, index)
+        selected = torch.empty(len(index), self.shape[1], dtype=self.dtype)
+        part_of_row = torch.bucketize(index, self.starts[1:], right=True)
+        for number in torch.unique(part_of_row).tolist():
+            here = part_of_row == number
+            selected[here] = self.parts[number].index_select(0, index[here] - self.starts[number])
+        return selected
+
+    def blocks(self, index: Tensor) -> Iterator[Tensor]:
+        """Yield the rows of an index in float64, so many at a time that a block is small; its memory is used again."""
+        buffer = torch.empty(max(1, _ELEMENTS_PER_BLOCK // self.shape[1]), self.shape[1], dtype=torch.float64)
+        for chunk in torch.split(index, len(buffer)):
+            yield buffer[: len(chunk)].copy_(self.select(chunk))
 
 
 @dataclass(frozen=True)
@@ -169,19 +244,37 @@ class Standardisation:
     scale: Tensor
 
     @classmethod
-    def fit(cls, inputs: Tensor) -> "Standardisation":
-        """Measure the columns of training rows (N, D), N at least 1, of any real dtype."""
-        mean = _sum_of_rows(_blocks(inputs)) / len(inputs)
-        variance = _sum_of_rows((block - mean).square_() for block in _blocks(inputs)) / len(inputs)
-        # The mean of equal numbers may be off by a rounding error, which must not pass for a deviation.
-        constant = (inputs == inputs[0]).all(0) | (variance == 0)
-        return cls(mean, variance.sqrt().masked_fill(constant, 1.0))
+    def fit(cls, inputs: Tensor | Rows, index: Tensor | None = None) -> "Standardisation":
+        """Measure the columns of training rows: those of ``index`` among inputs (N, D), of any real dtype."""
+        rows = Rows([inputs]) if isinstance(inputs, Tensor) else inputs
+        index = torch.arange(len(rows)) if index is None else index
+        total, squares = torch.zeros(2, rows.shape[1], dtype=torch.float64)
+        for block in rows.blocks(index):
+            total += block.sum(0)
+        mean = total / len(index)
+        first = rows.select(index[:1]).double()
+        constant = torch.ones(rows.shape[1], dtype=torch.bool)
+        for block in rows.blocks(index):
+            # The mean of equal numbers may be off by a rounding error, which must not pass for a deviation.
+            constant &= (block == first).all(0)
+            squares += block.sub_(mean).square_().sum(0)
+        variance = squares / len(index)
+        return cls(mean, variance.sqrt().masked_fill(constant | (variance == 0), 1.0))
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Standardise rows (N, D) of any real dtype into a new tensor (N, D), float32."""
-        outputs = torch.empty(inputs.shape, dtype=torch.float32)
-        for target, block in zip(_split(outputs), _blocks(inputs), strict=True):
-            target.copy_((block - self.mean).div_(self.scale))
+    @classmethod
+    def identity(cls, num_features: int) -> "Standardisation":
+        """Return the map that changes nothing."""
+        return cls(torch.zeros(num_features, dtype=torch.float64), torch.ones(num_features, dtype=torch.float64))
+
+    def __call__(self, inputs: Tensor | Rows, out: Tensor | None = None) -> Tensor:
+        """Standardise rows (N, D) of any real dtype into a new tensor (N, D), float32, or into ``out``."""
+        parts = [inputs] if isinstance(inputs, Tensor) else inputs.parts
+        outputs = torch.empty(inputs.shape, dtype=torch.float32) if out is None else out
+        blocks = (block for part in parts for block in torch.split(part, max(1, _ELEMENTS_PER_BLOCK // part.shape[1])))
+        start = 0
+        for block in blocks:
+            outputs[start : start + len(block)] = (block - self.mean).div_(self.scale)
+            start += len(block)
         return outputs
 
 
@@ -237,13 +330,22 @@ def _read_array(archive: np.lib.npyio.NpzFile, key: str, path: Path) -> np.ndarr
     return array
 
 
-def _split(inputs: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(inputs, max(1, _ELEMENTS_PER_BLOCK // inputs.shape[1]))
-
-
-def _blocks(inputs: Tensor) -> Iterator[Tensor]:
-    return (block.double() for block in _split(inputs))
-
-
-def _sum_of_rows(blocks: Iterator[Tensor]) -> Tensor:
-    return torch.stack([block.sum(0) for block in blocks]).sum(0)
+def _read_shards(files: list[Path]) -> Shards:
+    shards = Shards()
+    for file in files:
+        try:
+            # Copy on write: torch takes no array that it may not write to, and the file stays as it is.
+            shard = np.load(file, mmap_mode="c", allow_pickle=False)
+        except (*_DAMAGED, ValueError, TypeError) as error:
+            raise UserValueError(f"Expected '{file}' to be an array of numbers, but it is damaged: {error}.") from None
+        if not isinstance(shard, np.ndarray) or shard.ndim == 0:
+            raise UserValueError(f"Expected '{file}' to be an array of rows, but it holds something else.")
+        first = shards[0] if shards else shard
+        same_dtype = shard.dtype == first.dtype or shard.dtype.kind == first.dtype.kind == "U"
+        if shard.shape[1:] != first.shape[1:] or not same_dtype:
+            raise UserValueError(
+                f"Expected '{file}' to fit '{files[0].name}', rows {first.shape[1:]} of {first.dtype}, but got "
+                f"{shard.shape[1:]} of {shard.dtype}."
+            )
+        shards.append(shard)
+    return shards

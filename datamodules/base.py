@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
-from glai_lightning.datamodules.arrays import Standardisation, check_arrays, existing_file, read_archive
+from glai_lightning.datamodules.arrays import Standardisation, check_arrays, existing_file, read_archive, read_folder
 from glai_lightning.datamodules.loader import BatchLoader, SeededBatchSampler, fit_progress
 from glai_lightning.datamodules.splits import check_fractions, split_samples
 
@@ -222,11 +223,13 @@ def array_reader(
     """Return what reads the arrays of one of two arguments, raising ``ValueError`` for what can be seen at once.
 
     Args:
-        path: an ``.npz`` file, or ``None``.
+        path: an ``.npz`` file, or a folder of ``.npy`` files, or ``None``.
         arrays: arrays by key otherwise.
         required: keys that there must be.
         optional: keys that are read where they are there.
     """
     if path is None:
         return partial(dict, check_arrays(arrays, required))
+    if isinstance(path, str | PathLike) and "\0" not in str(path) and Path(path).is_dir():
+        return partial(read_folder, path, required=required, optional=optional)
     return partial(read_archive, existing_file(path), required=required, optional=optional)

@@ -199,8 +199,8 @@ class EpisodesDataModule(BaseDataModule):
             groups = None
             if self.groups is not None:
                 require_keys(arrays, (self.groups,), self._source)
-                groups = arrays[self.groups]
-                groups = np.asarray(as_tensor(self.groups, groups) if isinstance(groups, Tensor) else groups)
+                given = arrays[self.groups]
+                groups = np.asarray(as_tensor(self.groups, given) if isinstance(given, Tensor) else given)
             rows = split_classes(labels, self.classes, groups=groups, seed=self.seed)
         sizes: dict[str, Any] = {"ways": self.ways, "shots": self.shots, "queries": self.queries}
         for split in SPLITS:

@@ -13,30 +13,6 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from glai_lightning.checks import UserValueError
 
 
-class TensorRows(Dataset[tuple[Tensor, ...]]):
-    """Rows of equally long tensors, picked a batch at a time instead of one by one and collated.
-
-    Args:
-        *tensors: tensors of shape (N, ...), of any dtype.
-
-    Example:
-        >>> TensorRows(torch.arange(5.0).reshape(5, 1), torch.arange(5))[torch.tensor([3, 0])]
-        (tensor([[3.],
-                [0.]]), tensor([3, 0]))
-    """
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self.tensors = tensors
-
-    def __len__(self) -> int:
-        return len(self.tensors[0])
-
-    def __getitem__(self, rows: Tensor | list[int]) -> tuple[Tensor, ...]:
-        # A quarter of the time that tensor[rows] takes.
-        index = torch.as_tensor(rows)
-        return tuple(tensor.index_select(0, index) for tensor in self.tensors)
-
-
 class SeededBatchSampler(Sampler[Tensor]):
     """Batches of row numbers; shuffled, the order is a function of the seed and the epoch alone.
 
@@ -200,8 +176,9 @@ class BatchLoader(DataLoader[Any]):
         **options: the other arguments of ``DataLoader``, which Lightning repeats when it replaces the sampler.
 
     Example:
+        >>> from torch.utils.data import TensorDataset
         >>> def make_loader():
-        ...     return BatchLoader(TensorRows(torch.arange(6)), SeededBatchSampler(6, batch_size=2, shuffle_seed=0))
+        ...     return BatchLoader(TensorDataset(torch.arange(6)), SeededBatchSampler(6, batch_size=2, shuffle_seed=0))
         >>> loader = make_loader()
         >>> first, *rest = [batch[0].tolist() for batch in loader]
         >>> next(iter(loader))[0].tolist() == first

@@ -15,6 +15,10 @@ FRESH = "GLAI_TESTS_IN_A_FRESH_PROCESS"
 PROPERTIES = "properties: "
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-examples", type=int, help="examples of each test in test_fuzz.py, instead of its own")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_fixed_seed():
     torch.set_num_threads(1)

@@ -156,7 +156,11 @@ def test_every_checkpoint_of_a_fit_loads_with_weights_only(paths, ours):
     head = "head" if ours else HEAD
     keep = ModelCheckpoint(dirpath="kept", save_top_k=-1, every_n_train_steps=3, save_on_train_epoch_end=False)
     whole = ModelCheckpoint(dirpath="kept", filename="epoch-{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    callbacks = [FitReport(), StructureFreezeCallback(head, paths=paths, freeze_at_epoch=2), StructureMonitor(head)]
+    callbacks = [
+        FitReport(),
+        StructureFreezeCallback(head, paths=paths, freeze_at_epoch=2, solver=None),
+        StructureMonitor(head),
+    ]
     make_trainer(*callbacks, keep, whole, max_epochs=4).fit(module, make_loader(), make_loader())
     files = list(Path("kept").iterdir())
     assert len(files) > 8
@@ -229,7 +233,10 @@ def test_a_checkpoint_names_no_class_to_be_imported(monkeypatch):
 )
 def test_a_fit_does_not_resume_from_a_state_that_the_callback_did_not_save(spoil, sentence):
     def callbacks():
-        return [StructureFreezeCallback(HEAD, freeze_at_epoch=1), ModelCheckpoint(dirpath="kept", filename="last")]
+        return [
+            StructureFreezeCallback(HEAD, freeze_at_epoch=1, solver=None),
+            ModelCheckpoint(dirpath="kept", filename="last"),
+        ]
 
     make_trainer(*callbacks(), max_epochs=2).fit(SomebodysModule(), make_loader())
     checkpoint = torch.load("kept/last.ckpt", weights_only=True)
@@ -260,7 +267,7 @@ def test_names_of_heads_lead_out_of_no_folder():
 
     inner = Path("one/two")
     inner.mkdir(parents=True)
-    freeze = StructureFreezeCallback([f"blocks.{name}"], freeze_at_epoch=1)
+    freeze = StructureFreezeCallback([f"blocks.{name}"], freeze_at_epoch=1, solver=None)
     keep = ModelCheckpoint(dirpath=inner / "kept")
     loggers = [CSVLogger(inner, name="logs"), TensorBoardLogger(inner, name="logs")]
     monitor = StructureMonitor("blocks.*")

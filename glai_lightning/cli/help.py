@@ -111,9 +111,8 @@ def command_help(command: str) -> str:
         return "\n".join([*lines, "", "The classes that can be named: glai fit --help"])
     for group, names in _classes().items():
         lines += ["", f"{group}:", *_listed({name: _first_sentence(value) for name, value in names.items()})]
-    return "\n".join(
-        [*lines, "", "Arguments of a class: glai fit --help NAME. Any class of your own can be named too."]
-    )
+    last = "Arguments of a class: glai fit --help NAME. Any class of your own can be named too."
+    return "\n".join([*lines, "", *textwrap.wrap(last, _WIDTH)])
 
 
 def class_help(name: str) -> str:

@@ -57,7 +57,7 @@ class PredictionWriter(BasePredictionWriter):
         outputs = torch.cat([batch.float().flatten(1) if batch.ndim > 1 else batch[:, None] for batch in predictions])
         columns = _columns(outputs.cpu(), _names(trainer, len(outputs)), _classes(trainer, pl_module, outputs))
         if self.to.suffix == ".npz":
-            np.savez(self.to, **columns)
+            np.savez(self.to, **columns)  # type: ignore[arg-type]
         else:
             with self.to.open("w", encoding="utf-8", newline="") as file:
                 _write_csv(csv.writer(file), columns)

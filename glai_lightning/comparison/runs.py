@@ -15,12 +15,12 @@ from glai_lightning.comparison.variants import Fit
 from glai_lightning.fitting.fit_record import (
     EpochRecord,
     FitRecord,
-    FitRecorder,
     Mode,
     Parameters,
     SolveRecord,
     seconds_per_step,
 )
+from glai_lightning.fitting.fit_recorder import FitRecorder
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 
 

@@ -81,7 +81,7 @@ VARIANTS = {
 }
 
 #: What is compared unless told otherwise.
-DEFAULTVARIANTS = ("mlp", "output", "output+solve", "tangent", "independent", "annealed", "linear", "random")
+DEFAULT_VARIANTS = ("mlp", "output", "output+solve", "tangent", "independent", "annealed", "linear", "random")
 
 
 def find_variants(names: str | Sequence[str]) -> list[Variant]:

@@ -237,6 +237,17 @@ class ChurnProbe:
         self._forget()
 
 
+class _UncompiledHook:
+    """A hook that the compiler does not look into; a class, so that a module with it can be pickled."""
+
+    def __init__(self, keep: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+        self._keep = keep
+
+    @torch.compiler.disable
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._keep(args, kwargs)
+
+
 def _watch_inputs(head: nn.Module, keep: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Callable[[], None]:
     """Have a function called with the arguments of each call of a module, until the function returned is called.
 
@@ -246,12 +257,7 @@ def _watch_inputs(head: nn.Module, keep: Callable[[tuple[Any, ...], dict[str, An
     """
     compiled = head._compiled_call_impl
     if compiled is None:
-
-        @torch.compiler.disable
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            keep(args, kwargs)
-
-        return head.register_forward_pre_hook(hook, with_kwargs=True).remove
+        return head.register_forward_pre_hook(_UncompiledHook(keep), with_kwargs=True).remove
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         keep(args, kwargs)

@@ -3,13 +3,18 @@
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from glai_lightning.checks import UserValueError
+from glai_lightning.modules.description import build
+
+#: Under which name a checkpoint of our modules holds what they are made of.
+DESCRIPTION = "glai_lightning"
 
 #: What a checkpoint of Lightning holds, if it holds it, and of which type.
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
@@ -22,6 +27,7 @@ _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "optimizer_states": list,
     "lr_schedulers": list,
     "hyper_parameters": Mapping,
+    DESCRIPTION: Mapping,
 }
 _REQUIRED = ("state_dict", "pytorch-lightning_version")
 
@@ -72,6 +78,38 @@ def check_checkpoint(path: str | PathLike[str]) -> None:
                 f"Expected `{name}` in '{path}' to be what Lightning saves under that name, "
                 f"but got a `{type(checkpoint[name]).__name__}`."
             )
+
+
+def described_modules(
+    path: str | PathLike[str], names: Collection[str], *, weights_only: bool = True
+) -> dict[str, nn.Module | None]:
+    """Make the head and the backbone that a checkpoint describes.
+
+    Args:
+        path: a local file that ``check_checkpoint`` has checked.
+        names: which of the two are needed.
+        weights_only: ``False`` executes what the file holds.
+
+    Returns:
+        The modules by name, with weights of their own; no ``backbone`` where there was none.
+
+    Raises:
+        ValueError: if one of them is not described, or takes more memory than its weights in the file.
+    """
+    checkpoint: Any = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+    described = checkpoint.get(DESCRIPTION, {})
+    numbers = sum(entry.numel() for entry in checkpoint["state_dict"].values() if isinstance(entry, Tensor))
+    modules: dict[str, nn.Module | None] = {}
+    for name in names:
+        if name == "backbone" and not described.get("has_backbone", False):
+            continue
+        if described.get(name) is None:
+            raise UserValueError(
+                f"Expected `{name}` to be given for '{path}', which does not describe it, but got none. A checkpoint "
+                "describes what is made of layers of `torch.nn`, and what comes from this package."
+            )
+        modules[name] = build(described[name], most_numbers=numbers)
+    return modules
 
 
 def _first_sentence(error: BaseException) -> str:

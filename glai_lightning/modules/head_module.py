@@ -1,5 +1,6 @@
 """HeadModule: any backbone with a pluggable head."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
@@ -12,12 +13,17 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from glai_lightning.checks import UserTypeError, UserValueError
+from glai_lightning.fitting.across_processes import process_group
 from glai_lightning.fitting.conversion import follow_in_fit
 from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.heads.optimizers import optimizer_parameters
 from glai_lightning.heads.restoring import HeadRestorer
 from glai_lightning.heads.state_dicts import check_fits, check_state_dict
-from glai_lightning.modules.checkpoint_file import check_checkpoint
+from glai_lightning.modules.checkpoint_file import DESCRIPTION, check_checkpoint, described_modules
+from glai_lightning.modules.deployment import deployed
+from glai_lightning.modules.description import describe
+from glai_lightning.modules.export import export_onnx
+from glai_lightning.modules.standardise import Standardise
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -47,6 +53,13 @@ class HeadModule(LightningModule):
         optimizer: makes the optimizer from an iterable of parameters.
         lr_scheduler: makes a learning-rate scheduler from the optimizer, if given. It is stepped once an epoch,
             OneCycleLR and CyclicLR once a step; ReduceLROnPlateau follows ``val/loss`` unless it names a ``monitor``.
+        standardise_embeddings: whether the embeddings of a frozen backbone are standardised, a column at a time, by the
+            statistics of the first batch of the fit. They travel in the checkpoint.
+
+    Attributes:
+        standardise: what standardises the inputs of the head, ``None`` where it cannot be told how many there are.
+            Without a backbone the data module may standardise; its statistics are kept here for ``deployed``.
+        inputs_standardised: whether the data module of the fit standardised the inputs.
 
     Raises:
         TypeError: if an argument is not what it is to be.
@@ -60,6 +73,7 @@ class HeadModule(LightningModule):
         freeze_backbone: bool = True,
         optimizer: OptimizerFactory = torch.optim.AdamW,
         lr_scheduler: SchedulerFactory | None = None,
+        standardise_embeddings: bool = True,
     ) -> None:
         super().__init__()
         for name, module in (("head", head), ("backbone", backbone)):
@@ -68,6 +82,9 @@ class HeadModule(LightningModule):
         for name, factory in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
             if not callable(factory) and not (factory is None and name == "lr_scheduler"):
                 raise UserTypeError(f"Expected `{name}` to be a function that makes one, but got {factory!r}.")
+        for name, flag in (("freeze_backbone", freeze_backbone), ("standardise_embeddings", standardise_embeddings)):
+            if not isinstance(flag, bool):
+                raise UserTypeError(f"Expected `{name}` to be True or False, but got {flag!r}.")
         # Only what a checkpoint can hold under `weights_only=True`.
         self.save_hyperparameters(ignore=["head", "backbone", "optimizer", "lr_scheduler"])
         self.head = head
@@ -75,6 +92,14 @@ class HeadModule(LightningModule):
         self.freeze_backbone = freeze_backbone
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.standardise_embeddings = standardise_embeddings
+        features = _count_inputs(head)
+        self.standardise = None if features is None else Standardise(features)
+        # Every process of a fit has the same statistics: DistributedDataParallel need not send them at every forward.
+        self._ddp_params_and_buffers_to_ignore = [f"standardise.{name}" for name in ("mean", "scale", "rows")]
+        self.inputs_standardised = False
+        self._described_head = describe(head)
+        self._described_backbone: dict[str, Any] | None = None
         if backbone is not None and freeze_backbone:
             backbone.requires_grad_(False).eval()
         HeadRestorer.of(self, "head")
@@ -93,7 +118,12 @@ class HeadModule(LightningModule):
         if not self.freeze_backbone:
             return self.backbone(x)  # type: ignore[no-any-return]
         with torch.no_grad():
-            return self.backbone(x)  # type: ignore[no-any-return]
+            embeddings: Tensor = self.backbone(x)
+            if self.standardise is None or not self.standardise_embeddings:
+                return embeddings
+            if not self.standardise.is_set and self._trainer is not None and self._trainer.training:
+                self.standardise.measure(embeddings, process_group(self._trainer))
+            return self.standardise(embeddings)  # type: ignore[no-any-return]
 
     def forward(self, x: Any) -> Tensor:
         """Return the outputs of the head: a batch of inputs -> (batch, C)."""
@@ -108,12 +138,18 @@ class HeadModule(LightningModule):
         restorer = HeadRestorer.of(self, "head")
         restorer.deferred = stage == "fit"
         restorer.forget()
-        features = getattr(getattr(self.trainer, "datamodule", None), "num_features", None)
+        data = getattr(self.trainer, "datamodule", None)
+        features = getattr(data, "num_features", None)
         in_features = _count_inputs(self.head)
         if self.backbone is None and isinstance(features, int) and in_features not in (None, features):
             raise UserValueError(
                 f"Expected the head to take the {features} features of the data, but got a head for {in_features}."
             )
+        if stage == "fit":
+            statistics = _statistics_of(data)
+            self.inputs_standardised = statistics is not None
+            if self.backbone is None and self.standardise is not None:
+                self.standardise.copy_from(statistics)
 
     @classmethod
     def load_from_checkpoint(
@@ -133,13 +169,16 @@ class HeadModule(LightningModule):
             hparams_file: hyper-parameters to take instead of those in the checkpoint.
             strict: whether all keys must fit; by default as ``strict_loading`` of the module says.
             weights_only: ``False`` executes what a checkpoint holds; for files that you trust.
-            **arguments: arguments of the class that a checkpoint does not hold, ``head`` for one.
+            **arguments: arguments to take instead of those in the checkpoint. It describes heads and backbones that are
+                made of layers of ``torch.nn`` or come from this package; others are to be given, ``head`` and
+                ``backbone``.
 
         Returns:
             The module, with a frozen head where the checkpoint holds one.
 
         Raises:
-            ValueError: if the file is no checkpoint, or is cut short, or holds more than tensors and primitives.
+            ValueError: if the file is no checkpoint, or is cut short, or holds more than tensors and primitives, or
+                does not describe a head or a backbone that is not given.
 
         Example:
             >>> import tempfile
@@ -151,11 +190,37 @@ class HeadModule(LightningModule):
             glai_lightning.checks.UserValueError: Expected '...' to be a checkpoint, but it is none, or is cut short.
         """
         weights_only = weights_only is None or weights_only
-        if weights_only and isinstance(checkpoint_path, str | PathLike) and os.path.isfile(checkpoint_path):
+        local = isinstance(checkpoint_path, str | PathLike) and os.path.isfile(checkpoint_path)
+        if weights_only and local:
             check_checkpoint(checkpoint_path)
+        needed = ({"head", "backbone"} & inspect.signature(cls).parameters.keys()) - arguments.keys()
+        if local and needed:
+            arguments |= described_modules(checkpoint_path, needed, weights_only=weights_only)
         return super().load_from_checkpoint(
             checkpoint_path, map_location, hparams_file, strict, weights_only=weights_only, **arguments
         )
+
+    def description(self) -> dict[str, Any]:
+        """Return what ``load_from_checkpoint`` makes the module of, in primitives and tensors, weights apart."""
+        if not isinstance(self.head, GLAIHead):
+            self._described_head = describe(self.head)
+        if self.backbone is not None and self._described_backbone is None:
+            self._described_backbone = describe(self.backbone)
+        return {
+            "version": 1,
+            "head": self._described_head,
+            "backbone": self._described_backbone,
+            "has_backbone": self.backbone is not None,
+            "inputs_standardised": self.inputs_standardised,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put into a checkpoint what ``load_from_checkpoint`` makes the module of."""
+        checkpoint[DESCRIPTION] = self.description()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take out of a checkpoint what is known of the inputs."""
+        self.inputs_standardised = bool(checkpoint.get(DESCRIPTION, {}).get("inputs_standardised", False))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict from either side of the freeze, completely or not at all.
@@ -176,6 +241,30 @@ class HeadModule(LightningModule):
         check_state_dict(state_dict)
         check_fits(self, state_dict, strict=strict, heads={"head": self.head})
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def deployed(self) -> nn.Module:
+        """Return the module as it is used once it is trained: from inputs as they come to the outputs of the head.
+
+        Rows are standardised as the data module of the fit did. Nothing is copied; ``glai_lightning.modules.export``
+        writes it to files of several kinds.
+
+        Raises:
+            ValueError: if a data module standardised what the backbone is given, which this module does not know.
+        """
+        return deployed(self)
+
+    def to_onnx(self, file_path: Any, input_sample: Any = None, **options: Any) -> Any:
+        """Write the deployed module as ONNX, for any batch size.
+
+        Args:
+            file_path: the file.
+            input_sample: a batch of inputs as they come; made up for rows, and for backbones of this package.
+            **options: for ``torch.onnx.export``.
+
+        Raises:
+            ValueError: if a sample is needed, or the module cannot be exported.
+        """
+        return export_onnx(self, file_path, input_sample, **options)
 
     def on_fit_start(self) -> None:
         """Freeze the head again, where the fit resumes from after the freeze without the callback."""
@@ -213,3 +302,10 @@ class HeadModule(LightningModule):
 def _count_inputs(head: nn.Module) -> int | None:
     first = next((module for module in head.modules() if isinstance(module, nn.Linear | nn.Flatten)), None)
     return first.in_features if isinstance(first, nn.Linear) else None
+
+
+def _statistics_of(data: Any) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and deviation by which a data module standardises its inputs, ``None`` if it does not."""
+    found = getattr(data, "standardisation", None) or getattr(getattr(data, "splits", None), "standardisation", None)
+    mean, scale = getattr(found, "mean", None), getattr(found, "scale", None)
+    return (mean, scale) if isinstance(mean, Tensor) and isinstance(scale, Tensor) else None

@@ -75,6 +75,7 @@ class PrototypicalModule(ScoredModule):
         freeze_backbone: see ``HeadModule``.
         optimizer: see ``HeadModule``.
         lr_scheduler: see ``HeadModule``.
+        standardise_embeddings: see ``HeadModule``.
 
     Raises:
         ValueError: if ``distance`` is neither, or ``cosine_scale`` is not above 0; from a step, if the support lacks a
@@ -100,9 +101,15 @@ class PrototypicalModule(ScoredModule):
         freeze_backbone: bool = True,
         optimizer: OptimizerFactory = torch.optim.AdamW,
         lr_scheduler: SchedulerFactory | None = None,
+        standardise_embeddings: bool = True,
     ) -> None:
         super().__init__(
-            head, backbone, freeze_backbone=freeze_backbone, optimizer=optimizer, lr_scheduler=lr_scheduler
+            head,
+            backbone,
+            freeze_backbone=freeze_backbone,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            standardise_embeddings=standardise_embeddings,
         )
         expect_choice("distance", distance, DISTANCES)
         expect_number("cosine_scale", cosine_scale, low=0.0, above=True)

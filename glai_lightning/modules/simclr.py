@@ -39,6 +39,7 @@ class SimCLRModule(ScoredModule):
         freeze_backbone: see ``HeadModule``; a frozen backbone is for a head on features that are learnt already.
         optimizer: see ``HeadModule``.
         lr_scheduler: see ``HeadModule``.
+        standardise_embeddings: see ``HeadModule``.
         temperature: what the cosine similarities are divided by, above 0.
         knn_neighbors: number k of neighbours, at least 1; ``None`` for no classifier.
 
@@ -65,11 +66,17 @@ class SimCLRModule(ScoredModule):
         freeze_backbone: bool = True,
         optimizer: OptimizerFactory = torch.optim.AdamW,
         lr_scheduler: SchedulerFactory | None = None,
+        standardise_embeddings: bool = True,
         temperature: float = 0.5,
         knn_neighbors: int | None = None,
     ) -> None:
         super().__init__(
-            head, backbone, freeze_backbone=freeze_backbone, optimizer=optimizer, lr_scheduler=lr_scheduler
+            head,
+            backbone,
+            freeze_backbone=freeze_backbone,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            standardise_embeddings=standardise_embeddings,
         )
         expect_number("temperature", temperature, low=0.0, above=True)
         if knn_neighbors is not None:

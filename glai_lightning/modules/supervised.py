@@ -1,6 +1,6 @@
 """SupervisedModule: classification and regression with a head on embeddings."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,22 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from glai_lightning.checks import UserValueError, expect_choice, expect_integer
 from glai_lightning.heads.patterns import layout_of
+from glai_lightning.modules.checkpoint_file import DESCRIPTION
+from glai_lightning.modules.deployment import predicted_outputs
 from glai_lightning.modules.head_module import OptimizerFactory, SchedulerFactory
 from glai_lightning.modules.scored import ScoredModule
+
+
+class Predictions(NamedTuple):
+    """What a classifier says of N inputs.
+
+    Args:
+        labels: for each input the name of the likeliest class, or its number where there are no names.
+        probabilities: of the classes, (N, C), float32.
+    """
+
+    labels: list[str] | list[int]
+    probabilities: Tensor
 
 
 class SupervisedModule(ScoredModule):
@@ -27,8 +41,12 @@ class SupervisedModule(ScoredModule):
         freeze_backbone: see ``HeadModule``.
         optimizer: see ``HeadModule``.
         lr_scheduler: see ``HeadModule``.
+        standardise_embeddings: see ``HeadModule``.
         num_classes: number of classes, at least 2; by default the number of outputs of the head.
         task: 'classification' or 'regression'.
+
+    Attributes:
+        classes: names of the classes, where the data module of the fit has some; they travel in the checkpoint.
 
     Raises:
         ValueError: if ``task`` is neither, or ``num_classes`` is below 2 or neither given nor readable from the head.
@@ -49,11 +67,17 @@ class SupervisedModule(ScoredModule):
         freeze_backbone: bool = True,
         optimizer: OptimizerFactory = torch.optim.AdamW,
         lr_scheduler: SchedulerFactory | None = None,
+        standardise_embeddings: bool = True,
         num_classes: int | None = None,
         task: Literal["classification", "regression"] = "classification",
     ) -> None:
         super().__init__(
-            head, backbone, freeze_backbone=freeze_backbone, optimizer=optimizer, lr_scheduler=lr_scheduler
+            head,
+            backbone,
+            freeze_backbone=freeze_backbone,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            standardise_embeddings=standardise_embeddings,
         )
         expect_choice("task", task, ("classification", "regression"))
         self.task = task
@@ -62,6 +86,7 @@ class SupervisedModule(ScoredModule):
         self.num_classes = outputs
         if task == "classification" and outputs < 2:
             raise UserValueError(f"Expected `num_classes` to be at least 2, but got {outputs}.")
+        self.classes: list[str] | None = None
         self._set_metrics(self._make_metrics)
 
     def _make_metrics(self, stage: str) -> dict[str, Metric]:
@@ -84,6 +109,23 @@ class SupervisedModule(ScoredModule):
                 f"Expected the head to have an output for each of the {classes} classes of the data, "
                 f"but got {self.num_classes} outputs."
             )
+        if stage == "fit" and self.task == "classification":
+            names = getattr(data, "classes", None)
+            self.classes = list(names) if _are_names(names, self.num_classes) else None
+
+    def description(self) -> dict[str, Any]:
+        """Return what ``load_from_checkpoint`` makes the module of, class names included."""
+        return super().description() | {"classes": self.classes}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take out of a checkpoint what is known of inputs and classes."""
+        super().on_load_checkpoint(checkpoint)
+        names = checkpoint.get(DESCRIPTION, {}).get("classes")
+        if names is not None and not _are_names(names, self.num_classes):
+            raise UserValueError(
+                f"Expected the checkpoint to hold at most {self.num_classes} class names, but got {names!r}."
+            )
+        self.classes = names
 
     def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss: predictions (batch, C) and targets -> 0-d."""
@@ -103,6 +145,40 @@ class SupervisedModule(ScoredModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return logits or predictions (batch, C) of a batch, with or without targets."""
         return self.forward(batch[0] if isinstance(batch, tuple | list) else batch)
+
+    def predict(self, inputs: Any, batch_size: int = 256) -> "Predictions | Tensor":
+        """Predict from inputs as they come: rows that nothing standardised, images or texts.
+
+        Args:
+            inputs: rows (N, ...), a tensor, an array or nested lists of numbers; for an image backbone a tensor
+                (N, 3, height, width) or a list of images; for a text backbone a list of strings.
+            batch_size: inputs that are computed at once, at least 1.
+
+        Returns:
+            Of a classifier labels and probabilities, of a regression the values (N, C), on the CPU.
+
+        Raises:
+            TypeError: if ``inputs`` is not a sequence or a tensor, or ``batch_size`` not an integer.
+            ValueError: if there are no inputs, rows have another width or hold no finite numbers.
+
+        Example:
+            >>> from glai_lightning import mlp_head
+            >>> module = SupervisedModule(mlp_head(4, 8, 3))
+            >>> module.predict([[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]).probabilities.shape
+            torch.Size([2, 3])
+        """
+        outputs = predicted_outputs(self, inputs, batch_size)
+        if self.task == "regression":
+            return outputs
+        probabilities = outputs.softmax(1)
+        numbers = probabilities.argmax(1)
+        names = self.classes
+        labels = numbers.tolist() if names is None else [names[number] for number in numbers]
+        return Predictions(labels, probabilities)
+
+
+def _are_names(names: object, most: int) -> bool:
+    return isinstance(names, list) and len(names) <= most and all(isinstance(name, str) for name in names)
 
 
 def _count_outputs(head: nn.Module) -> int:

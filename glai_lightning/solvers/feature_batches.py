@@ -29,6 +29,7 @@ class FeatureBatches:
         weights: (N,), how much each sample counts, or ``None``.
         transform: what makes the features of a solve out of those that are read, applied batch by batch.
         rows: rows of a batch cut from features (N, F).
+        keys: (N, ...), what decides the part of each row where it is not the features.
         part: which rows are read: ``"all"``, or one of the two parts that ``split`` makes.
     """
 
@@ -37,6 +38,7 @@ class FeatureBatches:
     weights: Tensor | None = None
     transform: Callable[[Tensor], Tensor] | None = None
     rows: int = 1024
+    keys: Tensor | None = None
     part: Literal["all", "kept", "held_out"] = "all"
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ class FeatureBatches:
         What a row holds decides its part, so that rows that come in another order in every pass stay in theirs.
         """
         if isinstance(self.features, Tensor) and self.transform is None:
-            held_out = _is_held_out(self.features)
+            held_out = _is_held_out(self.features if self.keys is None else self.keys)
             return self.selected(~held_out), self.selected(held_out)
         return replace(self, part="kept"), replace(self, part="held_out")
 
@@ -78,7 +80,7 @@ class FeatureBatches:
         assert isinstance(self.features, Tensor)
         assert self.targets is not None
         weights = None if self.weights is None else self.weights[rows]
-        return replace(self, features=self.features[rows], targets=self.targets[rows], weights=weights)
+        return replace(self, features=self.features[rows], targets=self.targets[rows], weights=weights, keys=None)
 
     def untransformed(self) -> "FeatureBatches":
         """Return the same rows as they are read."""

@@ -1,6 +1,7 @@
 """The path weights of a frozen head as a linear model, which the solvers read and set: all they know of a head."""
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,37 +20,64 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def solve_head(
-    solve_features: Callable[..., LinearSolution],
-    head: GLAIHead,
-    inputs: Tensor | Batches,
-    targets: Tensor | None,
-    sample_weights: Tensor | None,
-    *,
-    validation: Data | None,
-    group: "ProcessGroup | None",
-) -> SolveReport:
-    """Solve for a head's path weights and set them in place; after an error the head is as it was.
+class HeadSolver(ABC):
+    """Solves for the path weights of a frozen head, which it is linear in."""
 
-    Args:
-        solve_features: the ``solve_features`` of a solver.
-        head: a head with output or independent paths, from (N, D) to (N, C). Its mode is left as it is.
-        inputs: (N, D), or a re-iterable of (inputs, targets) batches: then path activations are computed anew in every
-            pass, and never held all at once.
-        targets: of N samples, or ``None`` where ``inputs`` yields them.
-        sample_weights: (N,), or ``None``.
-        validation: tensors (inputs, targets) or (inputs, targets, weights), or batches of them.
-        group: the processes of ``torch.distributed`` that share the data.
-    """
-    path_weights = LinearPathWeights(head)
-    with Processes(group, path_weights.device).failing_together():
-        features = path_weights.features(inputs, targets, sample_weights)
-        held_out = None if validation is None else path_weights.features(*as_tensors(validation))
-    solution = solve_features(
-        features, weight=path_weights.weight(), bias=path_weights.bias, validation=held_out, group=group
-    )
-    path_weights.set(solution)
-    return solution.report
+    def solve(
+        self,
+        head: GLAIHead,
+        inputs: Tensor | Batches,
+        targets: Tensor | None = None,
+        *,
+        sample_weights: Tensor | None = None,
+        validation: Data | None = None,
+        group: "ProcessGroup | None" = None,
+    ) -> SolveReport:
+        """Set the path weights of a head in place.
+
+        Args:
+            head: a head with output or independent paths, from (N, D) to (N, C). Its mode is left as it is.
+            inputs: (N, D), or a re-iterable of batches (inputs, targets) or (inputs, targets, weights): then path
+                activations are computed anew in every pass, and never held all at once.
+            targets: of N samples, see ``solve_features``; ``None`` where ``inputs`` yields them.
+            sample_weights: (N,), how much each sample counts; ``None`` where all count the same.
+            validation: (inputs, targets) or (inputs, targets, weights), or batches of them; with it the head is never
+                worse on them than before.
+            group: the processes of ``torch.distributed`` that share the data, each reading its own part; all end with
+                the same weights. ``None`` for this process alone.
+
+        Returns:
+            What the solve did.
+
+        Raises:
+            TypeError: if ``head`` is not frozen, or dtypes are wrong.
+            ValueError: if the head is not linear in its path weights, or the data is not what it has to be, see
+                ``solve_features``. The head is then as it was.
+            RuntimeError: if another process of the group raised an error.
+        """
+        path_weights = LinearPathWeights(head)
+        with Processes(group, path_weights.device).failing_together():
+            features = path_weights.features(inputs, targets, sample_weights)
+            held_out = None if validation is None else path_weights.features(*as_tensors(validation))
+        solution = self.solve_features(
+            features, weight=path_weights.weight(), bias=path_weights.bias, validation=held_out, group=group
+        )
+        path_weights.set(solution)
+        return solution.report
+
+    @abstractmethod
+    def solve_features(
+        self,
+        features: Tensor | Batches | FeatureBatches,
+        targets: Tensor | None = None,
+        *,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        sample_weights: Tensor | None = None,
+        validation: Data | FeatureBatches | None = None,
+        group: "ProcessGroup | None" = None,
+    ) -> LinearSolution:
+        """Fit a linear model over fixed features (N, F), from a weight (C, F) and a bias (C,) on."""
 
 
 #: Rows whose path activations are computed at a time, so that what is computed on the way takes little memory.
@@ -115,7 +143,9 @@ class LinearPathWeights:
         """Return path activations and targets: computed once for a tensor of inputs, in every pass for batches."""
         read = FeatureBatches(inputs, targets, sample_weights, transform=self._activations)
         if isinstance(inputs, Tensor):
-            return as_batches(self._held_activations(inputs), targets, sample_weights, outputs=len(self._parameters[0]))
+            outputs = len(self._parameters[0])
+            batches = as_batches(self._held_activations(inputs), targets, sample_weights, outputs=outputs)
+            return replace(batches, keys=inputs)
         return read
 
     def _held_activations(self, inputs: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from glai_lightning.checks import expect_choice, expect_integer, expect_number
-from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.solvers.cross_entropy import LossName, make_loss
 from glai_lightning.solvers.feature_batches import (
     Batches,
@@ -19,7 +18,7 @@ from glai_lightning.solvers.feature_batches import (
     as_batches,
     held_out_batches,
 )
-from glai_lightning.solvers.head_weights import solve_head
+from glai_lightning.solvers.head_weights import HeadSolver
 from glai_lightning.solvers.lbfgs import Point
 from glai_lightning.solvers.minibatch import BATCH_SIZE, AveragedAdam
 from glai_lightning.solvers.objective import HeldOut, LinearModel, MeanLoss, Penalised
@@ -43,7 +42,7 @@ _FEW_MULTIPLY_ADDS, _WORTH_SAVING = 1e11, 10.0
 
 
 @dataclass(frozen=True)
-class LogisticSolver:
+class LogisticSolver(HeadSolver):
     """Sets a frozen head's path weights to those of the smallest mean cross-entropy + l2 / 2 times their squared norm.
 
     The mean is that of ``torch.nn.functional.cross_entropy`` or ``binary_cross_entropy_with_logits`` with the same
@@ -105,42 +104,6 @@ class LogisticSolver:
         expect_number("tolerance", self.tolerance, low=0.0, high=1.0, below=True)
         expect_integer("patience", self.patience, least=1)
         expect_choice("loss", self.loss, ("cross_entropy", "binary_cross_entropy"))
-
-    def solve(
-        self,
-        head: GLAIHead,
-        inputs: Tensor | Batches,
-        targets: Tensor | None = None,
-        *,
-        sample_weights: Tensor | None = None,
-        validation: Data | None = None,
-        group: "ProcessGroup | None" = None,
-    ) -> SolveReport:
-        """Set the path weights of a head in place.
-
-        Args:
-            head: a head with output or independent paths, from (N, D) to (N, C). Its mode is left as it is.
-            inputs: (N, D), or a re-iterable of batches (inputs, targets) or (inputs, targets, weights): then path
-                activations are computed anew in every pass, and never held all at once.
-            targets: class labels (N,), or numbers (N, C), see ``loss``; ``None`` where ``inputs`` yields them.
-            sample_weights: (N,), how much each sample counts; ``None`` where all count the same.
-            validation: (inputs, targets) or (inputs, targets, weights), or batches of them; with it the head is never
-                worse on them than before.
-            group: the processes of ``torch.distributed`` that share the data, each reading its own part; all end with
-                the same weights. ``None`` for this process alone.
-
-        Returns:
-            What the solve did.
-
-        Raises:
-            TypeError: if ``head`` is not frozen, or dtypes are wrong.
-            ValueError: if the head is not linear in its path weights, or the data is not what it has to be, see
-                ``solve_features``. The head is then as it was.
-            RuntimeError: if another process of the group raised an error.
-        """
-        return solve_head(
-            self.solve_features, head, inputs, targets, sample_weights, validation=validation, group=group
-        )
 
     def solve_features(
         self,

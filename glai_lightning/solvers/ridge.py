@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from glai_lightning.checks import UserTypeError, UserValueError
-from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.solvers.feature_batches import (
     Batches,
     Data,
@@ -16,7 +15,7 @@ from glai_lightning.solvers.feature_batches import (
     as_batches,
     held_out_batches,
 )
-from glai_lightning.solvers.head_weights import solve_head
+from glai_lightning.solvers.head_weights import HeadSolver
 from glai_lightning.solvers.moments import Moments
 from glai_lightning.solvers.processes import Processes
 from glai_lightning.solvers.report import LinearSolution, SolveReport, check_linear, check_strengths
@@ -143,7 +142,7 @@ class RidgePath:
 
 
 @dataclass(frozen=True)
-class RidgeSolver:
+class RidgeSolver(HeadSolver):
     """Sets a frozen head's path weights to those of the smallest squared error plus a penalty, in closed form.
 
     What is minimised is half the mean squared error + l2 / 2 times the squared weights. The squared error is summed
@@ -177,37 +176,6 @@ class RidgeSolver:
     def __post_init__(self) -> None:
         check_strengths(self.l2)
 
-    def solve(
-        self,
-        head: GLAIHead,
-        inputs: Tensor | Batches,
-        targets: Tensor | None = None,
-        *,
-        validation: Data | None = None,
-        group: "ProcessGroup | None" = None,
-    ) -> SolveReport:
-        """Set the path weights of a head in place.
-
-        Args:
-            head: a head with output or independent paths, from (N, D) to (N, C). Its mode is left as it is.
-            inputs: (N, D), or a re-iterable of (inputs, targets) batches.
-            targets: numbers (N, C) of a floating dtype, or class labels (N,), integers; ``None`` where ``inputs``
-                yields them.
-            validation: (inputs, targets), or batches of them; with it the head is never worse on them than before.
-            group: the processes of ``torch.distributed`` that share the data, each reading its own part; all end with
-                the same weights. ``None`` for this process alone.
-
-        Returns:
-            What the solve did.
-
-        Raises:
-            TypeError: if ``head`` is not frozen, or dtypes are wrong.
-            ValueError: if the head is not linear in its path weights, or the data is not what it has to be, see
-                ``solve_features``. The head is then as it was.
-            RuntimeError: if another process of the group raised an error.
-        """
-        return solve_head(self.solve_features, head, inputs, targets, None, validation=validation, group=group)
-
     def solve_features(
         self,
         features: Tensor | Batches | FeatureBatches,
@@ -215,6 +183,7 @@ class RidgeSolver:
         *,
         weight: Tensor,
         bias: Tensor | None = None,
+        sample_weights: Tensor | None = None,
         validation: Data | FeatureBatches | None = None,
         group: "ProcessGroup | None" = None,
     ) -> LinearSolution:
@@ -228,6 +197,7 @@ class RidgeSolver:
             targets: class labels (N,), integers in [0, C); or numbers of a floating dtype (N, C), (N,) for one output.
             weight: (C, F): its shape, dtype and device are those of the result. Not changed.
             bias: (C,), or ``None`` for a model without.
+            sample_weights: ``None``: samples all count the same.
             validation: another (features, targets), or re-iterable of batches. The given weights are handed back where
                 no solution scores better on it.
             group: the processes that share the samples, those of ``validation`` too; ``None`` for this one alone.
@@ -252,7 +222,7 @@ class RidgeSolver:
         processes = Processes(group, weight.device)
         with processes.failing_together():
             check_linear(weight, bias)
-            batches = as_batches(features, targets, None, outputs=len(weight))
+            batches = as_batches(features, targets, sample_weights, outputs=len(weight))
             held_out = held_out_batches(validation, outputs=len(weight))
         moments, code = _moments(batches, weight, has_bias=bias is not None, processes=processes)
         path = RidgePath(moments)

@@ -1,5 +1,6 @@
 """Backbones of the real libraries, small and randomly initialised: nothing is downloaded."""
 
+import shutil
 import sys
 
 import pytest
@@ -32,7 +33,7 @@ def sentence_encoder(encoder, tmp_path_factory):
 
 
 def test_timm_images_are_preprocessed_as_its_evaluation_transform_does():
-    backbone = TimmBackbone("test_resnet").eval()
+    backbone = TimmBackbone("test_resnet", pretrained=False).eval()
     pixels = torch.randint(0, 256, (3, 200, 240), dtype=torch.uint8)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone.model))
     expected = transform(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
@@ -44,7 +45,7 @@ def test_timm_images_are_preprocessed_as_its_evaluation_transform_does():
 def test_torchvision_images_are_preprocessed_as_its_weights_say():
     from torchvision.models import ResNet18_Weights
 
-    backbone = TorchvisionBackbone("resnet18").eval()
+    backbone = TorchvisionBackbone("resnet18", pretrained=False).eval()
     images = torch.randint(0, 256, (2, 3, 260, 300), dtype=torch.uint8)
     assert torch.equal(backbone.preprocess(images), ResNet18_Weights.DEFAULT.transforms()(images))
     assert backbone(images).shape == (2, 512)
@@ -52,7 +53,7 @@ def test_torchvision_images_are_preprocessed_as_its_weights_say():
 
 @pytest.mark.parametrize(("kind", "name"), [(TimmBackbone, "test_resnet"), (TorchvisionBackbone, "mobilenet_v3_small")])
 def test_weights_come_from_a_local_file_with_or_without_a_classifier(kind, name, tmp_path):
-    source = kind(name)
+    source = kind(name, pretrained=False)
     torch.save(source.model.state_dict(), tmp_path / "weights.pt")
     loaded = kind(name, weights=tmp_path / "weights.pt")
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in source.state_dict().items())
@@ -68,11 +69,50 @@ def test_an_unknown_model_is_answered_with_those_near(kind, near):
 
 
 @pytest.mark.parametrize("kind", [TimmBackbone, TorchvisionBackbone])
-def test_weights_from_two_places_or_none_are_refused(kind, tmp_path):
-    with pytest.raises(ValueError, match="Expected `weights` to be None with `pretrained`"):
-        kind("resnet18", pretrained=True, weights=tmp_path / "weights.pt")
+def test_weights_that_are_not_there_are_refused(kind, tmp_path):
     with pytest.raises(ValueError, match="Expected `weights` to be an existing file"):
         kind("resnet18", weights=tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize("kind", [TimmBackbone, TorchvisionBackbone])
+def test_random_weights_are_said_loudly(kind):
+    with pytest.warns(UserWarning, match=rf"The weights of `{kind.__name__}\('resnet18'\)` are random"):
+        kind("resnet18", pretrained=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TimmBackbone(3), "Expected `name` to be the name of a model, but got 3"),
+        (lambda: TorchvisionBackbone("resnet18", pretrained="no"), "Expected `pretrained` to be True or False"),
+        (lambda: TransformersBackbone(["bert"]), "Expected `name` to be the name of a model"),
+        (lambda: SentenceTransformersBackbone(None), "Expected `name` to be the name of a model"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("kind", [TransformersBackbone, SentenceTransformersBackbone])
+def test_a_model_that_cannot_be_read_is_answered_with_a_sentence(kind, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="to be a model whose files are at hand or can be downloaded, but they cannot"):
+        kind(str(tmp_path))
+
+
+@pytest.mark.parametrize(("kind", "name"), [(TimmBackbone, "test_resnet"), (TorchvisionBackbone, "mobilenet_v3_small")])
+def test_images_of_any_size_and_mode_are_one_batch(kind, name):
+    backbone = kind(name, pretrained=False).eval()
+    grey = Image.fromarray(torch.randint(0, 256, (90, 70), dtype=torch.uint8).numpy())
+    pixels = torch.randint(0, 256, (3, 200, 240), dtype=torch.uint8)
+    images = [grey, pixels, pixels.permute(1, 2, 0).numpy(), Image.fromarray(pixels.permute(1, 2, 0).numpy())]
+    embeddings = backbone(images)
+    assert embeddings.shape == (4, backbone.num_features)
+    for same in embeddings[1:]:
+        torch.testing.assert_close(same, backbone(pixels[None])[0])
+    with pytest.raises(ValueError, match=r"Expected an image to be .* but got the shape \(1, 9, 9\)"):
+        backbone([torch.zeros(1, 9, 9)])
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -127,6 +167,19 @@ def test_a_head_is_trained_on_texts_and_the_frozen_backbone_stands_still(encoder
     assert not any(child.training for child in backbone.modules())
     logits = module.eval()(["good film", "very bad film"])
     assert nn.functional.cross_entropy(logits, torch.tensor([0, 1])) < 0.6
+
+
+@pytest.mark.parametrize("kind", [TransformersBackbone, SentenceTransformersBackbone])
+def test_a_text_encoder_travels_in_the_checkpoint_with_its_tokenizer(kind, encoder, sentence_encoder, tmp_path):
+    source = shutil.copytree(encoder if kind is TransformersBackbone else sentence_encoder, tmp_path / "encoder")
+    module = SupervisedModule(mlp_head(16, 8, 2), kind(str(source)))
+    texts = ["good film .", "very very bad film", "bad ."]
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(module, DataLoader([(text, 0) for text in texts], batch_size=3))
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    shutil.rmtree(source)
+    loaded = SupervisedModule.load_from_checkpoint(tmp_path / "model.ckpt")
+    assert torch.equal(loaded.predict(texts).probabilities, module.eval()(texts).softmax(1))
 
 
 def test_conv_backbone_halves_images_in_every_block():

@@ -14,7 +14,7 @@ from glai_lightning import GLAIHead, mlp_head
 from glai_lightning.callbacks import StructureFreezeCallback, StructureMonitor, StructureRevert
 from glai_lightning.solvers import LogisticSolver
 
-SETTLES = {"churn_tolerance": 1.0, "relative_tolerance": 1.0, "min_epochs": 0}
+SETTLES = {"churn_tolerance": 1.0, "relative_tolerance": 1.0, "min_epochs": 0, "min_steps": 0, "solver": None}
 
 
 class Swings(SomebodysModule):
@@ -79,7 +79,9 @@ def test_no_freeze_and_no_revert_falls_between_batches_whose_gradients_are_added
 
 @pytest.mark.parametrize("accumulate", [1, 3, 4, 8])
 def test_checks_within_an_epoch_find_inputs_however_many_batches_make_a_step(accumulate):
-    freeze = StructureFreezeCallback(HEAD, check_every_n_steps=1, churn_tolerance=0.0, min_epochs=0, probe_size=16)
+    freeze = StructureFreezeCallback(
+        HEAD, check_every_n_steps=1, churn_tolerance=0.0, min_epochs=0, probe_size=16, solver=None, min_steps=0
+    )
     trainer = make_trainer(freeze, max_epochs=2, accumulate_grad_batches=accumulate)
     trainer.fit(SomebodysModule(), make_loader(batch_size=16))
     assert len(freeze.churn_history) == trainer.global_step
@@ -123,7 +125,7 @@ def test_tasks_may_take_turns(tasks, probe_size):
 
 
 def test_tasks_that_take_turns_within_an_epoch_need_no_sentence(recwarn):
-    freeze = StructureFreezeCallback(["heads.a", "heads.b"], churn_tolerance=0.0)
+    freeze = StructureFreezeCallback(["heads.a", "heads.b"], churn_tolerance=0.0, solver=None, min_steps=0)
     make_trainer(freeze, max_epochs=3).fit(Alternating(TASKS["one after the other"]), make_loader())
     assert not [warning for warning in recwarn if "not called" in str(warning.message)]
     assert [len(watch.churn_history) for watch in freeze.heads.values()] == [3, 3]
@@ -136,14 +138,14 @@ def test_tasks_that_take_turns_are_checked_within_epochs_too():
 
 
 def test_a_head_that_is_not_called_in_a_whole_epoch_is_told_of_once():
-    freeze = StructureFreezeCallback("heads.b", churn_tolerance=0.0)
+    freeze = StructureFreezeCallback("heads.b", churn_tolerance=0.0, solver=None, min_steps=0)
     with pytest.warns(UserWarning, match=r"The head at 'heads.b' was not called in training in the whole of epoch 0"):
         make_trainer(freeze, max_epochs=2).fit(Alternating(lambda *_: "a"), make_loader())
     assert freeze.churn_history == []
 
 
 def test_churn_is_nan_until_it_is_measured():
-    freeze = StructureFreezeCallback("heads.b", churn_tolerance=0.0)
+    freeze = StructureFreezeCallback("heads.b", churn_tolerance=0.0, solver=None, min_steps=0)
     trainer = make_trainer(freeze, max_epochs=1)
     with pytest.warns(UserWarning, match="not called"):
         trainer.fit(Alternating(lambda *_: "a"), make_loader())
@@ -203,7 +205,7 @@ def test_a_frozen_structure_stands_still_whatever_is_set_to_require_gradients(ho
             if isinstance(head, GLAIHead) and not hasattr(self, "patterns"):
                 self.patterns = head.patterns(make_data()[0])
 
-    freeze, at_freeze = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=1), AtFreeze()
+    freeze, at_freeze = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=1, solver=None), AtFreeze()
     module = SomebodysModule()
     trainer = make_trainer(freeze, at_freeze, Thaws(hook), max_epochs=3)
     if paths == "tangent":
@@ -224,14 +226,14 @@ class Tied(SomebodysModule):
 
 def test_parameters_tied_to_a_module_outside_of_the_head_are_refused_by_name():
     with pytest.raises(MisconfigurationException, match=r"'blocks.head.2.weight' under 'decoder.weight' as well"):
-        make_trainer(StructureFreezeCallback(HEAD)).fit(Tied(), make_loader())
+        make_trainer(StructureFreezeCallback(HEAD, solver=None, min_steps=0)).fit(Tied(), make_loader())
 
 
 def test_a_pruning_callback_is_refused_by_name():
     from lightning.pytorch.callbacks import ModelPruning
 
     with pytest.raises(MisconfigurationException, match="but got `ModelPruning`"):
-        make_trainer(StructureFreezeCallback(HEAD), ModelPruning("l1_unstructured")).fit(
+        make_trainer(StructureFreezeCallback(HEAD, solver=None, min_steps=0), ModelPruning("l1_unstructured")).fit(
             SomebodysModule(), make_loader()
         )
 
@@ -242,8 +244,10 @@ def test_an_optimizer_for_matrices_is_refused_with_independent_paths():
             return torch.optim.Muon([p for p in self.blocks.parameters() if p.ndim == 2])
 
     with pytest.raises(MisconfigurationException, match="but got `Muon`, which is for matrices"):
-        make_trainer(StructureFreezeCallback(HEAD, paths="independent")).fit(Module(), make_loader())
-    freeze = StructureFreezeCallback(HEAD, freeze_at_epoch=1)
+        make_trainer(StructureFreezeCallback(HEAD, paths="independent", solver=None, min_steps=0)).fit(
+            Module(), make_loader()
+        )
+    freeze = StructureFreezeCallback(HEAD, freeze_at_epoch=1, solver=None)
     make_trainer(freeze, max_epochs=2).fit(Module(), make_loader())
     assert freeze.frozen
 
@@ -273,7 +277,9 @@ def test_a_head_that_looks_up_words_resumes_in_the_middle_of_an_epoch(tmp_path):
     def run(*checkpoints, ckpt_path=None):
         words = torch.arange(96 * 3).reshape(96, 3) * 7 % 20
         loader = StatefulDataLoader(TensorDataset(words, words.sum(1) % CLASSES), batch_size=16)
-        freeze = StructureFreezeCallback(churn_tolerance=1.0, relative_tolerance=1.0, min_epochs=2, probe_size=8)
+        freeze = StructureFreezeCallback(
+            churn_tolerance=1.0, relative_tolerance=1.0, min_epochs=2, probe_size=8, solver=None, min_steps=0
+        )
         module = Embeds()
         make_trainer(freeze, *checkpoints, max_epochs=4).fit(module, loader, ckpt_path=ckpt_path)
         assert freeze.freeze_epoch == 2
@@ -310,13 +316,13 @@ class Inner(LightningModule):
 
 def test_errors_name_the_modules_that_can_be_used():
     with pytest.raises(MisconfigurationException, match=r"can be used as a head: \['predictor.ffn'\]"):
-        make_trainer(StructureFreezeCallback("head")).fit(Inner(), make_loader())
+        make_trainer(StructureFreezeCallback("head", solver=None, min_steps=0)).fit(Inner(), make_loader())
     with pytest.raises(
         MisconfigurationException,
         match=r"'predictor' to be called .* are called. .*can be used .*: \['predictor.ffn'\]",
     ):
-        make_trainer(StructureFreezeCallback("predictor")).fit(Inner(), make_loader())
-    freeze = StructureFreezeCallback("predictor.ffn", freeze_at_epoch=1)
+        make_trainer(StructureFreezeCallback("predictor", solver=None, min_steps=0)).fit(Inner(), make_loader())
+    freeze = StructureFreezeCallback("predictor.ffn", freeze_at_epoch=1, solver=None)
     make_trainer(freeze, max_epochs=2).fit(Inner(), make_loader())
     assert freeze.frozen
 
@@ -324,4 +330,4 @@ def test_errors_name_the_modules_that_can_be_used():
 def test_where_no_module_can_be_used_the_closest_is_named_with_the_reason():
     module = Inner(nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, CLASSES)))
     with pytest.raises(MisconfigurationException, match=r"The closest is 'predictor.ffn': Expected .* `GELU` at '1'"):
-        make_trainer(StructureFreezeCallback("head")).fit(module, make_loader())
+        make_trainer(StructureFreezeCallback("head", solver=None, min_steps=0)).fit(module, make_loader())

@@ -80,7 +80,7 @@ def module_with(make_optimizer, **config):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_is_frozen_stands_still_and_the_rest_goes_on_learning(name, paths):
     at_freeze = AtFreeze()
-    freeze = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=FREEZE)
+    freeze = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=FREEZE, solver=None)
     make_trainer(freeze, at_freeze, max_epochs=EPOCHS).fit(module_with(OPTIMIZERS[name]), make_loader())
     assert len(at_freeze.frozen) >= 2
     assert all(torch.equal(parameter, value) for parameter, value in at_freeze.frozen.items())
@@ -120,7 +120,7 @@ def rates_of(name, **freeze):
         return torch.optim.AdamW([{"params": [body], "lr": 1e-2}, {"params": rest, "lr": 3e-2}])
 
     series = Series()
-    callback = StructureFreezeCallback(HEAD, **freeze)
+    callback = StructureFreezeCallback(HEAD, **{"solver": None, "stop_after_solve": False, "min_steps": 0, **freeze})
     options = {"max_epochs": EPOCHS, "logger": series, "log_every_n_steps": 1}
     module = module_with(two_groups, lr_scheduler=SCHEDULERS[name])
     make_trainer(callback, LearningRateMonitor("step"), **options).fit(module, make_loader())
@@ -162,9 +162,9 @@ def test_weight_decay_goes_on_in_its_group_alone(paths):
                 self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
     values, module = Values(), OnlyDecays()
-    make_trainer(StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=FREEZE), values, max_epochs=EPOCHS).fit(
-        module, make_loader()
-    )
+    make_trainer(
+        StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=FREEZE, solver=None), values, max_epochs=EPOCHS
+    ).fit(module, make_loader())
     factor = (1 - rate * decay) ** ((EPOCHS - FREEZE) * BATCHES)
     shrinks = {
         "output": {f"{HEAD}.2.weight"},
@@ -198,7 +198,7 @@ class NotesClipping(SomebodysModule):
 def test_gradients_are_clipped_over_what_is_trained(algorithm, paths):
     limit, module = 0.02, NotesClipping()
     options = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm, "max_epochs": EPOCHS}
-    make_trainer(StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=FREEZE), **options).fit(
+    make_trainer(StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=FREEZE, solver=None), **options).fit(
         module, make_loader()
     )
     assert len(module.steps) == EPOCHS * BATCHES
@@ -213,7 +213,7 @@ def test_gradients_are_clipped_over_what_is_trained(algorithm, paths):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="16-mixed is bf16-mixed where there is no GPU")
 @pytest.mark.parametrize("paths", PATHS)
 def test_half_precision_goes_on_with_its_loss_scale(paths):
-    freeze = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=FREEZE)
+    freeze = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=FREEZE, solver=None)
     at_freeze = AtFreeze()
     trainer = make_trainer(freeze, at_freeze, max_epochs=EPOCHS, precision="16-mixed", accelerator="gpu", devices=1)
     trainer.fit(SomebodysModule(), make_loader())
@@ -225,7 +225,9 @@ def test_early_stopping_counts_on_across_the_freeze():
     def stopped_after(**freeze):
         module = module_with(OPTIMIZERS["AdamW"])
         stopping = EarlyStopping("constant", patience=3)
-        trainer = make_trainer(StructureFreezeCallback(HEAD, **freeze), stopping, max_epochs=9)
+        trainer = make_trainer(
+            StructureFreezeCallback(HEAD, solver=None, min_steps=0, **freeze), stopping, max_epochs=9
+        )
         trainer.fit(module, make_loader())
         return trainer.current_epoch
 
@@ -234,7 +236,7 @@ def test_early_stopping_counts_on_across_the_freeze():
 
 def evaluate(paths, file):
     """Validate a checkpoint in a process that has seen nothing of its fit."""
-    trainer = make_trainer(StructureFreezeCallback(HEAD, paths=paths))
+    trainer = make_trainer(StructureFreezeCallback(HEAD, paths=paths, solver=None, min_steps=0))
     (result,) = trainer.validate(SomebodysModule(), make_loader(60), ckpt_path=file, verbose=False)
     return result["val_loss"]
 
@@ -243,7 +245,7 @@ def evaluate(paths, file):
 @pytest.mark.parametrize("paths", PATHS)
 def test_the_best_checkpoints_from_both_sides_of_the_freeze_load(tmp_path, paths, weights_only):
     best = ModelCheckpoint(tmp_path, "{epoch}", monitor="val_loss", save_top_k=3, save_weights_only=weights_only)
-    freeze = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=FREEZE)
+    freeze = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=FREEZE, solver=None)
     make_trainer(freeze, best, max_epochs=EPOCHS).fit(SomebodysModule(), make_loader(), make_loader(60))
     assert {int(file[-6]) for file in best.best_k_models} == {1, 2, 3}
     for file, score in best.best_k_models.items():
@@ -254,7 +256,7 @@ def test_the_best_checkpoints_from_both_sides_of_the_freeze_load(tmp_path, paths
 def test_the_best_checkpoint_may_be_from_before_the_freeze(tmp_path, paths):
     # The first epoch is the best: the largest loss.
     best = ModelCheckpoint(tmp_path, monitor="val_loss", mode="max")
-    freeze = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=FREEZE)
+    freeze = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=FREEZE, solver=None)
     trainer, module = make_trainer(freeze, best, max_epochs=EPOCHS), SomebodysModule()
     trainer.fit(module, make_loader(), make_loader(60))
     (result,) = trainer.validate(module, make_loader(60), ckpt_path="best", verbose=False)
@@ -263,7 +265,7 @@ def test_the_best_checkpoint_may_be_from_before_the_freeze(tmp_path, paths):
 
 def test_the_best_checkpoint_may_be_frozen_where_the_head_was_given_back(tmp_path):
     best = ModelCheckpoint(tmp_path, monitor="val_loss")
-    freeze = StructureFreezeCallback(HEAD, freeze_at_epoch=FREEZE)
+    freeze = StructureFreezeCallback(HEAD, freeze_at_epoch=FREEZE, solver=None)
     trainer, module = make_trainer(freeze, best, max_epochs=EPOCHS), SomebodysModule()
     trainer.fit(module, make_loader(), make_loader(60))
     freeze.unfreeze()
@@ -274,7 +276,7 @@ def test_the_best_checkpoint_may_be_frozen_where_the_head_was_given_back(tmp_pat
 
 @pytest.mark.parametrize("paths", PATHS)
 def test_the_same_trainer_fits_on(paths):
-    freeze = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=FREEZE)
+    freeze = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=FREEZE, solver=None)
     trainer, module = make_trainer(freeze, max_epochs=EPOCHS), module_with(OPTIMIZERS["SGD"])
     trainer.fit(module, make_loader())
     head = module.blocks["head"]
@@ -303,7 +305,7 @@ class Finetuned(SomebodysModule):
 
 def fit_finetuned(paths, freeze_first, freeze_at, ckpt_path=None, *more):
     torch.manual_seed(2)
-    freeze = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=freeze_at)
+    freeze = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=freeze_at, solver=None)
     both = [freeze, BackboneFinetuning(2, lambda epoch: 1.5)]
     module = Finetuned()
     trainer = make_trainer(*(both if freeze_first else both[::-1]), *more, max_epochs=5)
@@ -359,7 +361,9 @@ FINDERS = {
 @pytest.mark.parametrize("options", [{"freeze_at_epoch": 0}, {"check_every_n_steps": 1, "min_epochs": 0}], ids=str)
 @pytest.mark.parametrize("finder", FINDERS)
 def test_nothing_happens_while_the_tuner_runs(tmp_path, finder, options):
-    freeze = StructureFreezeCallback(HEAD, churn_tolerance=1.0, relative_tolerance=1.0, **options)
+    freeze = StructureFreezeCallback(
+        HEAD, churn_tolerance=1.0, relative_tolerance=1.0, solver=None, min_steps=0, **options
+    )
     module = Tuned()
     trainer = make_trainer(freeze, max_epochs=2, default_root_dir=tmp_path)
     before = copy.deepcopy(module.state_dict())
@@ -381,7 +385,7 @@ def test_nothing_happens_while_the_tuner_runs(tmp_path, finder, options):
     ids=["LearningRateFinder", "BatchSizeFinder"],
 )
 def test_finders_may_be_callbacks_of_the_same_fit(tmp_path, make_finder, finder_first):
-    freeze, module = StructureFreezeCallback(HEAD, freeze_at_epoch=1), Tuned()
+    freeze, module = StructureFreezeCallback(HEAD, freeze_at_epoch=1, solver=None), Tuned()
     both = [make_finder(), freeze]
     make_trainer(*(both if finder_first else both[::-1]), max_epochs=3, default_root_dir=tmp_path).fit(module)
     assert freeze.freeze_epoch == 1
@@ -399,7 +403,7 @@ AVERAGING = {
 @pytest.mark.parametrize("name", AVERAGING)
 @pytest.mark.parametrize("first", [True, False])
 def test_callbacks_that_average_weights_are_refused_by_name(name, first):
-    both = [StructureFreezeCallback(HEAD), AVERAGING[name]()]
+    both = [StructureFreezeCallback(HEAD, solver=None, min_steps=0), AVERAGING[name]()]
     with pytest.raises(
         MisconfigurationException, match=f"averages weights beside the structure freeze, but got `{name}`"
     ):
@@ -480,12 +484,14 @@ def test_what_is_compiled_runs_compiled_to_the_last_step(how, paths, solver):
             def on_train_epoch_end(self, trainer, pl_module):
                 runs.append(backend.runs)
 
-        freeze = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=FREEZE, solver=solver)
+        freeze = StructureFreezeCallback(
+            HEAD, paths=paths, freeze_at_epoch=FREEZE, solver=solver, stop_after_solve=False
+        )
         make_trainer(freeze, Runs(), max_epochs=EPOCHS).fit(given, make_loader())
         assert freeze.frozen
         assert isinstance(module.blocks["head"], GLAIHead)
         # A second fit of the same module, in the same process.
-        again = StructureFreezeCallback(HEAD, paths=paths, solver=solver)
+        again = StructureFreezeCallback(HEAD, paths=paths, solver=solver, min_steps=0, stop_after_solve=False)
         make_trainer(again, max_epochs=1).fit(given, make_loader())
         return module.losses, runs
 
@@ -501,7 +507,7 @@ def test_a_head_compiled_by_inductor_goes_on_compiled():
     torch._dynamo.reset()
     module = SomebodysModule()
     module.blocks["head"].compile()
-    freeze = StructureFreezeCallback(HEAD, freeze_at_epoch=1)
+    freeze = StructureFreezeCallback(HEAD, freeze_at_epoch=1, solver=None)
     make_trainer(freeze, max_epochs=2, limit_train_batches=1).fit(module, make_loader())
     assert freeze.frozen
     assert module.blocks["head"]._compiled_call_impl is not None
@@ -513,7 +519,7 @@ def test_a_head_wrapped_by_torch_compile_is_refused_with_what_works():
     with pytest.raises(
         MisconfigurationException, match=r"wrapped by `torch.compile\(head\)`. Call `head.compile\(\)` instead"
     ):
-        make_trainer(StructureFreezeCallback(HEAD)).fit(module, make_loader())
+        make_trainer(StructureFreezeCallback(HEAD, solver=None, min_steps=0)).fit(module, make_loader())
 
 
 class OfTheTwin(pytorch_lightning.LightningModule):
@@ -541,7 +547,7 @@ class OfTheTwin(pytorch_lightning.LightningModule):
 def test_a_trainer_and_callbacks_of_the_twin_freeze_and_resume_bitwise(tmp_path, paths, solver):
     def run(ckpt_path=None, *more):
         torch.manual_seed(3)
-        freeze = StructureFreezeCallback(paths=paths, freeze_at_epoch=FREEZE, solver=solver)
+        freeze = StructureFreezeCallback(paths=paths, freeze_at_epoch=FREEZE, solver=solver, stop_after_solve=False)
         module = OfTheTwin()
         # A callback of `lightning.pytorch` and those of its twin in one list.
         callbacks = [freeze, pytorch_lightning.callbacks.EarlyStopping("val_loss", patience=9), *more]
@@ -567,7 +573,10 @@ def test_a_trainer_and_callbacks_of_the_twin_freeze_and_resume_bitwise(tmp_path,
 
 
 def test_averaging_callbacks_of_the_twin_are_refused_by_name():
-    twins = [StructureFreezeCallback(), pytorch_lightning.callbacks.StochasticWeightAveraging(1e-3)]
+    twins = [
+        StructureFreezeCallback(solver=None, min_steps=0),
+        pytorch_lightning.callbacks.StochasticWeightAveraging(1e-3),
+    ]
     trainer = pytorch_lightning.Trainer(callbacks=twins, accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(MisconfigurationException, match="`StochasticWeightAveraging`"):
         trainer.fit(OfTheTwin(), make_loader())

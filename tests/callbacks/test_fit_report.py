@@ -224,7 +224,7 @@ def test_plots_leave_pyplot_alone():
 
 def fit_reported(freeze=None, *callbacks, report=None, module=None, ckpt_path=None, validate=True, **options):
     report = FitReport("val_loss", "min") if report is None else report
-    freeze = StructureFreezeCallback(HEAD, verbose=False, freeze_at_epoch=2) if freeze is None else freeze
+    freeze = StructureFreezeCallback(HEAD, verbose=False, freeze_at_epoch=2, solver=None) if freeze is None else freeze
     trainer = make_trainer(report, freeze, *callbacks, **{"max_epochs": 4, **options})
     module = SomebodysModule() if module is None else module
     trainer.fit(module, make_loader(), make_loader(64) if validate else None, ckpt_path=ckpt_path)
@@ -311,12 +311,12 @@ def test_scores_are_those_of_the_epochs_that_were_validated():
 
 
 def test_a_fit_that_never_freezes_says_so(capsys):
-    fit_reported(StructureFreezeCallback(HEAD, verbose=False, min_epochs=100))
+    fit_reported(StructureFreezeCallback(HEAD, verbose=False, min_epochs=100, solver=None, min_steps=0))
     assert "did not settle in 4 epochs" in capsys.readouterr().out
 
 
 def test_a_fit_frozen_from_its_first_epoch_is_reported(capsys):
-    report, _, module = fit_reported(StructureFreezeCallback(HEAD, verbose=False, freeze_at_epoch=0))
+    report, _, module = fit_reported(StructureFreezeCallback(HEAD, verbose=False, freeze_at_epoch=0, solver=None))
     assert all(epoch.frozen and epoch.churn is None for epoch in report.record.epochs)
     assert report.record.mlp_parameters == sum(parameter.numel() for parameter in module.parameters())
     assert "frozen before the first step" in capsys.readouterr().out
@@ -385,7 +385,7 @@ def test_a_test_adds_its_scores_and_leaves_the_record_as_it_is(tmp_path):
 
 
 def test_a_test_without_a_fit_prints_nothing(capsys):
-    trainer = make_trainer(FitReport(), StructureFreezeCallback(HEAD))
+    trainer = make_trainer(FitReport(), StructureFreezeCallback(HEAD, solver=None, min_steps=0))
     trainer.test(SomebodysModule(), make_loader(64), verbose=False)
     assert "Fit report" not in capsys.readouterr().out
 
@@ -412,7 +412,7 @@ def test_a_fit_in_two_processes_is_reported_once(tmp_path, capfd):
 
 @pytest.mark.parametrize("freezes", [0, 2])
 def test_one_freeze_is_needed_to_report_on(freezes):
-    callbacks = [StructureFreezeCallback(head) for head in ("blocks.head", "body")[:freezes]]
+    callbacks = [StructureFreezeCallback(head, solver=None, min_steps=0) for head in ("blocks.head", "body")[:freezes]]
     with pytest.raises(MisconfigurationException, match=f"one `StructureFreezeCallback` .* but got {freezes}"):
         make_trainer(FitReport(), *callbacks).fit(SomebodysModule(), make_loader())
 

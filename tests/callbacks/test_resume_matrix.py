@@ -25,7 +25,7 @@ OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.02, momentum=0.9, weight_decay=1e-3),
     "Adam": lambda p: torch.optim.Adam(p, 2e-3),
     "AdamW": lambda p: torch.optim.AdamW(p, 3e-3, weight_decay=0.1),
-    "LBFGS": lambda p: torch.optim.LBFGS(p, 0.05, max_iter=2),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, 0.5, max_iter=2),
 }
 
 

@@ -77,7 +77,9 @@ class HeadAt(Callback):
 
 
 def freezing(name=HEAD, **options):
-    return StructureFreezeCallback(name, **{"churn_tolerance": 0.0, "freeze_at_epoch": 2, **options})
+    return StructureFreezeCallback(
+        name, **{"churn_tolerance": 0.0, "freeze_at_epoch": 2, "solver": None, "stop_after_solve": False, **options}
+    )
 
 
 def judging(**options):
@@ -488,7 +490,7 @@ def test_one_of_several_heads_goes_back():
         def should_freeze(self, head):
             return len(head.churn_history) == {HEAD: 3, "blocks.other": 1}[head.name]
 
-    callback, notes = OneAfterTheOther("blocks.*"), Notes()
+    callback, notes = OneAfterTheOther("blocks.*", solver=None, min_steps=0), Notes()
     make_trainer(callback, judging(), notes).fit(Two(), make_loader(), make_loader(32))
     assert [notes.metrics[epoch]["structure/frozen/blocks.head"] for epoch in range(6)] == [0, 0, 0, 1, 0, 0]
     assert [notes.metrics[epoch]["structure/frozen/blocks.other"] for epoch in range(6)] == [0, 1, 1, 1, 1, 1]

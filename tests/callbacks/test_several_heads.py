@@ -82,7 +82,7 @@ class Frozen(Callback):
 
 @pytest.mark.parametrize("paths", PATHS)
 def test_each_head_freezes_in_its_own_moment_and_the_rest_goes_on_learning(paths):
-    callback, frozen = OneAfterTheOther({"pred": 1, "proj": 3}, paths=paths), Frozen()
+    callback, frozen = OneAfterTheOther({"pred": 1, "proj": 3}, paths=paths, solver=None, min_steps=0), Frozen()
     module = Stacked()
     make_trainer(callback, frozen, max_epochs=5).fit(module, make_loader())
     assert frozen.frozen == [[False, False], [True, False], [True, False], [True, True], [True, True]]
@@ -98,14 +98,14 @@ def test_each_head_freezes_in_its_own_moment_and_the_rest_goes_on_learning(paths
 
 
 def test_until_all_are_frozen_the_callback_is_not():
-    callback = OneAfterTheOther({"pred": 1, "proj": 99})
+    callback = OneAfterTheOther({"pred": 1, "proj": 99}, solver=None, min_steps=0)
     make_trainer(callback, max_epochs=3).fit(Stacked(), make_loader())
     assert callback.heads["pred"].frozen
     assert (callback.frozen, callback.freeze_epoch, callback.freeze_reason) == (False, None, None)
 
 
 def test_the_keys_of_several_heads_carry_their_names_from_the_first_epoch_on(tmp_path):
-    callback, frozen = OneAfterTheOther({"pred": 1, "proj": 2}), Frozen()
+    callback, frozen = OneAfterTheOther({"pred": 1, "proj": 2}, solver=None, min_steps=0), Frozen()
     logger = CSVLogger(tmp_path)
     make_trainer(callback, frozen, max_epochs=3, logger=logger).fit(Stacked(), make_loader())
     keys = {f"structure/{key}/{name}" for key in ("churn", "frozen", "freeze_epoch") for name in ("pred", "proj")}
@@ -117,7 +117,7 @@ def test_the_keys_of_several_heads_carry_their_names_from_the_first_epoch_on(tmp
 
 
 def test_one_name_in_a_list_is_one_head():
-    callback, frozen = StructureFreezeCallback(["proj"], freeze_at_epoch=1), Frozen()
+    callback, frozen = StructureFreezeCallback(["proj"], freeze_at_epoch=1, solver=None), Frozen()
     make_trainer(callback, frozen, max_epochs=2).fit(Stacked(), make_loader())
     assert {key for key in frozen.metrics[0] if key.startswith("structure/")} == {
         "structure/churn",
@@ -128,7 +128,7 @@ def test_one_name_in_a_list_is_one_head():
 
 @pytest.mark.parametrize("pattern", ["heads.*", "*", "heads.[fk]*"])
 def test_a_pattern_stands_for_the_mlp_heads_that_it_matches(pattern):
-    callback = StructureFreezeCallback(pattern, freeze_at_epoch=1)
+    callback = StructureFreezeCallback(pattern, freeze_at_epoch=1, solver=None)
     assert not callback.frozen
     assert callback.churn_history == []
     module = SideBySide()
@@ -138,14 +138,18 @@ def test_a_pattern_stands_for_the_mlp_heads_that_it_matches(pattern):
     assert type(module.heads["scale"]) is nn.Linear
     # A second fit, whose pattern meets frozen heads.
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.01)
-    again = StructureFreezeCallback(pattern)
+    again = StructureFreezeCallback(pattern, solver=None, min_steps=0)
     make_trainer(again, max_epochs=1).fit(module, make_loader())
     assert list(again.heads) == ["heads.kinds", "heads.first"]
     assert again.frozen
 
 
 def test_the_monitor_agrees_on_names_and_leaves_to_the_callback_what_that_logs():
-    freeze, monitor, frozen = StructureFreezeCallback("heads.f*", churn_tolerance=0.0), StructureMonitor("*"), Frozen()
+    freeze, monitor, frozen = (
+        StructureFreezeCallback("heads.f*", churn_tolerance=0.0, solver=None, min_steps=0),
+        StructureMonitor("*"),
+        Frozen(),
+    )
     make_trainer(freeze, monitor, frozen, max_epochs=2).fit(SideBySide(), make_loader())
     assert list(monitor.churn_history) == ["heads.kinds", "heads.first"]
     assert monitor.churn_history["heads.first"] == freeze.churn_history
@@ -154,8 +158,8 @@ def test_the_monitor_agrees_on_names_and_leaves_to_the_callback_what_that_logs()
 
 
 def test_heads_with_a_callback_each_are_told_apart_in_the_logs():
-    early = StructureFreezeCallback("proj", freeze_at_epoch=1)
-    late = StructureFreezeCallback("pred", paths="tangent", freeze_at_epoch=2)
+    early = StructureFreezeCallback("proj", freeze_at_epoch=1, solver=None)
+    late = StructureFreezeCallback("pred", paths="tangent", freeze_at_epoch=2, solver=None)
     frozen = Frozen()
     module = Stacked()
     make_trainer(early, late, frozen, max_epochs=3).fit(module, make_loader())
@@ -191,7 +195,7 @@ def test_heads_that_cannot_be_told_apart_or_found_are_refused_with_the_module_as
     module = make()
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(MisconfigurationException, match=message):
-        make_trainer(StructureFreezeCallback(head)).fit(module, make_loader())
+        make_trainer(StructureFreezeCallback(head, solver=None, min_steps=0)).fit(module, make_loader())
     assert all(parameter.requires_grad for parameter in module.parameters())
     assert not any(child._forward_pre_hooks for child in module.modules())
     if make is not UncalledHead:
@@ -200,15 +204,16 @@ def test_heads_that_cannot_be_told_apart_or_found_are_refused_with_the_module_as
 
 def test_two_callbacks_on_one_head_are_refused():
     with pytest.raises(MisconfigurationException, match="'proj' twice"):
-        make_trainer(StructureFreezeCallback("proj"), StructureFreezeCallback(["proj", "pred"])).fit(
-            Stacked(), make_loader()
-        )
+        make_trainer(
+            StructureFreezeCallback("proj", solver=None, min_steps=0),
+            StructureFreezeCallback(["proj", "pred"], solver=None, min_steps=0),
+        ).fit(Stacked(), make_loader())
 
 
 @pytest.mark.parametrize("head", [[], "", ["proj", 3], None, 7])
 def test_what_names_no_head_is_refused(head):
     with pytest.raises(MisconfigurationException, match="Expected `head` to be the name of a module, or a list of"):
-        StructureFreezeCallback(head)
+        StructureFreezeCallback(head, solver=None, min_steps=0)
 
 
 @pytest.mark.parametrize("head", ["proj", ["proj", "pred"]])
@@ -230,7 +235,7 @@ def features():
 def test_a_fit_resumed_with_one_head_frozen_and_one_not_ends_bitwise_the_same(tmp_path, paths, options):
     def run(checkpoints=None, ckpt_path=None):
         seed_everything(5, verbose=False)
-        module, callback = Stacked(), OneAfterTheOther({"pred": 1, "proj": 3}, paths=paths)
+        module, callback = Stacked(), OneAfterTheOther({"pred": 1, "proj": 3}, paths=paths, solver=None, min_steps=0)
         trainer = make_trainer(*[c for c in (callback, checkpoints) if c is not None], max_epochs=4)
         trainer.fit(module, datamodule=features(), ckpt_path=ckpt_path)
         return module.state_dict(), trainer.optimizers[0].state_dict(), callback
@@ -262,7 +267,7 @@ class SaveEveryRank(Callback):
 @pytest.mark.processes
 def test_two_processes_freeze_each_head_together_and_stay_identical(tmp_path):
     seed_everything(0, verbose=False)
-    callback = OneAfterTheOther({"pred": 1, "proj": 3})
+    callback = OneAfterTheOther({"pred": 1, "proj": 3}, solver=None, min_steps=0)
     loader = DataLoader(TensorDataset(*make_data(160)), batch_size=16, shuffle=True)
     options = {"max_epochs": 5, "devices": 2, "strategy": "ddp_fork"}
     make_trainer(callback, SaveEveryRank(tmp_path), **options).fit(Stacked(), loader)
@@ -275,7 +280,7 @@ def test_two_processes_freeze_each_head_together_and_stay_identical(tmp_path):
 def test_each_head_is_solved_by_its_own_loss_and_the_fit_stops_after_the_last(recwarn):
     solver = LogisticSolver(l2=1e-2, max_passes=200, tolerance=1e-7)
     epochs = {"heads.kinds": 1, "heads.first": 3}
-    callback = OneAfterTheOther(epochs, solver=solver, stop_after_solve=True)
+    callback = OneAfterTheOther(epochs, solver=solver, stop_after_solve=True, min_steps=0)
     module = SideBySide()
     trainer = make_trainer(callback, max_epochs=9)
     trainer.fit(module, make_loader())
@@ -291,7 +296,7 @@ def test_each_head_is_solved_by_its_own_loss_and_the_fit_stops_after_the_last(re
 
 
 def test_a_head_without_a_loss_of_its_own_is_not_solved():
-    callback = StructureFreezeCallback(["proj", "pred"], solver=LogisticSolver())
+    callback = StructureFreezeCallback(["proj", "pred"], solver=LogisticSolver(), min_steps=0, stop_after_solve=False)
     with pytest.raises(MisconfigurationException, match="Expected a loss that is a sum over samples"):
         make_trainer(callback).fit(Stacked(), make_loader())
 
@@ -312,7 +317,7 @@ def test_an_override_says_for_each_head_what_it_is_solved_for():
 
 
 def test_freeze_and_unfreeze_by_name_between_fits():
-    callback = StructureFreezeCallback(["proj", "pred"], churn_tolerance=0.0)
+    callback = StructureFreezeCallback(["proj", "pred"], churn_tolerance=0.0, solver=None, min_steps=0)
     module = Stacked()
     make_trainer(callback, max_epochs=1).fit(module, make_loader())
     callback.freeze("pred")
@@ -339,7 +344,7 @@ def test_freeze_and_unfreeze_by_name_between_fits():
 @pytest.mark.parametrize("paths", ["tangent", "independent"])
 def test_what_no_mlp_equals_cannot_be_unfrozen_and_nothing_is(paths):
     module = Stacked()
-    proj = StructureFreezeCallback(["proj", "pred"], freeze_at_epoch=9)
+    proj = StructureFreezeCallback(["proj", "pred"], freeze_at_epoch=9, solver=None)
     make_trainer(proj, max_epochs=1).fit(module, make_loader())
     proj.freeze("proj")
     proj.paths = paths
@@ -351,7 +356,7 @@ def test_what_no_mlp_equals_cannot_be_unfrozen_and_nothing_is(paths):
 
 
 def test_after_unfreeze_the_mlp_trains_again_and_freezes_again():
-    callback, frozen = StructureFreezeCallback(["proj", "pred"], freeze_at_epoch=1), Frozen()
+    callback, frozen = StructureFreezeCallback(["proj", "pred"], freeze_at_epoch=1, solver=None), Frozen()
     module = Stacked()
     make_trainer(callback, max_epochs=2).fit(module, make_loader())
     callback.unfreeze()
@@ -373,12 +378,14 @@ def test_a_name_that_begins_like_another_is_not_taken_for_it():
             return self.proj2
 
     module = Names()
-    make_trainer(StructureFreezeCallback("proj2", paths="independent", freeze_at_epoch=0), max_epochs=1).fit(
-        module, make_loader()
-    )
+    make_trainer(
+        StructureFreezeCallback("proj2", paths="independent", freeze_at_epoch=0, solver=None), max_epochs=1
+    ).fit(module, make_loader())
     state = dict(module.state_dict())  # the metadata, which would say it all, is gone
     loaded = Names()
-    make_trainer(StructureFreezeCallback(["proj", "proj2"]), max_epochs=0).fit(loaded, make_loader())
+    make_trainer(StructureFreezeCallback(["proj", "proj2"], solver=None, min_steps=0), max_epochs=0).fit(
+        loaded, make_loader()
+    )
     loaded.load_state_dict(state)
     assert isinstance(loaded.proj2, GLAIHead)
     assert type(loaded.proj) is nn.Sequential
@@ -386,17 +393,21 @@ def test_a_name_that_begins_like_another_is_not_taken_for_it():
 
 def test_a_state_dict_of_which_one_head_has_another_size_converts_none():
     module = Stacked()
-    make_trainer(StructureFreezeCallback(["proj", "pred"], freeze_at_epoch=0), max_epochs=1).fit(module, make_loader())
+    make_trainer(StructureFreezeCallback(["proj", "pred"], freeze_at_epoch=0, solver=None), max_epochs=1).fit(
+        module, make_loader()
+    )
     other = Stacked()
     other.pred = mlp_head(FEATURES, 17, CLASSES, batch_norm=True)
-    make_trainer(StructureFreezeCallback(["proj", "pred"]), max_epochs=0).fit(other, make_loader())
+    make_trainer(StructureFreezeCallback(["proj", "pred"], solver=None, min_steps=0), max_epochs=0).fit(
+        other, make_loader()
+    )
     with pytest.raises(RuntimeError, match="Expected the state dict of a head like that at 'pred'"):
         other.load_state_dict(module.state_dict())
     assert type(other.proj) is nn.Sequential
 
 
 def test_the_fit_report_speaks_of_all_heads():
-    callback, report = OneAfterTheOther({"pred": 1, "proj": 3}), FitReport()
+    callback, report = OneAfterTheOther({"pred": 1, "proj": 3}, solver=None, min_steps=0), FitReport()
     make_trainer(callback, report, max_epochs=5).fit(Stacked(), make_loader())
     assert report.record.freeze_epoch == 3
     assert [epoch.frozen for epoch in report.record.epochs] == [False] * 3 + [True] * 2

@@ -20,6 +20,7 @@ from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 def solving(name=HEAD, **options):
     defaults = {"freeze_at_epoch": 2, "churn_tolerance": 0.0, "solver": LogisticSolver(max_passes=30)}
+    defaults |= {"min_steps": 0, "stop_after_solve": False}
     return StructureFreezeCallback(name, **{**defaults, **options})
 
 
@@ -202,8 +203,9 @@ def test_the_pass_leaves_no_trace(name, within_epoch, monkeypatch):
         if within_epoch
         else {"freeze_at_epoch": 1, "churn_tolerance": 0.0}
     )
+    when |= {"min_steps": 0, "stop_after_solve": False}
     with_solve = fit_tracked(StructureFreezeCallback("head", solver=LogisticSolver(), **when), LOADERS[name])
-    without = fit_tracked(StructureFreezeCallback("head", **when), LOADERS[name])
+    without = fit_tracked(StructureFreezeCallback("head", solver=None, **when), LOADERS[name])
     assert with_solve[0].draws == without[0].draws
     assert torch.equal(with_solve[2], without[2])
     if within_epoch:
@@ -356,7 +358,7 @@ def test_checks_within_an_epoch_freeze_between_optimizer_steps(accumulate):
                 frozen_after.append((trainer.current_epoch, batch_idx, trainer.global_step))
 
     callback = StructureFreezeCallback(
-        HEAD, churn_tolerance=1.0, relative_tolerance=1.0, min_epochs=0, check_every_n_steps=2
+        HEAD, churn_tolerance=1.0, relative_tolerance=1.0, min_epochs=0, check_every_n_steps=2, solver=None, min_steps=0
     )
     module = fixed_module()
     trainer = make_trainer(callback, Steps(), max_epochs=2, accumulate_grad_batches=accumulate)
@@ -375,6 +377,7 @@ def test_a_solve_within_an_epoch_is_validated_and_stops_the_fit():
         check_every_n_steps=2,
         solver=LogisticSolver(),
         stop_after_solve=True,
+        min_steps=0,
     )
     epochs, module = Epochs(), fixed_module()
     trainer = make_trainer(callback, epochs, max_epochs=5)

@@ -44,7 +44,7 @@ def fit(callback, module=None, max_epochs=6, extra=None, **options):
 
 
 def test_a_head_that_settles_is_frozen_in_the_next_epoch():
-    callback = StructureFreezeCallback(HEAD, churn_tolerance=1.0, relative_tolerance=0.6)
+    callback = StructureFreezeCallback(HEAD, churn_tolerance=1.0, relative_tolerance=0.6, solver=None, min_steps=0)
     module, _, observer = fit(callback, max_epochs=12)
     assert callback.frozen
     settled = len(callback.churn_history)
@@ -56,7 +56,7 @@ def test_a_head_that_settles_is_frozen_in_the_next_epoch():
 
 
 def test_churn_is_that_of_the_snapshot_and_the_head_on_the_last_training_inputs():
-    callback = StructureFreezeCallback(HEAD, churn_tolerance=0.0, probe_size=50)
+    callback = StructureFreezeCallback(HEAD, churn_tolerance=0.0, probe_size=50, solver=None, min_steps=0)
     module = SomebodysModule(body=False)
     before_fit = copy.deepcopy(module.blocks["head"])
     module, _, observer = fit(callback, module, max_epochs=3)
@@ -71,7 +71,7 @@ def test_churn_is_that_of_the_snapshot_and_the_head_on_the_last_training_inputs(
 
 
 def test_a_fit_that_does_not_settle_stays_an_mlp_and_says_so(caplog):
-    callback = StructureFreezeCallback(HEAD, churn_tolerance=0.0)
+    callback = StructureFreezeCallback(HEAD, churn_tolerance=0.0, solver=None, min_steps=0)
     with caplog.at_level("INFO"):
         module, _, _ = fit(callback)
     assert not callback.frozen
@@ -83,14 +83,14 @@ def test_a_fit_that_does_not_settle_stays_an_mlp_and_says_so(caplog):
 
 @pytest.mark.parametrize("epoch", [0, 1, 3])
 def test_freeze_at_epoch_is_the_first_epoch_that_trains_frozen(epoch):
-    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=epoch, churn_tolerance=0.0)
+    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=epoch, churn_tolerance=0.0, solver=None)
     _, _, observer = fit(callback, max_epochs=5)
     assert callback.freeze_epoch == epoch
     assert observer.frozen == [False] * epoch + [True] * (5 - epoch)
 
 
 def test_patience_and_min_epochs_delay_the_freeze():
-    common = {"churn_tolerance": 1.0, "relative_tolerance": 1.0}
+    common = {"churn_tolerance": 1.0, "relative_tolerance": 1.0, "min_steps": 0, "solver": None}
     for options, expected in (({}, 1), ({"patience": 3}, 3), ({"min_epochs": 4}, 4)):
         callback = StructureFreezeCallback(HEAD, **common, **options)
         fit(callback, max_epochs=6)
@@ -98,7 +98,7 @@ def test_patience_and_min_epochs_delay_the_freeze():
 
 
 def test_the_three_keys_are_logged_in_every_epoch(tmp_path):
-    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=2)
+    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=2, solver=None)
     logger = CSVLogger(tmp_path)
     _, _, observer = fit(callback, max_epochs=4, logger=logger, log_every_n_steps=1)
     assert [metrics["structure/frozen"] for metrics in observer.metrics] == [0, 0, 1, 1]
@@ -113,7 +113,7 @@ def test_the_three_keys_are_logged_in_every_epoch(tmp_path):
 def test_output_paths_change_no_key_no_group_and_no_learning_rate():
     module = SomebodysModule()
     keys, names = list(module.state_dict()), {name: id(p) for name, p in module.named_parameters()}
-    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=2)
+    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=2, solver=None)
     module, trainer, observer = fit(callback, module)
     assert list(module.state_dict()) == keys
     assert {name: id(p) for name, p in module.named_parameters()} == names
@@ -122,12 +122,12 @@ def test_output_paths_change_no_key_no_group_and_no_learning_rate():
         [names["blocks.head.0.weight"]],
         [names[n] for n in keys if n != "blocks.head.0.weight"],
     ]
-    _, _, undisturbed = fit(StructureFreezeCallback(HEAD, churn_tolerance=0.0))
+    _, _, undisturbed = fit(StructureFreezeCallback(HEAD, churn_tolerance=0.0, solver=None, min_steps=0))
     assert observer.rates == undisturbed.rates
 
 
 def test_frozen_layers_stand_still_and_the_rest_goes_on():
-    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=2)
+    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=2, solver=None)
     module, trainer, observer = fit(callback)
     at_freeze, end = observer.heads[1].state_dict(), module.blocks["head"].state_dict()
     assert torch.equal(at_freeze["0.weight"], end["0.weight"])
@@ -144,19 +144,19 @@ def test_weight_decay_does_not_move_frozen_layers_where_gradients_are_zeroed_in_
         def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
             optimizer.zero_grad(set_to_none=False)
 
-    module, _, observer = fit(StructureFreezeCallback(HEAD, freeze_at_epoch=2), ZeroesInPlace())
+    module, _, observer = fit(StructureFreezeCallback(HEAD, freeze_at_epoch=2, solver=None), ZeroesInPlace())
     assert torch.equal(observer.heads[1].state_dict()["0.weight"], module.blocks["head"][0].weight)
 
 
 @pytest.mark.parametrize("paths", PATHS)
 def test_every_parametrisation_goes_on_learning(paths):
-    _, _, observer = fit(StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=1))
+    _, _, observer = fit(StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=1, solver=None))
     losses = [metrics["loss"] for metrics in observer.metrics]
     assert losses[-1] < losses[1] < losses[0]
 
 
 def test_independent_paths_take_the_place_of_the_last_linear_in_its_group():
-    module, trainer, _ = fit(StructureFreezeCallback(HEAD, paths="independent", freeze_at_epoch=2))
+    module, trainer, _ = fit(StructureFreezeCallback(HEAD, paths="independent", freeze_at_epoch=2, solver=None))
     optimizer = trainer.optimizers[0]
     names = {id(p): name for name, p in module.named_parameters()}
     assert [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups] == [
@@ -181,7 +181,7 @@ def test_schedulers_go_on_stepping_the_optimizer_that_trains(paths):
         def on_train_batch_end(self, trainer, pl_module, *_):
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    trainer = make_trainer(StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=2), Rates())
+    trainer = make_trainer(StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=2, solver=None), Rates())
     trainer.fit(Module(), make_loader())
     reference = torch.optim.lr_scheduler.OneCycleLR(
         torch.optim.Adam([nn.Parameter(torch.zeros(1))]), 1e-2, total_steps=30
@@ -211,7 +211,9 @@ class OutputsAtStart(Callback):
 def test_outputs_do_not_jump_at_the_freeze():
     module = SomebodysModule(mlp_head(FEATURES, HIDDEN, CLASSES, batch_norm=True, dropout=0.3))
     before, after = OutputsAtStart(2), OutputsAtStart(2)
-    make_trainer(before, StructureFreezeCallback(HEAD, freeze_at_epoch=2), after).fit(module, make_loader())
+    make_trainer(before, StructureFreezeCallback(HEAD, freeze_at_epoch=2, solver=None), after).fit(
+        module, make_loader()
+    )
     assert (before.frozen, after.frozen) == (False, True)
     assert torch.equal(before.outputs, after.outputs)
 
@@ -219,7 +221,7 @@ def test_outputs_do_not_jump_at_the_freeze():
 def test_dropout_inside_is_said_to_be_gone(caplog):
     module = SomebodysModule(mlp_head(FEATURES, HIDDEN, CLASSES, dropout=0.3))
     with caplog.at_level("INFO"):
-        fit(StructureFreezeCallback(HEAD, freeze_at_epoch=1), module, max_epochs=2)
+        fit(StructureFreezeCallback(HEAD, freeze_at_epoch=1, solver=None), module, max_epochs=2)
     assert "Dropout inside the head is gone" in caplog.text
 
 
@@ -227,7 +229,7 @@ def test_dropout_inside_is_said_to_be_gone(caplog):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_precisions_survive_the_freeze(paths, precision):
     module, _, observer = fit(
-        StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=1), max_epochs=3, precision=precision
+        StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=1, solver=None), max_epochs=3, precision=precision
     )
     assert observer.frozen == [False, True, True]
     expected = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
@@ -236,12 +238,12 @@ def test_precisions_survive_the_freeze(paths, precision):
 
 @pytest.mark.parametrize("paths", PATHS)
 def test_fitting_a_frozen_module_again_leaves_it_frozen(paths):
-    callback = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=1)
+    callback = StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=1, solver=None)
     module, _, _ = fit(callback, max_epochs=3)
     head = module.blocks["head"]
 
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.01)
-    for again in (callback, StructureFreezeCallback(HEAD, paths=paths, churn_tolerance=0.0)):
+    for again in (callback, StructureFreezeCallback(HEAD, paths=paths, churn_tolerance=0.0, solver=None, min_steps=0)):
         trainer = make_trainer(again, max_epochs=2)
         trainer.fit(module, make_loader())
         assert module.blocks["head"] is head
@@ -250,7 +252,7 @@ def test_fitting_a_frozen_module_again_leaves_it_frozen(paths):
 
 
 def test_the_same_callback_starts_over_with_another_module():
-    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=1)
+    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=1, solver=None)
     fit(callback, max_epochs=2)
     _, _, observer = fit(callback, max_epochs=3)
     assert observer.frozen == [False, True, True]
@@ -258,7 +260,7 @@ def test_the_same_callback_starts_over_with_another_module():
 
 
 def test_freeze_and_unfreeze_between_fits():
-    callback = StructureFreezeCallback(HEAD, churn_tolerance=0.0)
+    callback = StructureFreezeCallback(HEAD, churn_tolerance=0.0, solver=None, min_steps=0)
     module, _, _ = fit(callback, max_epochs=1)
     x = make_data()[0]
     before = module(x)
@@ -282,7 +284,7 @@ def test_freeze_and_unfreeze_between_fits():
 
 
 def test_freeze_and_unfreeze_are_refused_while_a_fit_runs():
-    callback = StructureFreezeCallback(HEAD, churn_tolerance=0.0)
+    callback = StructureFreezeCallback(HEAD, churn_tolerance=0.0, solver=None, min_steps=0)
 
     class InTheMiddle(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
@@ -295,7 +297,7 @@ def test_freeze_and_unfreeze_are_refused_while_a_fit_runs():
 
 
 def test_a_callback_pickles_after_a_fit():
-    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=1)
+    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=1, solver=None)
     fit(callback, max_epochs=2)
     assert pickle.loads(pickle.dumps(callback)).freeze_epoch == 1
 
@@ -306,7 +308,7 @@ class Endless(IterableDataset):
 
 
 def test_data_without_a_length_is_watched():
-    callback = StructureFreezeCallback(HEAD, churn_tolerance=0.0)
+    callback = StructureFreezeCallback(HEAD, churn_tolerance=0.0, solver=None, min_steps=0)
     make_trainer(callback, max_epochs=2).fit(SomebodysModule(), DataLoader(Endless(), batch_size=32))
     assert len(callback.churn_history) == 2
 
@@ -316,25 +318,25 @@ def test_weights_that_are_not_finite_do_not_settle():
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=float("inf"))
 
-    callback = StructureFreezeCallback(HEAD)
+    callback = StructureFreezeCallback(HEAD, solver=None, min_steps=0)
     with pytest.warns(UserWarning, match="not finite"):
         fit(callback, Diverging(), max_epochs=4)
     assert not callback.frozen
 
 
 def test_a_resume_that_asks_for_other_paths_says_that_they_stay():
-    module, _, _ = fit(StructureFreezeCallback(HEAD, freeze_at_epoch=1), max_epochs=2)
+    module, _, _ = fit(StructureFreezeCallback(HEAD, freeze_at_epoch=1, solver=None), max_epochs=2)
     with pytest.warns(UserWarning, match="frozen with 'independent' paths, but got one that was frozen with 'output'"):
-        fit(StructureFreezeCallback(HEAD, paths="independent"), module, max_epochs=1)
+        fit(StructureFreezeCallback(HEAD, paths="independent", solver=None, min_steps=0), module, max_epochs=1)
 
 
 def test_freeze_by_hand_needs_a_fit_before():
     with pytest.raises(MisconfigurationException, match="part of a fit"):
-        StructureFreezeCallback(HEAD).freeze()
+        StructureFreezeCallback(HEAD, solver=None, min_steps=0).freeze()
 
 
 def test_sanity_checking_is_not_an_epoch():
-    callback = StructureFreezeCallback(HEAD, churn_tolerance=0.0)
+    callback = StructureFreezeCallback(HEAD, churn_tolerance=0.0, solver=None, min_steps=0)
     trainer = make_trainer(callback, max_epochs=1, num_sanity_val_steps=2)
     trainer.fit(SomebodysModule(), make_loader(), make_loader())
     assert len(callback.churn_history) == 1
@@ -352,7 +354,7 @@ def test_works_under_the_pytorch_lightning_twin():
         def configure_optimizers(self):
             return torch.optim.Adam(self.parameters())
 
-    callback = StructureFreezeCallback(freeze_at_epoch=1)
+    callback = StructureFreezeCallback(freeze_at_epoch=1, solver=None)
     module = Module()
     trainer = pytorch_lightning.Trainer(
         max_epochs=3, callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False
@@ -394,7 +396,7 @@ def test_an_activation_may_serve_the_head_and_others():
             super().__init__(nn.Sequential(nn.Linear(FEATURES, HIDDEN), relu, nn.Linear(HIDDEN, CLASSES)))
             self.activation = relu
 
-    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=1)
+    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=1, solver=None)
     fit(callback, Module(), max_epochs=2)
     assert callback.frozen
 
@@ -434,7 +436,7 @@ def test_modules_that_cannot_be_frozen_are_refused_at_once(make, name, message):
     steps = []
     module.on_train_batch_end = lambda *_: steps.append(1)
     with pytest.raises(MisconfigurationException, match=message):
-        make_trainer(StructureFreezeCallback(name)).fit(module, make_loader())
+        make_trainer(StructureFreezeCallback(name, solver=None, min_steps=0)).fit(module, make_loader())
     assert len(steps) == 0
     assert all(p.requires_grad for p in module.parameters())
     assert not module.blocks["head"]._forward_pre_hooks
@@ -443,14 +445,16 @@ def test_modules_that_cannot_be_frozen_are_refused_at_once(make, name, message):
 def test_too_many_independent_paths_are_refused_before_training_starts():
     module = SomebodysModule(mlp_head(FEATURES, [3000, 1000], CLASSES))
     with pytest.raises(MisconfigurationException, match="but the head has 81,003,003"):
-        make_trainer(StructureFreezeCallback(HEAD, paths="independent")).fit(module, make_loader())
+        make_trainer(StructureFreezeCallback(HEAD, paths="independent", solver=None, min_steps=0)).fit(
+            module, make_loader()
+        )
 
 
 @pytest.mark.processes
 def test_strategies_that_shard_are_refused_by_name():
     from lightning.pytorch.strategies import ModelParallelStrategy
 
-    trainer = make_trainer(StructureFreezeCallback(HEAD), strategy=ModelParallelStrategy())
+    trainer = make_trainer(StructureFreezeCallback(HEAD, solver=None, min_steps=0), strategy=ModelParallelStrategy())
 
     class Module(SomebodysModule):
         def configure_model(self):

@@ -32,7 +32,10 @@ def test_it_watches_every_module_that_a_glob_matches():
 
 
 def test_it_measures_what_the_freeze_callback_measures_and_changes_nothing():
-    monitor, freeze = StructureMonitor(HEAD), StructureFreezeCallback(HEAD, churn_tolerance=0.0)
+    monitor, freeze = (
+        StructureMonitor(HEAD),
+        StructureFreezeCallback(HEAD, churn_tolerance=0.0, solver=None, min_steps=0),
+    )
     module = SomebodysModule()
     make_trainer(monitor, freeze, max_epochs=3).fit(module, make_loader())
     assert monitor.churn_history[HEAD] == freeze.churn_history
@@ -47,7 +50,7 @@ def test_one_module_named_outright_is_logged_without_its_name():
 
 
 def test_a_head_that_another_callback_freezes_no_longer_churns():
-    monitor, freeze = StructureMonitor(HEAD), StructureFreezeCallback(HEAD, freeze_at_epoch=1)
+    monitor, freeze = StructureMonitor(HEAD), StructureFreezeCallback(HEAD, freeze_at_epoch=1, solver=None)
     make_trainer(freeze, monitor, max_epochs=3).fit(SomebodysModule(), make_loader())
     assert monitor.churn_history[HEAD][1:] == [0.0, 0.0]
 
@@ -73,7 +76,7 @@ def test_probe_size_below_one_is_refused():
 
 def test_frozen_heads_can_be_watched_too():
     module = SomebodysModule(mlp_head(FEATURES, HIDDEN, CLASSES))
-    make_trainer(StructureFreezeCallback(HEAD, freeze_at_epoch=0), max_epochs=1).fit(module, make_loader())
+    make_trainer(StructureFreezeCallback(HEAD, freeze_at_epoch=0, solver=None), max_epochs=1).fit(module, make_loader())
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.01)
     monitor = StructureMonitor(HEAD)
     make_trainer(monitor, max_epochs=2).fit(module, make_loader())

@@ -117,10 +117,8 @@ def test_a_run_tells_what_its_fit_was_like(tmp_path):
 
 
 def test_the_looks_of_the_solver_at_validation_data_are_counted(tmp_path):
-    quasi_newton = LogisticSolver(max_passes=4)
-    minibatch = LogisticSolver(max_passes=3, method="minibatch", batch_size=8)
-    assert 3 <= run(tmp_path / "a", solver=quasi_newton).of("output+solve")[0].evaluations <= 6
-    assert 3 <= run(tmp_path / "b", solver=minibatch).of("output+solve")[0].evaluations <= 5
+    solver = LogisticSolver(max_passes=4)
+    assert 3 <= run(tmp_path, solver=solver).of("output+solve")[0].evaluations <= 6
 
 
 class Rates(Callback):
@@ -365,13 +363,13 @@ def test_a_loss_that_cannot_be_solved_is_found_out_in_the_dry_run(tmp_path):
             return F.multi_margin_loss(predictions, targets)
 
     make = Made(module=lambda: Unusual(mlp_head(8, 16, 3)))
-    with pytest.raises(MisconfigurationException, match="Expected `training_step` to call cross_entropy"):
+    with pytest.raises(MisconfigurationException, match="Expected a loss that can be differentiated"):
         run(tmp_path, make)
     assert run(tmp_path / "unsolved", make, variants="mlp,output").runs
 
 
 def test_several_callbacks_that_freeze_leave_no_rule(tmp_path):
-    make = Made(lambda: StructureFreezeCallback("another_head"))
+    make = Made(lambda: StructureFreezeCallback("another_head", solver=None, min_steps=0))
     with pytest.raises(MisconfigurationException, match="Expected one `StructureFreezeCallback` at most"):
         run(tmp_path, make)
 

@@ -36,7 +36,9 @@ def test_names_that_make_no_comparison_are_refused(names, sentence):
 
 
 def test_a_variant_takes_the_freeze_rule_and_decides_paths_and_solver():
-    given = StructureFreezeCallback("blocks.head", "tangent", churn_tolerance=0.3, patience=2, probe_size=7)
+    given = StructureFreezeCallback(
+        "blocks.head", "tangent", churn_tolerance=0.3, patience=2, probe_size=7, solver=None, min_steps=0
+    )
     callback = freeze_callback(find_variant("output+solve"), given, LogisticSolver(l2=0.5))
     assert (callback.head, callback.churn_tolerance, callback.patience) == ("blocks.head", 0.3, 2)
     assert (callback.probe_size, callback.paths) == (7, "output")
@@ -44,13 +46,15 @@ def test_a_variant_takes_the_freeze_rule_and_decides_paths_and_solver():
 
 
 def test_a_variant_that_trains_on_has_no_solver():
-    given = StructureFreezeCallback(solver=RidgeSolver(), stop_after_solve=True)
+    given = StructureFreezeCallback(solver=RidgeSolver(), stop_after_solve=True, min_steps=0)
     callback = freeze_callback(find_variant("output"), given, RidgeSolver())
     assert (callback.solver, callback.stop_after_solve) == (None, False)
 
 
 def test_a_random_structure_is_frozen_before_the_first_step():
-    callback = freeze_callback(find_variant("random"), StructureFreezeCallback(freeze_at_epoch=5), RidgeSolver())
+    callback = freeze_callback(
+        find_variant("random"), StructureFreezeCallback(freeze_at_epoch=5, solver=None), RidgeSolver()
+    )
     assert callback.freeze_at_epoch == 0
 
 
@@ -63,7 +67,7 @@ def test_the_rule_of_somebodys_own_callback_is_kept():
 
 
 def test_the_mlp_has_no_callback():
-    assert freeze_callback(find_variant("mlp"), StructureFreezeCallback(), None) is None
+    assert freeze_callback(find_variant("mlp"), StructureFreezeCallback(solver=None, min_steps=0), None) is None
 
 
 def weights(module):

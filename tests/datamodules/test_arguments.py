@@ -5,6 +5,7 @@ import math
 from functools import partial
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -39,6 +40,7 @@ GOOD = {
     "FeaturesDataModule": lambda folder: {"arrays": features()},
     "ImageFolderDataModule": lambda folder: {"root": write_images(folder)},
     "LetterDataModule": lambda folder: {},
+    "TableDataModule": lambda folder: {"frame": pandas.DataFrame({"x": range(60), "label": [0, 1] * 30})},
     "TextsDataModule": lambda folder: {"path": write_texts(folder)},
     "ViewsDataModule": lambda folder: {"arrays": {"views": torch.rand(3, 40, 5), "y": torch.arange(40) % 4}},
 }
@@ -94,10 +96,10 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "argument"), ARGUMENTS, ids="-".join)
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS, ids=list(map("-".join, ARGUMENTS)))
 def test_any_argument_is_taken_or_refused_with_a_sentence(name, argument, tmp_path):
     good = GOOD[name](tmp_path)
-    sources = {"path", "arrays", "dataset"}
+    sources = {"path", "arrays", "dataset", "frame"}
     if argument in sources:
         good = {key: value for key, value in good.items() if key not in sources}
     for value in ANYTHING:

@@ -87,7 +87,7 @@ def test_drawing_tasks_leaves_the_global_generators_alone():
 
 def test_a_fit_over_tasksets_freezes_and_is_tested():
     module = PrototypicalModule(mlp_head(5, 8, 4))
-    trainer = quiet_trainer(max_epochs=3, callbacks=[StructureFreezeCallback(freeze_at_epoch=1)])
+    trainer = quiet_trainer(max_epochs=3, callbacks=[StructureFreezeCallback(freeze_at_epoch=1, solver=None)])
     data = episodes_from()
     trainer.fit(module, data)
     assert isinstance(module.head, GLAIHead)

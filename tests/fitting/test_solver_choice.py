@@ -26,7 +26,9 @@ class Decision(Callback):
 
 
 def fit(module, loader=None, name=HEAD, **options):
-    callback = StructureFreezeCallback(name, freeze_at_epoch=1, churn_tolerance=0.0, solver="auto", **options)
+    callback = StructureFreezeCallback(
+        name, freeze_at_epoch=1, churn_tolerance=0.0, **{"stop_after_solve": False, **options}
+    )
     decision = Decision()
     make_trainer(callback, decision, max_epochs=2).fit(module, loader or make_loader())
     return callback, decision
@@ -115,9 +117,10 @@ def test_deciding_costs_one_forward_of_the_first_batch():
             super().__init__(body=False)
             self.body = Counting()
 
-    make_trainer(StructureFreezeCallback(HEAD, churn_tolerance=0.0, solver="auto"), max_epochs=2).fit(
-        Deciding(), make_loader()
-    )
+    make_trainer(
+        StructureFreezeCallback(HEAD, churn_tolerance=0.0, solver="auto", min_steps=0, stop_after_solve=False),
+        max_epochs=2,
+    ).fit(Deciding(), make_loader())
     assert Counting.calls == 2 * 5 + 1
 
 

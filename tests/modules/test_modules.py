@@ -69,7 +69,7 @@ def test_regression_scores(column):
     targets = inputs[:, :1] * 2 + 1 if column else inputs[:, 0] * 2 + 1
     loader = DataLoader(TensorDataset(inputs, targets), batch_size=32)
     module = SupervisedModule(mlp_head(FEATURES, HIDDEN, 1), task="regression")
-    trainer = make_trainer(StructureFreezeCallback(freeze_at_epoch=2), max_epochs=4)
+    trainer = make_trainer(StructureFreezeCallback(freeze_at_epoch=2, solver=None), max_epochs=4)
     trainer.fit(module, loader, loader)
     predictions = module.eval()(inputs).flatten()
     logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -129,4 +129,5 @@ def test_a_head_that_does_not_fit_the_data_is_refused_before_training(sizes, mes
 
 def test_hyper_parameters_are_what_weights_only_loading_can_hold():
     module = SupervisedModule(mlp_head(FEATURES, HIDDEN, CLASSES), optimizer=lambda p: torch.optim.SGD(p, 0.1))
-    assert dict(module.hparams) == {"freeze_backbone": True, "num_classes": None, "task": "classification"}
+    expected = {"freeze_backbone": True, "standardise_embeddings": True, "num_classes": None, "task": "classification"}
+    assert dict(module.hparams) == expected

@@ -104,7 +104,7 @@ def test_the_structure_freezes_in_the_middle_of_a_fit_and_the_backbone_goes_on(p
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Tanh())
     module = PrototypicalModule(mlp_head(FEATURES, 32, 16), body, freeze_backbone=False)
-    freeze, watch = StructureFreezeCallback(paths=paths, freeze_at_epoch=1), WeightsAtFreeze()
+    freeze, watch = StructureFreezeCallback(paths=paths, freeze_at_epoch=1, solver=None), WeightsAtFreeze()
     trainer = make_trainer(freeze, watch, max_epochs=3)
     trainer.fit(module, few_shot_data())
     assert isinstance(module.head, GLAIHead)
@@ -130,7 +130,7 @@ class SaveEpisodes(Callback):
 def test_a_fit_cut_anywhere_ends_in_the_same_weights(tmp_path, paths):
     def fit(*callbacks, ckpt_path=None):
         module = few_shot_module()
-        freeze = StructureFreezeCallback(paths=paths, freeze_at_epoch=1)
+        freeze = StructureFreezeCallback(paths=paths, freeze_at_epoch=1, solver=None)
         trainer = make_trainer(freeze, *callbacks, max_epochs=3)
         trainer.fit(module, few_shot_data(train_episodes=4), ckpt_path=ckpt_path)
         return module.state_dict()
@@ -142,7 +142,7 @@ def test_a_fit_cut_anywhere_ends_in_the_same_weights(tmp_path, paths):
 
 
 def test_a_solver_is_refused_on_the_first_batch():
-    freeze = StructureFreezeCallback(solver=LogisticSolver(), freeze_at_epoch=1)
+    freeze = StructureFreezeCallback(solver=LogisticSolver(), freeze_at_epoch=1, stop_after_solve=False)
     with pytest.raises(MisconfigurationException, match="Expected"):
         make_trainer(freeze, max_epochs=2).fit(few_shot_module(), few_shot_data())
 
@@ -191,5 +191,5 @@ def test_a_head_that_does_not_fit_the_data_is_refused_before_training():
 
 
 def test_hyper_parameters_are_what_weights_only_loading_can_hold():
-    hparams = {"freeze_backbone": True, "distance": "cosine", "cosine_scale": 10.0}
+    hparams = {"freeze_backbone": True, "standardise_embeddings": True, "distance": "cosine", "cosine_scale": 10.0}
     assert dict(few_shot_module(distance="cosine").hparams) == hparams

@@ -111,7 +111,7 @@ def test_the_evaluation_leaves_the_fit_bitwise_alone(paths, backbone):
         module = make_module(backbone=body, freeze_backbone=False, **options)
         if body is not None:
             body[0].load_state_dict({"weight": torch.eye(FEATURES), "bias": torch.zeros(FEATURES)})
-        freeze = StructureFreezeCallback(paths=paths, freeze_at_epoch=2)
+        freeze = StructureFreezeCallback(paths=paths, freeze_at_epoch=2, solver=None)
         trainer = make_trainer(freeze, max_epochs=4, gradient_clip_val=0.5)
         trainer.fit(module, loader(), loader())
         held = sum(len(group["params"]) for group in trainer.optimizers[0].param_groups)
@@ -126,7 +126,7 @@ def test_the_evaluation_leaves_the_fit_bitwise_alone(paths, backbone):
 @pytest.mark.parametrize("paths", ["output", "tangent", "independent"])
 def test_a_fit_cut_before_or_after_the_freeze_resumes_bitwise(paths, tmp_path):
     def run(*callbacks, ckpt_path=None):
-        module, freeze = make_module(**EVALUATED), StructureFreezeCallback(paths=paths, freeze_at_epoch=2)
+        module, freeze = make_module(**EVALUATED), StructureFreezeCallback(paths=paths, freeze_at_epoch=2, solver=None)
         trainer = make_trainer(freeze, *callbacks, max_epochs=4)
         trainer.fit(module, loader(), loader(), ckpt_path=ckpt_path)
         return module, {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -140,7 +140,7 @@ def test_a_fit_cut_before_or_after_the_freeze_resumes_bitwise(paths, tmp_path):
 
 
 def test_lightlys_head_freezes_up_to_its_last_linear_and_its_outer_batch_norm_goes_on():
-    module, freeze = make_module(), StructureFreezeCallback(freeze_at_epoch=1)
+    module, freeze = make_module(), StructureFreezeCallback(freeze_at_epoch=1, solver=None)
     trainer = make_trainer(freeze, max_epochs=1)
     trainer.fit(module, loader())
     module.eval()
@@ -176,7 +176,7 @@ def test_churn_is_measured_on_all_views():
 
 
 def test_a_solver_is_refused_for_a_loss_that_it_cannot_solve():
-    freeze = StructureFreezeCallback(solver=RidgeSolver(), freeze_at_epoch=1)
+    freeze = StructureFreezeCallback(solver=RidgeSolver(), freeze_at_epoch=1, stop_after_solve=False)
     with pytest.raises(MisconfigurationException, match="loss"):
         make_trainer(freeze, max_epochs=2).fit(make_module(mlp_head(FEATURES, HIDDEN, OUTPUTS)), loader())
 
@@ -261,7 +261,7 @@ def test_two_processes_contrast_with_the_samples_of_both_and_stay_identical(tmp_
         seed_everything(3, verbose=False)
         head = mlp_head(FEATURES, HIDDEN, OUTPUTS)
         module = make_module(head, optimizer=lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), **EVALUATED)
-        freeze = StructureFreezeCallback(paths=paths, freeze_at_epoch=2)
+        freeze = StructureFreezeCallback(paths=paths, freeze_at_epoch=2, solver=None)
         trainer = make_trainer(freeze, SaveEveryRank(folder), max_epochs=8, num_sanity_val_steps=0, **options)
         trainer.fit(module, loader(batch_size), loader(batch_size))
         return [torch.load(path, weights_only=True) for path in sorted(folder.iterdir())]

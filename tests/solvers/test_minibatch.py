@@ -1,4 +1,4 @@
-import math
+import resource
 
 import pytest
 import torch
@@ -8,79 +8,72 @@ from torch import Tensor
 from glai_lightning.solvers import LogisticSolver
 from glai_lightning.solvers.report import LinearSolution
 
-
-def solve_logistic(features, targets=None, *, weight, bias=None, validation=None, group=None, **settings):
-    solver = LogisticSolver(**{"max_passes": 30, **settings})
-    return solver.solve_features(features, targets, weight=weight, bias=bias, validation=validation, group=group)
+#: More than quasi-Newton steps are made for.
+CLASSES = 1100
 
 
-def blobs(samples: int = 1200, num_features: int = 6, classes: int = 4) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    targets = torch.arange(samples) % classes
-    centers = torch.randn(classes, num_features, generator=generator)
-    return centers[targets] + torch.randn(samples, num_features, generator=generator), targets
+def blobs(samples: int = 8800, num_features: int = 16, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(samples) % CLASSES
+    centers = 2.0 * torch.randn(CLASSES, num_features, generator=torch.Generator().manual_seed(7))
+    order = torch.randperm(samples, generator=generator)
+    return centers[targets][order] + torch.randn(samples, num_features, generator=generator), targets[order]
 
 
-def averaged(features: object, targets: Tensor | None = None, **settings: object) -> LinearSolution:
-    settings = {"center": "zero", "l2": 1e-2, "max_passes": 30, "learning_rate": 0.02, "batch_size": 64, **settings}
-    start = {"weight": torch.zeros(4, 6), "bias": torch.zeros(4)}
-    return solve_logistic(features, targets, **{**start, "method": "minibatch", **settings})
-
-
-def objective(solution: LinearSolution, features: Tensor, targets: Tensor, start: Tensor, **settings: object) -> float:
-    logits = F.linear(features, solution.weight, solution.bias)
-    weights = settings.get("class_weights")
-    loss = F.cross_entropy(
-        logits,
-        targets,
-        weight=None if weights is None else torch.tensor(weights),
-        label_smoothing=settings.get("label_smoothing", 0.0),
+def averaged(features, targets=None, *, validation=None, group=None, weight=None, **settings) -> LinearSolution:
+    solver = LogisticSolver(**{"l2": 1e-4, "max_passes": 12, **settings})
+    weight = torch.zeros(CLASSES, 16) if weight is None else weight
+    return solver.solve_features(
+        features, targets, weight=weight, bias=torch.zeros(CLASSES), validation=validation, group=group
     )
-    if settings["center"] == "current":
-        return float(loss + 0.5 * settings["l2"] * (logits - F.linear(features, start)).square().sum(1).mean())
-    return float(loss + 0.5 * settings["l2"] * solution.weight.square().sum())
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("class_weights", [None, [1.0, 0.2, 3.0, 1.0]])
-@pytest.mark.parametrize("center", ["zero", "current"])
-def test_averaged_steps_come_near_the_minimum(label_smoothing, class_weights, center):
+def accuracy(solution: LinearSolution, features: Tensor, targets: Tensor) -> float:
+    return (F.linear(features, solution.weight, solution.bias).argmax(1) == targets).float().mean().item()
+
+
+def test_many_classes_are_solved_by_minibatches():
+    solution = averaged(*blobs())
+    assert solution.report.method == "minibatch"
+    assert solution.report.loss < 0.5 * solution.report.start_loss
+    assert solution.report.passes == 12
+    assert accuracy(solution, *blobs(seed=1)) > 0.5
+
+
+def test_the_reported_loss_is_that_of_the_weights():
     features, targets = blobs()
-    start = 0.3 * torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-    settings = {"l2": 0.1, "center": center, "class_weights": class_weights, "label_smoothing": label_smoothing}
-    near = averaged(features, targets, weight=start, **settings)
-    there = solve_logistic(
-        features, targets, weight=start, bias=torch.zeros(4), max_passes=300, tolerance=1e-7, **settings
-    )
-    begin = objective(LinearSolution(start, torch.zeros(4), there.report), features, targets, start, **settings)
-    lowest = objective(there, features, targets, start, **settings)
-    assert objective(near, features, targets, start, **settings) - lowest < 0.01 * (begin - lowest)
+    weight, bias, report = averaged(features, targets, max_passes=4)
+    loss = F.cross_entropy(F.linear(features, weight, bias), targets) + 0.5e-4 * weight.square().sum()
+    assert report.loss == pytest.approx(loss.item(), rel=1e-4)
 
 
-def test_the_average_is_nearer_to_the_minimum_than_steps_at_that_rate_get():
+@pytest.mark.parametrize(("scale", "shift"), [(1e3, 0.0), (1e-3, 0.0), (1.0, 1e3)])
+def test_features_of_any_scale_and_shift_are_solved_alike(scale, shift):
     features, targets = blobs()
-    settings = {"l2": 1e-2, "center": "zero"}
-    near = averaged(features, targets, learning_rate=0.3, batch_size=16, max_passes=10)
-    weight, bias = torch.zeros(4, 6, requires_grad=True), torch.zeros(4, requires_grad=True)
-    adam = torch.optim.Adam([weight, bias], lr=0.3)
-    for _ in range(10):
-        for rows in torch.randperm(len(features), generator=torch.Generator().manual_seed(0)).split(16):
-            adam.zero_grad()
-            loss = F.cross_entropy(F.linear(features[rows], weight, bias), targets[rows])
-            (loss + 0.5e-2 * weight.square().sum()).backward()
-            adam.step()
-    last = LinearSolution(weight.detach(), bias.detach(), near.report)
-    there = solve_logistic(
-        features, targets, weight=torch.zeros(4, 6), bias=torch.zeros(4), max_passes=300, tolerance=1e-7, **settings
-    )
-    lowest = objective(there, features, targets, weight, **settings)
-    assert objective(near, features, targets, weight, **settings) - lowest < 0.5 * (
-        objective(last, features, targets, weight, **settings) - lowest
-    )
+    plain = averaged(features, targets, l2=0.0, validation=blobs(seed=1))
+    held_out, held_out_targets = blobs(seed=1)
+    moved = averaged(features * scale + shift, targets, l2=0.0, validation=(held_out * scale + shift, held_out_targets))
+    assert moved.report.score == pytest.approx(plain.report.score, abs=0.02)
+
+
+def test_a_path_is_tried_from_strong_to_weak():
+    tried = [l2 for l2, _ in averaged(*blobs(), l2=None, validation=blobs(seed=1)).report.tried]
+    assert len(tried) > 1
+    assert tried == sorted(tried, reverse=True)
+
+
+def test_weights_that_no_pass_improves_are_left_as_they_were():
+    features, targets = blobs()
+    good = averaged(features, targets, l2=0.0).weight
+    predicted = F.linear(features, good).argmax(1)
+    kept = averaged(features, targets, l2=1e9, weight=good, validation=(features, predicted))
+    assert kept.report.score == kept.report.start_score == 1.0
+    assert kept.report.best_step == 0
+    assert torch.equal(kept.weight, good)
 
 
 def test_the_same_data_gives_the_same_weights_to_the_last_bit():
-    first, second = (averaged(*blobs()) for _ in range(2))
+    first, second = (averaged(*blobs(), max_passes=3) for _ in range(2))
     assert torch.equal(first.weight, second.weight)
     assert torch.equal(first.bias, second.bias)
 
@@ -88,69 +81,16 @@ def test_the_same_data_gives_the_same_weights_to_the_last_bit():
 def test_rows_of_batches_are_taken_as_they_come_and_cut_to_size():
     features, targets = blobs()
     whole = averaged([(features, targets)], max_passes=3)
-    cut = averaged(list(zip(features.split(128), targets.split(128), strict=True)), max_passes=3)
-    assert torch.equal(whole.weight, cut.weight)
-    assert whole.report.steps == 3 * math.ceil(1200 / 64)
+    cut = averaged(list(zip(features.split(512), targets.split(512), strict=True)), max_passes=3)
+    assert torch.allclose(whole.weight, cut.weight, atol=1e-5)
+    assert whole.report.steps == cut.report.steps
 
 
-def test_with_validation_data_the_weights_are_never_worse_on_it():
-    features, targets = blobs()
-    wrong = (features[:400], (targets[:400] + 1) % 4)
-    start = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    solution = averaged(features[400:], targets[400:], weight=start, validation=wrong, patience=3)
-    assert solution.report.score >= solution.report.start_score
-    assert solution.report.reason == "validation"
-    assert solution.report.passes == 4
-    accuracy = (F.linear(wrong[0], solution.weight, solution.bias).argmax(1) == wrong[1]).float().mean().item()
-    assert accuracy == pytest.approx(solution.report.score)
-
-
-def test_without_a_better_score_the_weights_stay_as_they_were():
-    features, targets = blobs()
-    start = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    labels = F.linear(features, start).argmax(1)
-    solution = averaged(features, targets, weight=start, validation=(features, labels))
-    assert torch.equal(solution.weight, start)
-    assert solution.report.best_step == 0
-    assert solution.report.loss == solution.report.start_loss
-
-
-def test_a_single_logit_is_solved_as_a_binary_model():
-    features, targets = blobs(classes=2)
-    solution = averaged(features, targets.bool().unsqueeze(1), weight=torch.zeros(1, 6), bias=torch.zeros(1))
-    assert ((F.linear(features, solution.weight, solution.bias)[:, 0] > 0) == targets.bool()).float().mean() > 0.8
-
-
-def test_samples_of_weight_zero_move_nothing_but_the_penalty():
-    features, targets = blobs()
-    settings = {"batch_size": 1, "max_passes": 3}
-    features, targets = features[:300], targets[:300]
-    only = averaged(features[targets != 3], targets[targets != 3], **settings)
-    ordered = torch.cat([torch.nonzero(targets != 3), torch.nonzero(targets == 3)])[:, 0]
-    weighted = averaged(features[ordered], targets[ordered], class_weights=[1.0, 1.0, 1.0, 0.0], **settings)
-    assert weighted.weight.isfinite().all()
-    assert weighted.report.loss == pytest.approx(only.report.loss, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda features, targets: (features.index_fill(0, torch.tensor([7]), math.nan), targets), "to be finite"),
-        (lambda features, targets: (features, targets + 1), r"class labels in \[0, 3\]"),
-        (lambda features, targets: (features[:, :5], targets), "6 features"),
-        (lambda features, targets: (features[:0], targets[:0]), "at least one sample"),
-    ],
-)
-@pytest.mark.parametrize("streamed", [False, True])
-def test_bad_data_is_refused(spoil, message, streamed):
-    features, targets = spoil(*blobs())
-    with pytest.raises(ValueError, match=message):
-        averaged(*([[(features, targets)]] if streamed else [features, targets]))
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"), [("method", "newton"), ("learning_rate", 0.0), ("learning_rate", math.inf), ("batch_size", 0)]
-)
-def test_settings_out_of_range_are_refused(setting, value):
-    with pytest.raises(ValueError, match=f"`{setting}`"):
-        averaged(*blobs(), **{setting: value})
+def test_ten_thousand_classes_are_solved_in_bounded_memory():
+    features, targets = torch.randn(4000, 32), torch.arange(4000) * 5 % 10_000
+    weight, bias = torch.zeros(10_000, 32), torch.zeros(10_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = LogisticSolver(l2=1e-4, max_passes=4).solve_features(features, targets, weight=weight, bias=bias).report
+    assert report.loss < report.start_loss
+    # A matrix of classes by classes alone would take 400 MB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024

@@ -64,7 +64,7 @@ def test_batches_give_the_solution_of_the_whole():
 
 
 def test_leave_one_out_finds_the_strength_that_leaving_out_finds():
-    features, targets = regression(20)
+    features, targets = regression(20, outputs=1)
     strengths = [1e-3, 1e-2, 1e-1, 1.0, 10.0]
 
     def error_left_out(l2: float) -> float:
@@ -72,14 +72,17 @@ def test_leave_one_out_finds_the_strength_that_leaving_out_finds():
         for index in range(20):
             kept = torch.arange(20) != index
             # The sums of the whole are divided by N - 1 and not N, so the penalty on the mean is scaled alike.
-            fit = solve_ridge(features[kept], targets[kept], **start(), l2=l2 * 20 / 19)
+            fit = solve_ridge(features[kept], targets[kept], **start(1), l2=l2 * 20 / 19)
             total += (F.linear(features[index], fit.weight, fit.bias) - targets[index]).square().mean().item()
         return total / 20
 
-    report = solve_ridge(features, targets, **start(), l2=strengths).report
+    report = solve_ridge(features, targets, **start(1), l2=strengths).report
     left_out = [error_left_out(l2) for l2 in strengths]
-    assert report.l2 == strengths[left_out.index(min(left_out))]
-    assert report.score == pytest.approx(-min(left_out), rel=1e-9)
+    assert report.l2 == pytest.approx(strengths[left_out.index(min(left_out))])
+    assert dict(report.tried)[report.l2] == pytest.approx(-min(left_out), rel=1e-9)
+    assert report.score is None
+    assert report.start_score is None
+    assert "score" not in str(report)
     assert report.passes == 2
 
 
@@ -89,10 +92,27 @@ def test_validation_chooses_the_strength_and_may_keep_the_start():
     free = solve_ridge(features, targets, **start(), validation=(held_out, held_out_targets))
     errors = (F.linear(held_out, free.weight, free.bias) - held_out_targets).square().mean()
     assert free.report.score == pytest.approx(-errors.item())
+    assert [l2 for l2, _ in free.report.tried] == sorted((l2 for l2, _ in free.report.tried), reverse=True)
     best = solve_ridge(held_out, held_out_targets, **start(), l2=0.0)
     kept = solve_ridge(features, targets, weight=best.weight, bias=best.bias, validation=(held_out, held_out_targets))
     assert torch.equal(kept.weight, best.weight)
     assert kept.report.best_step == 0
+
+
+def test_outputs_get_a_strength_each_and_score_no_worse_than_with_one_for_all():
+    features, targets = regression(300)
+    noise = 30.0 * torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    targets = torch.stack([targets[:, 0] + noise, targets[:, 1]], dim=1)
+    training, validation = (features[:20], targets[:20]), (features[20:], targets[20:])
+    own = solve_ridge(*training, **start(), validation=validation).report
+    common = [solve_ridge(*training, **start(), l2=l2, validation=validation).report for l2, _ in own.tried]
+    assert own.score > max(report.score for report in common)
+    assert own.best_step == 1
+    own_strengths = [
+        solve_ridge(training[0], training[1][:, [c]], **start(1), validation=(validation[0], validation[1][:, [c]]))
+        for c in range(2)
+    ]
+    assert own.l2 == pytest.approx(sum(solution.report.l2 for solution in own_strengths) / 2)
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
@@ -104,7 +124,7 @@ def test_integer_targets_make_a_classifier(outputs):
     logits = F.linear(features, weight, bias)
     predicted = (logits.squeeze(1) > 0).long() if outputs == 1 else logits.argmax(1)
     assert torch.equal(predicted, targets)
-    assert report.score == 1.0
+    assert dict(report.tried)[report.l2] == 1.0
 
 
 def test_constant_collinear_and_few_samples_are_solved():
