@@ -2,8 +2,8 @@
 
 Both sides have the same module, data, batches, seeds and optimizer (AdamW, rate 1e-3, batch size 128, 512 hidden
 units). The MLP trains under early stopping (validation accuracy, patience 3), and its best epoch is kept. The other
-side gets the bare callback, with its defaults. Time is CPU seconds of the whole fit, validation included. The sets are those
-of a folder (``--data``), and sets that scikit-learn makes or ships.
+side gets the bare callback, with its defaults. Time is CPU seconds of the whole fit, validation included. The sets are
+those of a folder (``--data``), and sets that scikit-learn makes or ships.
 
     python benchmarks/one_line.py --data DATA --seeds 5
 """
