@@ -12,8 +12,8 @@ from glai_lightning.callbacks.callback_state import check_state
 _FIRST_BATCHES = 10
 #: What the training loss must have fallen by: a part of where it started, and standard errors of its recent mean.
 _SMALLEST_FALL, _STANDARD_ERRORS = 0.05, 3.0
-#: By what part of the best score so far a validation must be better to count as a rise, and how many in a row that are
-#: not better end it.
+#: By what part of the largest score so far a validation must be better than the best to count as a rise, and how many in
+#: a row that are not better end it.
 _SMALLEST_RISE, _VALIDATIONS_WITHOUT_RISE = 0.005, 2
 
 _STATE = {
@@ -22,6 +22,7 @@ _STATE = {
     "last": list,
     "validated": bool,
     "best": int | float | None,
+    "largest": int | float,
     "without_rise": int,
 }
 
@@ -51,6 +52,7 @@ class LearningWatch:
         self._last = _Mean()
         self._validated = False
         self._best: float | None = None
+        self._largest = 0.0
         self._without_rise = 0
 
     def after_batch(self, outputs: Any) -> None:
@@ -81,7 +83,8 @@ class LearningWatch:
         if score is None or not math.isfinite(score):
             return
         better = math.inf if self._best is None else (score - self._best) * (1.0 if mode == "max" else -1.0)
-        if better > _SMALLEST_RISE * abs(self._best or 0.0):
+        self._largest = max(self._largest, abs(score))
+        if better > _SMALLEST_RISE * self._largest:
             self._best, self._without_rise = score, 0
         else:
             self._without_rise += 1
@@ -115,6 +118,7 @@ class LearningWatch:
             "last": self._last.numbers(),
             "validated": self._validated,
             "best": self._best,
+            "largest": self._largest,
             "without_rise": self._without_rise,
         }
 
@@ -127,7 +131,7 @@ class LearningWatch:
         check_state(state, _STATE, "what the fit has learned")
         self._start, self._recent, self._last = (_Mean(state[name]) for name in ("start", "recent", "last"))
         self._validated = state["validated"]
-        self._best, self._without_rise = state["best"], state["without_rise"]
+        self._best, self._largest, self._without_rise = state["best"], state["largest"], state["without_rise"]
 
 
 class _Mean:

@@ -31,14 +31,18 @@ class HeadPass:
         self._loader = loader
         self._num_batches = num_batches
         self._read = read
+        #: In the reading that was made last.
+        self.samples = 0
 
     def _batches(self) -> Iterator[HeadBatch]:
+        self.samples = 0
         with isolated_step(self._trainer.lightning_module):
             for batch_idx, batch in enumerate(iterate_copy(self._loader)):
                 if batch_idx >= self._num_batches:
                     return
                 read = self._read(on_device(self._trainer, batch), batch_idx)
                 if read is not None:
+                    self.samples += len(read.inputs)
                     yield read
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:

@@ -285,6 +285,9 @@ class HeadSolve:
         if not trainer.strategy.reduce_boolean_decision(problem is None):
             say(f"The solve does not look at the validation data. {problem or ''}")
             return None
+        if processes_of(trainer).sum_numbers(batches.samples) == [0.0]:
+            say("The solve does not look at the validation data: `validation_step` does not call the head.")
+            return None
         if processes_of(trainer).sum_numbers(held is None) != [0.0]:
             return batches
         return held[:2]

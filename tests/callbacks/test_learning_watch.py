@@ -1,0 +1,96 @@
+import pytest
+import torch
+from fits import HEAD, SomebodysModule, make_loader, make_trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from glai_lightning.callbacks import StructureFreezeCallback
+
+BATCHES = 5
+
+
+class Settled(StructureFreezeCallback):
+    """Takes every structure for settled, so that only what has been learned keeps a freeze waiting."""
+
+    def should_freeze(self, head):
+        return True
+
+
+class Scored(SomebodysModule):
+    """Validates by scores that are given, one for each epoch."""
+
+    def __init__(self, scores, rate=3e-3):
+        super().__init__(body=False)
+        self.scores, self.rate = scores, rate
+
+    def validation_step(self, batch, batch_idx):
+        self.log("score", self.scores[min(self.current_epoch, len(self.scores) - 1)])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=self.rate)
+
+
+def test_nothing_is_frozen_before_the_optimizer_has_made_its_steps():
+    callback = Settled(HEAD, solver=None, min_steps=3 * BATCHES)
+    make_trainer(callback, EarlyStopping("score", patience=99), max_epochs=8).fit(
+        Scored([1.0]), make_loader(), make_loader()
+    )
+    assert callback.freeze_epoch == 3
+
+
+def test_nothing_is_frozen_while_the_loss_has_not_fallen(capsys):
+    callback = Settled(HEAD, solver=None, min_steps=1)
+    make_trainer(callback, EarlyStopping("score", patience=99), max_epochs=6).fit(
+        Scored([1.0], rate=1e-7), make_loader(), make_loader()
+    )
+    assert not callback.frozen
+    assert "is not clearly below where it started" in callback.heads[HEAD].waits_for
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_head_that_is_not_solved_is_not_frozen_while_validation_rises(tmp_path, mode):
+    sign = 1.0 if mode == "max" else -1.0
+    scores = [sign * score for score in (1.0, 2.0, 3.0, 4.0, 4.0, 4.01, 4.0)]
+    callback = Settled(HEAD, solver=None, min_steps=1)
+    make_trainer(callback, ModelCheckpoint(tmp_path, monitor="score", mode=mode), max_epochs=9).fit(
+        Scored(scores), make_loader(), make_loader()
+    )
+    # Two validations in a row, those of epochs 4 and 5, bring no more than half a percent.
+    assert callback.freeze_epoch == 6
+
+
+def test_without_validation_the_training_loss_takes_its_place():
+    callback = Settled(HEAD, solver=None, min_steps=1)
+    make_trainer(callback, max_epochs=40, limit_val_batches=0).fit(Scored([0.0], rate=3e-2), make_loader())
+    assert callback.frozen
+    assert callback.freeze_epoch > 2
+
+
+def test_a_head_that_is_solved_does_not_wait_for_validation():
+    callback = Settled(HEAD, min_steps=1)
+    trainer = make_trainer(callback, EarlyStopping("score", mode="max", patience=99), max_epochs=9)
+    trainer.fit(Scored([1.0, 2.0, 3.0, 4.0]), make_loader(), make_loader())
+    # The first epoch is where the loss started.
+    assert callback.freeze_epoch == 2
+    assert callback.solve_report is not None
+    assert trainer.current_epoch == 2
+
+
+def test_an_epoch_that_was_asked_for_waits_for_nothing():
+    callback = StructureFreezeCallback(HEAD, freeze_at_epoch=1, solver=None, min_steps=10_000)
+    make_trainer(callback, max_epochs=3).fit(Scored([1.0]), make_loader())
+    assert callback.freeze_epoch == 1
+
+
+def test_a_cut_fit_waits_as_long_as_one_that_was_not_cut(tmp_path):
+    def fit(*callbacks, ckpt_path=None):
+        torch.manual_seed(0)
+        callback = Settled(HEAD, solver=None, min_steps=1)
+        saved = ModelCheckpoint(tmp_path, monitor="score", mode="max", save_top_k=-1, filename="{epoch}")
+        trainer = make_trainer(callback, saved, max_epochs=8)
+        trainer.fit(Scored([1.0, 2.0, 3.0, 3.0, 3.0]), make_loader(), make_loader(), ckpt_path=ckpt_path)
+        return callback.freeze_epoch
+
+    whole = fit()
+    assert whole == 5
+    for cut in sorted(tmp_path.glob("epoch=[0-4].ckpt")):
+        assert fit(ckpt_path=cut) == whole
