@@ -128,6 +128,8 @@ class DistributedFit:
             check_every_n_steps=self.check_every_n_steps,
             probe_size=self.samples,
             solver=LogisticSolver(l2=1e-2, max_passes=8) if self.solver else None,
+            min_steps=0,
+            stop_after_solve=False,
         )
         callbacks = [freeze, StructureRevert("worse", mode="min", patience=1)] if self.revert else [freeze]
         inputs, targets = make_data(self.samples + 51)

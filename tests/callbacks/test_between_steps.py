@@ -114,7 +114,7 @@ TASKS = {
 @pytest.mark.parametrize("probe_size", [16, 1024])
 @pytest.mark.parametrize("tasks", TASKS)
 def test_tasks_may_take_turns(tasks, probe_size):
-    rule = {"churn_tolerance": 1.0, "relative_tolerance": 0.9}
+    rule = {"churn_tolerance": 1.0, "relative_tolerance": 1.0, "solver": None, "min_steps": 0}
     freeze = StructureFreezeCallback(["heads.a", "heads.b"], probe_size=probe_size, **rule)
     monitor = StructureMonitor(["heads.*"])
     trainer = make_trainer(freeze, monitor, max_epochs=8)

@@ -93,6 +93,8 @@ class Setting:
             check_every_n_steps=self.check_every_n_steps,
             # So few that the last batch before a check holds them: a check is then the same after any cut.
             probe_size=8 if self.processes == 1 else 4,
+            min_steps=0,
+            stop_after_solve=False,
             verbose=False,
             **tolerance,
         )

@@ -78,7 +78,15 @@ class HeadAt(Callback):
 
 def freezing(name=HEAD, **options):
     return StructureFreezeCallback(
-        name, **{"churn_tolerance": 0.0, "freeze_at_epoch": 2, "solver": None, "stop_after_solve": False, **options}
+        name,
+        **{
+            "churn_tolerance": 0.0,
+            "freeze_at_epoch": 2,
+            "solver": None,
+            "min_steps": 0,
+            "stop_after_solve": False,
+            **options,
+        },
     )
 
 
@@ -275,6 +283,7 @@ STEP_ONE = {
     "asked for": {"freeze_at_epoch": 0},
     "by churn": {"check_every_n_steps": 1, "min_epochs": 0, "churn_tolerance": 1.0, "relative_tolerance": 1.0},
 }
+UNSOLVED = {"solver": None, "min_steps": 0}
 
 
 @pytest.mark.parametrize("paths", PATHS)
@@ -284,7 +293,7 @@ def test_a_freeze_forced_at_step_one_ends_as_good_as_without_it(paths, make_opti
         def should_freeze(self, head):
             return len(head.churn_history) == 1
 
-    epochs, options = 50, {"paths": paths, **STEP_ONE[how]}
+    epochs, options = 50, {"paths": paths, **STEP_ONE[how], **UNSOLVED}
     never = accuracy_of_the_mlp(make_optimizer, epochs)
     forced = accuracy(make_optimizer, epochs, Once(**options))
     revert = StructureRevert("accuracy")
