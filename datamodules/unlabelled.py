@@ -23,7 +23,8 @@ class UnlabelledDataModule(pl.LightningDataModule):
 
     An ``.npz`` file holds rows as ``x``. A CSV file holds rows of numbers, with a header or without one, or a column of
     texts. Of a folder all images are read, those of its subfolders too, in the order of their names. Rows are flattened
-    for a module without a backbone, and standardised by the statistics that the module keeps of its fit.
+    for a module without a backbone, and standardised by the statistics that the module keeps of its fit. A batch of
+    rows or images is a tensor; a batch of texts is a list with the list of texts in it.
 
     Args:
         path: the file or folder.
@@ -100,7 +101,8 @@ class UnlabelledDataModule(pl.LightningDataModule):
     def _batch(self, rows: slice) -> Any:
         inputs = self._inputs[rows]
         if not self.path.is_dir():
-            return inputs
+            # A list alone would pass for inputs and targets.
+            return inputs if isinstance(inputs, Tensor) else [inputs]
         images = map(ToTensor(self.transform), (read_image(self.path / name) for name in inputs))
         return torch.stack(list(images))
 
