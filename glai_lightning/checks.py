@@ -78,6 +78,19 @@ def expect_number(
         raise UserValueError(f"Expected `{name}` to be a finite number{bound}, but got {value!r}.")
 
 
+def expect_flag(name: str, value: object) -> None:
+    """Check that an argument is True or False.
+
+    Raises:
+        UserTypeError: otherwise.
+
+    Example:
+        >>> expect_flag("batch_norm", True)
+    """
+    if not isinstance(value, bool):
+        raise UserTypeError(f"Expected `{name}` to be True or False, but got {value!r}.")
+
+
 def expect_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Check that an argument is one of several strings.
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from glai_lightning.backbones.named import NamedBackbone, check_name, sentence_for_the_hub
-from glai_lightning.checks import UserTypeError, UserValueError, expect_file
+from glai_lightning.checks import UserValueError, expect_file, expect_flag
 from glai_lightning.optional import check_known, import_optional
 
 #: A batch (batch, 3, height, width), uint8 or floating point in [0, 1]; or a sequence of PIL images, of tensors
@@ -27,8 +27,7 @@ class _ImageBackbone(NamedBackbone):
     def __init__(self, name: str, pretrained: bool = True, weights: str | PathLike[str] | None = None) -> None:
         super().__init__()
         check_name(name)
-        if not isinstance(pretrained, bool):
-            raise UserTypeError(f"Expected `pretrained` to be True or False, but got {pretrained!r}.")
+        expect_flag("pretrained", pretrained)
         file = None if weights is None else expect_file("weights", weights)
         self._make(name, pretrained=pretrained and file is None)
         if file is not None:

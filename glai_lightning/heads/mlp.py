@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from glai_lightning.checks import UserValueError, expect_integer, expect_number
+from glai_lightning.checks import UserValueError, expect_flag, expect_integer, expect_number
 
 
 def mlp_head(
@@ -29,7 +29,7 @@ def mlp_head(
         A head from (batch, D) to (batch, C).
 
     Raises:
-        TypeError: if a size is not an integer, or ``dropout`` not a number.
+        TypeError: if a size is not an integer, ``dropout`` not a number, or ``batch_norm`` not a bool.
         ValueError: if a size is below 1, there is no hidden layer, or ``dropout`` is out of range.
 
     Example:
@@ -47,6 +47,7 @@ def mlp_head(
     for width in hidden:
         expect_integer("hidden_features", width, least=1)
     expect_integer("out_features", out_features, least=1)
+    expect_flag("batch_norm", batch_norm)
     expect_number("dropout", dropout, low=0.0, high=1.0, below=True)
     modules: list[nn.Module] = []
     for before, width in itertools.pairwise([in_features, *hidden]):

@@ -55,10 +55,11 @@ class Deployed(nn.Module):
 
 def deployed(module: Any) -> Deployed:
     """Return a ``HeadModule`` as it is used once it is trained, see ``HeadModule.deployed``."""
-    if module.inputs_standardised and module.backbone is not None:
+    known = module.backbone is None and module.standardise is not None and module.standardise.is_set
+    if module.inputs_standardised and not known:
         raise UserValueError(
-            "Expected the inputs of the backbone to be used as they come, but the data module of the fit standardised "
-            "them: call the module on inputs that were standardised likewise."
+            "Expected inputs to be used as they come, but the data module of the fit standardised them, and this module "
+            "does not keep how: call the module itself, on inputs that were standardised likewise."
         )
     if module.backbone is None:
         dtype = next((p.dtype for p in module.head.parameters()), torch.float32)

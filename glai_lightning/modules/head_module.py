@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from glai_lightning.checks import UserTypeError, UserValueError
+from glai_lightning.checks import UserTypeError, UserValueError, expect_flag
 from glai_lightning.fitting.across_processes import process_group
 from glai_lightning.fitting.conversion import follow_in_fit
 from glai_lightning.heads.frozen import GLAIHead
@@ -82,9 +82,8 @@ class HeadModule(LightningModule):
         for name, factory in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
             if not callable(factory) and not (factory is None and name == "lr_scheduler"):
                 raise UserTypeError(f"Expected `{name}` to be a function that makes one, but got {factory!r}.")
-        for name, flag in (("freeze_backbone", freeze_backbone), ("standardise_embeddings", standardise_embeddings)):
-            if not isinstance(flag, bool):
-                raise UserTypeError(f"Expected `{name}` to be True or False, but got {flag!r}.")
+        expect_flag("freeze_backbone", freeze_backbone)
+        expect_flag("standardise_embeddings", standardise_embeddings)
         # Only what a checkpoint can hold under `weights_only=True`.
         self.save_hyperparameters(ignore=["head", "backbone", "optimizer", "lr_scheduler"])
         self.head = head
@@ -146,8 +145,7 @@ class HeadModule(LightningModule):
                 f"Expected the head to take the {features} features of the data, but got a head for {in_features}."
             )
         if stage == "fit":
-            statistics = _statistics_of(data)
-            self.inputs_standardised = statistics is not None
+            self.inputs_standardised, statistics = _standardisation_of(data, self.standardise)
             if self.backbone is None and self.standardise is not None:
                 self.standardise.copy_from(statistics)
 
@@ -304,8 +302,11 @@ def _count_inputs(head: nn.Module) -> int | None:
     return first.in_features if isinstance(first, nn.Linear) else None
 
 
-def _statistics_of(data: Any) -> tuple[Tensor, Tensor] | None:
-    """Return the mean and deviation by which a data module standardises its inputs, ``None`` if it does not."""
+def _standardisation_of(data: Any, standardise: Standardise | None) -> tuple[bool, tuple[Tensor, Tensor] | None]:
+    """Tell whether a data module standardises its inputs, and by which mean and deviation of the head's inputs."""
     found = getattr(data, "standardisation", None) or getattr(getattr(data, "splits", None), "standardisation", None)
     mean, scale = getattr(found, "mean", None), getattr(found, "scale", None)
-    return (mean, scale) if isinstance(mean, Tensor) and isinstance(scale, Tensor) else None
+    if not (isinstance(mean, Tensor) and isinstance(scale, Tensor)):
+        return False, None
+    fits = standardise is not None and mean.shape == scale.shape == standardise.scale.shape
+    return True, (mean, scale) if fits else None
