@@ -12,8 +12,8 @@ from glai_lightning.callbacks.callback_state import check_state
 _FIRST_BATCHES = 10
 #: What the training loss must have fallen by: a part of where it started, and standard errors of its recent mean.
 _SMALLEST_FALL, _STANDARD_ERRORS = 0.05, 3.0
-#: By what part of the largest score so far a validation must be better than the best to count as a rise, and how many in
-#: a row that are not better end it.
+#: By what part of the largest score so far a validation must be better than the best to count as a rise, and how many
+#: in a row that are not better end it.
 _SMALLEST_RISE, _VALIDATIONS_WITHOUT_RISE = 0.005, 2
 
 _STATE = {

@@ -21,9 +21,10 @@ from glai_lightning.fitting.conversion import (
     restore_in_fit,
 )
 from glai_lightning.fitting.heads_in_module import HeadSlot, match_heads, stands_alone
+from glai_lightning.fitting.loss_reading import HeadBatch
 from glai_lightning.fitting.misconfiguration import as_misconfiguration
 from glai_lightning.fitting.solving import check_solvable, unwinding
-from glai_lightning.fitting.step_reading import HeadBatch, Stage, StepReader
+from glai_lightning.fitting.step_reading import Stage, StepReader
 from glai_lightning.fitting.support import check_launcher, check_optimizers, check_order, check_trainer
 from glai_lightning.heads.churn import structure_settled
 from glai_lightning.heads.record import Paths

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glai_lightning.fitting.loaders import iterate_copy, on_device
-from glai_lightning.fitting.step_reading import HeadBatch, isolated_step
+from glai_lightning.fitting.loss_reading import HeadBatch
+from glai_lightning.fitting.step_reading import isolated_step
 
 #: Bytes of head inputs kept in memory for a solve. Beyond it every pass of the solve reads the loader anew.
 INPUTS_IN_MEMORY = 2**30

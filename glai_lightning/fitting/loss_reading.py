@@ -38,6 +38,20 @@ class LossNotReadError(UserMisconfigurationError):
     """A loss that is not one that can be solved for."""
 
 
+class HeadBatch(NamedTuple):
+    """What a head is given and trained on in one batch.
+
+    Args:
+        inputs: (n, D).
+        targets: class labels (n,), or probabilities or numbers (n, C).
+        weights: (n,), what each sample counts, or ``None`` if all count the same.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    weights: Tensor | None = None
+
+
 class _Terms(NamedTuple):
     mean: Tensor
     second: Tensor
@@ -175,6 +189,15 @@ def formed_targets(kind: LossKind, targets: Tensor, label_smoothing: float = 0.0
     if targets.shape[1] == 1 and hard:
         return rounded.long().squeeze(1)
     return rounded if hard else targets.clamp(0, 1)
+
+
+def head_batch(reading: LossReading, inputs: Tensor, label_smoothing: float) -> HeadBatch:
+    """Return what a reading says of the samples that the loss does not pass over, and of their inputs (n, D)."""
+    counted = reading.weights > 0
+    weights = reading.weights[counted] * counted.sum()
+    varied = len(weights) > 0 and bool(((weights - weights.mean()).abs() > 1e-3 * weights.mean()).any())
+    targets = formed_targets(reading.kind, reading.targets[counted], label_smoothing)
+    return HeadBatch(inputs[counted], targets, weights if varied else None)
 
 
 def _differentiate(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -10,8 +10,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from glai_lightning.fitting.heads_in_module import HeadSlot
-from glai_lightning.fitting.loss_reading import LossKind
-from glai_lightning.fitting.step_reading import HeadBatch, SeenStep, rows_of
+from glai_lightning.fitting.loss_reading import HeadBatch, LossKind
+from glai_lightning.fitting.step_reading import SeenStep, rows_of
 from glai_lightning.heads.patterns import layout_of
 from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
@@ -64,8 +64,8 @@ class FirstLook:
         if inputs is None or not seen.inputs:
             return
         rows = rows_of(seen.inputs, seen.outputs)
-        near = {"rtol": 1e-3, "atol": 1e-4 * float(inputs.abs().max())}
-        self._differs = rows.shape != inputs.shape or not torch.allclose(rows, inputs, **near)
+        near = 1e-4 * float(inputs.abs().max())
+        self._differs = rows.shape != inputs.shape or not torch.allclose(rows, inputs, rtol=1e-3, atol=near)
 
     def moving_inputs(self) -> list[tuple[str, str]]:
         """List why what the head is given is not fixed, and what a solve then means."""

@@ -14,11 +14,11 @@ from glai_lightning.fitting.across_processes import process_group, processes_of,
 from glai_lightning.fitting.head_data import HeadPass
 from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.loaders import draws_at_random, on_device, single_loader, validation_loader
-from glai_lightning.fitting.loss_reading import LossNotReadError
+from glai_lightning.fitting.loss_reading import HeadBatch, LossNotReadError
 from glai_lightning.fitting.messages import say
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.fitting.solver_choice import FirstLook, choose_solver
-from glai_lightning.fitting.step_reading import HeadBatch, SeenStep, Stage, StepReader, isolated_step
+from glai_lightning.fitting.step_reading import SeenStep, Stage, StepReader, isolated_step
 from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.heads.optimizers import copy_state, forget_state
 from glai_lightning.heads.patterns import layout_of
@@ -27,7 +27,7 @@ from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 Solver = LogisticSolver | RidgeSolver
 #: Returns what a head is given and trained on, from (batch, batch_idx, stage, head): inputs (n, D), targets, and the
 #: weights of samples (n,) if they differ; ``None`` for a batch in which the head has no part.
-ReadBatch = Callable[[Any, int, Stage, StepReader], tuple[Tensor, ...] | None]
+ReadBatch = Callable[[Any, int, Stage, StepReader], HeadBatch | tuple[Tensor, ...] | None]
 
 
 def check_solvable(head: nn.Module, head_name: str, paths: str) -> None:
@@ -240,16 +240,16 @@ class HeadSolve:
         head: Any = slot.module
         processes = processes_of(trainer)
         share_buffers(trainer, slot.pl_module)
-        self._reader.look_anew()
-        training = HeadPass(
-            trainer, trainer.train_dataloader, _batches_to_read(trainer), self._read_in("training", read)
-        )
+        reader = self._reader
+        reader.look_anew()
+        loader = single_loader(trainer.train_dataloader, "training")
+        training = HeadPass(trainer, loader, _batches_to_read(trainer), _read_in("training", read, reader))
         with processes.failing_together():
             data = training.held()
-        validation = self._validation(trainer, read)
+        validation = _read_validation(trainer, read, reader)
         if processes.sum_numbers(data is None) != [0.0]:
             data = None
-        options = {"validation": validation, "group": process_group(trainer)}
+        options: dict[str, Any] = {"validation": validation, "group": process_group(trainer)}
         if data is None:
             report = self._solver.solve(head, training, **options)
         else:
@@ -268,32 +268,33 @@ class HeadSolve:
             )
         return report
 
-    def _read_in(self, stage: Stage, read: ReadBatch) -> Callable[[Any, int], HeadBatch | None]:
-        return lambda batch, batch_idx: _as_head_batch(read(batch, batch_idx, stage, self._reader))
 
-    def _validation(self, trainer: Any, read: ReadBatch) -> Any:
-        loader = validation_loader(trainer)
-        if loader is None:
-            return None
-        batches = HeadPass(trainer, loader, trainer.num_val_batches[0], self._read_in("validation", read))
-        problem, held = None, None
-        with processes_of(trainer).failing_together():
-            try:
-                held = batches.held()
-            except LossNotReadError as error:
-                problem = error
-        if not trainer.strategy.reduce_boolean_decision(problem is None):
-            say(f"The solve does not look at the validation data. {problem or ''}")
-            return None
-        if processes_of(trainer).sum_numbers(batches.samples) == [0.0]:
-            say("The solve does not look at the validation data: `validation_step` does not call the head.")
-            return None
-        if processes_of(trainer).sum_numbers(held is None) != [0.0]:
-            return batches
-        return held[:2]
+def _read_in(stage: Stage, read: ReadBatch, reader: StepReader) -> Callable[[Any, int], HeadBatch | None]:
+    return lambda batch, batch_idx: _as_head_batch(read(batch, batch_idx, stage, reader))
 
 
-def _as_head_batch(read: tuple[Tensor, ...] | None) -> HeadBatch | None:
+def _read_validation(trainer: Any, read: ReadBatch, reader: StepReader) -> HeadPass | tuple[Tensor, Tensor] | None:
+    loader = validation_loader(trainer)
+    if loader is None:
+        return None
+    batches = HeadPass(trainer, loader, trainer.num_val_batches[0], _read_in("validation", read, reader))
+    problem, held = None, None
+    with processes_of(trainer).failing_together():
+        try:
+            held = batches.held()
+        except LossNotReadError as error:
+            problem = error
+    if not trainer.strategy.reduce_boolean_decision(problem is None):
+        say(f"The solve does not look at the validation data. {problem or ''}")
+        return None
+    if processes_of(trainer).sum_numbers(batches.samples) == [0.0]:
+        say("The solve does not look at the validation data: `validation_step` does not call the head.")
+        return None
+    held_everywhere = processes_of(trainer).sum_numbers(held is None) == [0.0]
+    return held[:2] if held is not None and held_everywhere else batches
+
+
+def _as_head_batch(read: HeadBatch | tuple[Tensor, ...] | None) -> HeadBatch | None:
     return None if read is None else HeadBatch(*read)
 
 

@@ -29,7 +29,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,11 +40,13 @@ from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
 from glai_lightning.fitting.loss_reading import (
+    HeadBatch,
     LossKind,
     LossNotReadError,
     LossReading,
     as_rows,
     formed_targets,
+    head_batch,
     label_smoothing_of,
     loss_gradient,
     precision_of,
@@ -62,20 +64,6 @@ _LOSSES: dict[Callable[..., Any], LossKind] = {
     F.binary_cross_entropy_with_logits: "binary_cross_entropy",
     F.mse_loss: "mse",
 }
-
-
-class HeadBatch(NamedTuple):
-    """What a head is given and trained on in one batch.
-
-    Args:
-        inputs: (n, D).
-        targets: class labels (n,), or probabilities or numbers (n, C).
-        weights: (n,), what each sample counts, or ``None`` if all count the same.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    weights: Tensor | None = None
 
 
 @contextmanager
@@ -251,7 +239,8 @@ class StepReader:
     @property
     def module(self) -> nn.Module:
         """The head as it is now."""
-        return self.pl_module.get_submodule(self.name)
+        module: nn.Module = self.pl_module.get_submodule(self.name)
+        return module
 
     def look_anew(self) -> None:
         """Read the whole step of the next batch of each stage, to see that its loss is still what it was."""
@@ -286,7 +275,7 @@ class StepReader:
             self._seen = reading, inputs
             self.label_smoothing = label_smoothing_of(reading)
         self.kind = reading.kind
-        read = _head_batch(reading, inputs, self.label_smoothing)
+        read = head_batch(reading, inputs, self.label_smoothing)
         if first:
             self._stops[stage] = bool(watch.calls) and _same(self._from_call(watch, watch.calls[0]), read)
         return read
@@ -436,14 +425,6 @@ def _unreadable(name: str, step: str, what: str) -> LossNotReadError:
 def rows_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
     """Return what a head was given as rows (n, D), one for each row of its outputs (..., C)."""
     return torch.cat([x.detach().reshape(z[..., 0].numel(), -1) for x, z in zip(inputs, outputs, strict=True)])
-
-
-def _head_batch(reading: LossReading, inputs: Tensor, label_smoothing: float) -> HeadBatch:
-    counted = reading.weights > 0
-    weights = reading.weights[counted] * counted.sum()
-    varied = len(weights) > 0 and bool(((weights - weights.mean()).abs() > 1e-3 * weights.mean()).any())
-    targets = formed_targets(reading.kind, reading.targets[counted], label_smoothing)
-    return HeadBatch(inputs[counted], targets, weights if varied else None)
 
 
 def _same(one: HeadBatch, other: HeadBatch) -> bool:

@@ -418,7 +418,6 @@ def test_a_fit_resumed_after_its_solve_stops_where_it_stopped(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"stop_after_solve": True}, "Expected `solver` to be given with `stop_after_solve`, but got None."),
         ({"check_every_n_steps": 0}, "Expected `check_every_n_steps` to be an integer of at least 1, but got 0."),
     ],
 )

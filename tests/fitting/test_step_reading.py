@@ -290,9 +290,8 @@ def test_inputs_that_are_drawn_at_random_are_noticed_wherever_it_happens(recwarn
 
 
 def test_an_endless_stream_is_solved_on_as_many_batches_as_were_trained_on():
-    callback = solving(
-        freeze_at_epoch=None, churn_tolerance=1.0, relative_tolerance=1.0, min_epochs=0, check_every_n_steps=4
-    )
+    settled = {"churn_tolerance": 1.0, "relative_tolerance": 1.0, "min_epochs": 0, "min_steps": 0}
+    callback = solving(freeze_at_epoch=None, check_every_n_steps=4, **settled)
     module = SomebodysModule(body=False)
     trainer = make_trainer(callback, max_steps=20, max_epochs=-1)
     trainer.fit(module, DataLoader(Streamed(0.0, endless=True), batch_size=8))
