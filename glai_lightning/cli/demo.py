@@ -1,8 +1,7 @@
 """``glai demo``: the same head twice, never frozen, and then frozen and solved, on a table that is installed."""
 
-import argparse
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from glai_lightning import SupervisedModule, mlp_head
 from glai_lightning.callbacks.fit_plots import save_png, score_figure
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
 from glai_lightning.checks import UserValueError
@@ -21,6 +19,8 @@ from glai_lightning.comparison.variants import BUDGET, REFERENCE, Fit, Rules, fi
 from glai_lightning.datamodules.features import FeaturesDataModule
 from glai_lightning.datamodules.letter import LetterDataModule
 from glai_lightning.fitting.fit_record import SolveRecord
+from glai_lightning.heads.mlp import mlp_head
+from glai_lightning.modules.supervised import SupervisedModule
 from glai_lightning.optional import import_optional
 
 _NAMES = {REFERENCE: "never frozen", BUDGET: "frozen and solved"}
@@ -29,31 +29,19 @@ _SEED, _HIDDEN, _BATCH_SIZE = 0, 512, 128
 _WIDTH = 80
 
 
-def run_demo(arguments: Sequence[str]) -> int:
-    """Run ``glai demo``.
+def run_demo(folder: Path) -> None:
+    """Run ``glai demo``: demonstrate on the letters, on one thread.
 
     Args:
-        arguments: what follows ``glai demo`` on the command line.
-
-    Returns:
-        The exit code 0.
+        folder: where the plot is written.
 
     Raises:
-        SystemExit: for arguments that cannot be parsed.
         ValueError: if the structure of the head does not settle.
         ModuleNotFoundError: if matplotlib is not installed.
     """
-    parser = argparse.ArgumentParser(
-        "glai demo",
-        description="Fit a head on the letters of the UCI repository twice, with the same data, seed and optimizer: "
-        "never frozen, with early stopping, and with StructureFreezeCallback. Print both, and draw them.",
-    )
-    parser.add_argument("--to", type=Path, default=Path("runs/demo"), help="folder for the plot (default: runs/demo)")
-    folder = parser.parse_args(arguments).to
     # CPU seconds of several threads would count those that wait.
     torch.set_num_threads(1)
     demonstrate(lambda: LetterDataModule(batch_size=_BATCH_SIZE, seed=_SEED), folder)
-    return 0
 
 
 def demonstrate(make_data: Callable[[], FeaturesDataModule], folder: Path, max_epochs: int = 100) -> Path:

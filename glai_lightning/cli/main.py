@@ -81,11 +81,10 @@ def _run(arguments: list[str]) -> int:
     if command == "recipes":
         _recipes(arguments[1:])
         return 0
-    # Lightning takes seconds to import.
     if command == "demo":
-        from glai_lightning.cli.demo import run_demo
-
-        return run_demo(arguments[1:])
+        _demo(arguments[1:])
+        return 0
+    # Lightning takes seconds to import.
     if command == "compare":
         from glai_lightning.cli.compare import run_comparison
 
@@ -109,6 +108,20 @@ def _recipes(arguments: list[str]) -> None:
         return
     path = copy_recipe(options.name, options.to, overwrite=options.overwrite)
     print(f"Copied to {path}. Run it with: glai fit --config {path}")
+
+
+def _demo(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "glai demo",
+        description="Fit a head on a table of letters twice, with the same data, seed and optimizer: never frozen, with "
+        "early stopping, and with StructureFreezeCallback. Print both, and draw them.",
+    )
+    parser.add_argument("--to", type=Path, default=Path("runs/demo"), help="folder for the plot (default: runs/demo)")
+    folder = parser.parse_args(arguments).to
+    # Lightning takes seconds to import.
+    from glai_lightning.cli.demo import run_demo
+
+    run_demo(folder)
 
 
 def _sentence_for_users(error: BaseException) -> str | None:
