@@ -60,39 +60,44 @@ def churn_figure(record: FitRecord) -> "Figure":
     return figure
 
 
-def score_figure(record: FitRecord) -> "Figure":
+def score_figure(record: FitRecord, *, never_frozen: FitRecord | None = None) -> "Figure":
     """Draw the validation score against the seconds of the fit, with freeze, solve and best validation marked.
 
     Args:
         record: what the fit was like.
+        never_frozen: what the same fit was like without a freeze, to be drawn beside it.
 
     Returns:
         A figure.
     """
     figure, axes = new_figure()
     name = record.score_name or "score"
-    axes.plot(
-        [epoch.seconds for epoch in record.scored],
-        [epoch.val_score or 0.0 for epoch in record.scored],
-        "o-",
-        markersize=4,
-        color=_LINE,
-        label=name,
-    )
-    best = record.best
-    if best is not None and best.val_score is not None:
-        label = f"best: {best.val_score:.4f} (epoch {best.epoch})"
-        axes.plot(best.seconds, best.val_score, "*", markersize=14, color=_BEST, label=label)
-    end = 1.03 * max((epoch.seconds for epoch in record.epochs), default=1.0)
+    last = max((epoch.seconds for epoch in record.epochs), default=1.0)
+    end = frozen_until = 1.03 * last
+    if never_frozen is not None:
+        _draw_scores(axes, never_frozen, "never frozen", _THRESHOLD)
+        end, frozen_until = max(end, 1.03 * never_frozen.epochs[-1].seconds), last
+    _draw_scores(axes, record, name if never_frozen is None else "frozen", _LINE)
     axes.set_xlim(0, end)
     if record.frozen:
         frozen_at = _freeze_seconds(record)
-        _mark_freeze(axes, frozen_at, end)
+        _mark_freeze(axes, frozen_at, frozen_until)
         if record.solve is not None:
             solved_at = frozen_at + record.solve.collecting_seconds + record.solve.seconds
             axes.axvline(solved_at, color=_BEST, linewidth=1, linestyle="--", label="solved", zorder=1)
     label_axes(axes, "Score against time", "seconds of the fit", name)
     return figure
+
+
+def _draw_scores(axes: "Axes", record: FitRecord, label: str, color: str) -> None:
+    seconds = [epoch.seconds for epoch in record.scored]
+    axes.plot(
+        seconds, [epoch.val_score or 0.0 for epoch in record.scored], "o-", markersize=4, color=color, label=label
+    )
+    best = record.best
+    if best is not None and best.val_score is not None:
+        label = f"best: {best.val_score:.4f} (epoch {best.epoch})"
+        axes.plot(best.seconds, best.val_score, "*", markersize=14, color=_BEST, label=label)
 
 
 def _freeze_seconds(record: FitRecord) -> float:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import textwrap
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal
@@ -13,9 +14,11 @@ from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.fit_plots import as_image, churn_figure, save_png, score_figure
 from glai_lightning.callbacks.fit_table import fit_table
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
+from glai_lightning.checks import MissingLibraryError
 from glai_lightning.fitting.fit_record import EpochRecord, FitRecord, SolveRecord
 from glai_lightning.fitting.fit_recorder import FitRecorder
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.optional import import_optional
 
 _STATE = {
     "epochs": list,
@@ -75,7 +78,8 @@ class FitReport(FitRecorder, Callback):
         """Print the table, in the first process only; nothing if no fit has ended in this process."""
         if self.record is None or not self._is_first_process:
             return
-        print("\n".join(["", fit_table(self.record), *(f"  {note}" for note in self._notes)]), flush=True)
+        notes = [line for note in self._notes for line in _wrapped(note)]
+        print("\n".join(["", fit_table(self.record), *(f"  {line}" for line in notes)]), flush=True)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the freeze to report on and the score, and start the clock."""
@@ -138,6 +142,12 @@ class FitReport(FitRecorder, Callback):
         folder = trainer.log_dir if trainer.loggers else None
         if not trainer.is_global_zero:
             return
+        try:
+            import_optional("matplotlib", needed_for="the plots of `FitReport`", extra="report")
+        except MissingLibraryError as error:
+            # The fit is over, and its table needs no plots.
+            self._notes.append(f"no plots were written. {error}")
+            return
         figures = {"structure_churn": churn_figure(record)}
         if record.scored:
             figures["score_over_seconds"] = score_figure(record)
@@ -161,3 +171,7 @@ class FitReport(FitRecorder, Callback):
 
 def _only(kinds: dict[str, Any], entries: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if entries is None else {name: entries[name] for name in kinds}
+
+
+def _wrapped(note: str) -> list[str]:
+    return textwrap.wrap(note, 76, break_long_words=False, break_on_hyphens=False)

@@ -44,7 +44,7 @@ class FreezeSettings:
     relative_tolerance: float = 0.25
     patience: int = 1
     min_epochs: int = 1
-    min_steps: int = 100
+    min_steps: int = 50
     freeze_at_epoch: int | None = None
     check_every_n_steps: int | None = None
     probe_size: int = 1024

@@ -17,10 +17,11 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
 from glai_lightning.datamodules.base import BaseDataModule
@@ -114,7 +115,7 @@ def _readers(datamodule: pl.LightningDataModule) -> dict[str, _Reader]:
     for split in SPLITS:
         try:
             loader = getattr(datamodule, f"{split}_dataloader")()
-        except (pl.utilities.exceptions.MisconfigurationException, NotImplementedError):
+        except (MisconfigurationException, NotImplementedError):
             continue
         if loader is not None and not (isinstance(loader, list) and not loader):
             readers[split] = _reader_of_loader(split, loader)
@@ -130,10 +131,10 @@ def _reader_of_loader(split: str, loader: Any) -> _Reader:
             f"Expected `{split}_dataloader` to return one DataLoader of a dataset with a length, in batches of a size, "
             f"but got {type(loader).__name__}."
         )
-    sampler = loader.sampler
-    if not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler) or (
-        isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != len(loader.dataset))
-    ):
+    sampler: Any = loader.sampler
+    in_order = isinstance(sampler, SequentialSampler | DistributedSampler)
+    shuffled = isinstance(sampler, RandomSampler) and not sampler.replacement
+    if not in_order and not (shuffled and sampler.num_samples == len(sampler.data_source)):
         raise UserValueError(
             f"Expected the sampler of `{split}_dataloader` to draw every sample once, but got {type(sampler).__name__}."
         )
@@ -164,8 +165,7 @@ def _check_draws(split: str, reader: _Reader, backbone: nn.Module, *, views: int
             f"Expected the inputs of '{split}' to be the same whenever they are read, but they are augmented at "
             "random: leave the augmentation out, or cache several draws of the training inputs with `views`."
         )
-    embeddings = [_embed(backbone, first, seed) for seed in (0, 1)]
-    if not np.array_equal(*embeddings, equal_nan=True):
+    if not np.array_equal(_embed(backbone, first, seed=0), _embed(backbone, first, seed=1), equal_nan=True):
         raise UserValueError("Expected `backbone` to embed an input always alike, but it is random.")
 
 
@@ -338,13 +338,14 @@ def _add(digest: Any, value: Any, seen: tuple[int, ...] = ()) -> None:
         # What a draw of the last epoch left behind is no part of the data.
         attributes = {name: item for name, item in vars(value).items() if name not in ("epoch", "_drawn")}
         _add(digest, attributes, inside)
-        digest.update(_digest_of_methods(type(value)))
+        kind: Any = type(value)
+        digest.update(_digest_of_methods(kind))
     else:
         _add_pickled(digest, value)
 
 
 @cache
-def _digest_of_methods(kind: type) -> bytes:
+def _digest_of_methods(kind: Any) -> bytes:
     """Return a hash of the code of a class: a forward that was changed embeds otherwise."""
     digest = hashlib.sha256()
     members = [member for each in kind.__mro__ for member in vars(each).values()]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from glai_lightning.checks import UserValueError, expect_integer
+from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
 from glai_lightning.datamodules.arrays import as_tensor, check_finite, read_archive
 from glai_lightning.datamodules.images import ToTensor, read_image
 
@@ -23,7 +23,8 @@ class UnlabelledDataModule(pl.LightningDataModule):
 
     An ``.npz`` file holds rows as ``x``. A CSV file holds rows of numbers, with a header or without one, or a column of
     texts. Of a folder all images are read, those of its subfolders too, in the order of their names. Rows are flattened
-    for a module without a backbone, and standardised by the statistics that the module keeps of its fit.
+    for a module without a backbone, and standardised by the statistics that the module keeps of its fit. A batch of
+    rows or images is a tensor; a batch of texts is a list with the list of texts in it.
 
     Args:
         path: the file or folder.
@@ -35,6 +36,7 @@ class UnlabelledDataModule(pl.LightningDataModule):
         names: the name of each input: its row, from 0, or the path of its image below ``path``.
 
     Raises:
+        TypeError: if ``path`` is not a path, or ``batch_size`` not an integer.
         ValueError: if there is no such file, or an argument is out of its range; from ``setup``, if it cannot be read,
             or holds no inputs.
 
@@ -59,8 +61,10 @@ class UnlabelledDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         expect_integer("batch_size", batch_size, least=1)
+        if not isinstance(path, str | PathLike):
+            raise UserTypeError(f"Expected `path` to be a path, but got {path!r}.")
         self.path = Path(path)
-        if not self.path.exists():
+        if "\0" in str(path) or not self.path.exists():
             raise UserValueError(f"Expected `path` to be an existing file or folder, but got '{path}'.")
         self.transform = transform
         self.text_column = text_column
@@ -97,7 +101,8 @@ class UnlabelledDataModule(pl.LightningDataModule):
     def _batch(self, rows: slice) -> Any:
         inputs = self._inputs[rows]
         if not self.path.is_dir():
-            return inputs
+            # A list alone would pass for inputs and targets.
+            return inputs if isinstance(inputs, Tensor) else [inputs]
         images = map(ToTensor(self.transform), (read_image(self.path / name) for name in inputs))
         return torch.stack(list(images))
 

@@ -3,6 +3,9 @@ import os
 import subprocess
 import sys
 
+# Nothing is downloaded; read when the libraries of the hub are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 import torch
 from hypothesis import settings

@@ -161,6 +161,7 @@ WELL_FORMED = {
     "churn_history": lambda: [0.4, 0.1, 0.02],
     "arrays": lambda: {"x_train": ROWS, "y_train": CLASSES, "x_test": ROWS, "y_test": CLASSES},
     "name": lambda: "test_resnet",
+    "pretrained": lambda: False,
 }
 #: Parameters of the same name that mean something else.
 WELL_FORMED_HERE = {
@@ -174,7 +175,7 @@ WELL_FORMED_HERE = {
 def well_formed(called, name, parameter):
     """Return what makes a parameter's well-formed argument, ``None`` where the argument may be left out."""
     make = WELL_FORMED_HERE.get((called, name), WELL_FORMED.get(name))
-    needed = parameter.default is inspect.Parameter.empty or name == "arrays"
+    needed = parameter.default is inspect.Parameter.empty or name in ("arrays", "pretrained")
     return make if needed else None
 
 

@@ -21,6 +21,9 @@ Images = Tensor | Sequence[Any]
 class _ImageBackbone(NamedBackbone):
     """Preprocesses images, whatever their sizes, and embeds them."""
 
+    name: str
+    preprocessing: dict[str, Any]
+
     def __init__(self, name: str, pretrained: bool = True, weights: str | PathLike[str] | None = None) -> None:
         super().__init__()
         check_name(name)
@@ -50,7 +53,8 @@ class _ImageBackbone(NamedBackbone):
         transforms = _torchvision("transforms.functional", f"`{type(self).__name__}`")
         mode = transforms.InterpolationMode(self.preprocessing["interpolation"])
         resized = transforms.resize(images, self.preprocessing["resize"], interpolation=mode, antialias=True)
-        return transforms.center_crop(resized, self.preprocessing["size"])  # type: ignore[no-any-return]
+        cropped: Tensor = transforms.center_crop(resized, self.preprocessing["size"])
+        return cropped
 
     def _normalised(self, images: Tensor) -> Tensor:
         # torchvision's own looks at numbers, and cannot be exported for that.
@@ -66,7 +70,8 @@ class _ImageBackbone(NamedBackbone):
 
     def forward(self, images: Images) -> Tensor:
         """Embed images -> (batch, D)."""
-        return self.model(self.preprocess(images))  # type: ignore[no-any-return, operator]
+        embeddings: Tensor = self.model(self.preprocess(images))
+        return embeddings
 
     def preprocess(self, images: Images) -> Tensor:
         """Return images as the model is to be given them: resized, cropped at the centre, normalised; one batch."""
@@ -121,8 +126,8 @@ class TimmBackbone(_ImageBackbone):
         self.preprocessing = dict(preprocessing)
 
     def _classifier(self) -> Sequence[str]:
-        classifier = self.model.default_cfg.get("classifier", ())  # type: ignore[union-attr, operator]
-        return (classifier,) if isinstance(classifier, str) else classifier  # type: ignore[return-value]
+        classifier = self.model.default_cfg.get("classifier", ())
+        return (classifier,) if isinstance(classifier, str) else classifier
 
     def _prepare(self, images: Tensor) -> Tensor:
         scaled = images / 255 if images.dtype is torch.uint8 else images

@@ -13,9 +13,11 @@ class NamedBackbone(nn.Module):
     """A model of another library, which a checkpoint can describe and make again without that library's hub.
 
     Attributes:
+        model: the model of the other library.
         num_features: width D of the embeddings.
     """
 
+    model: Any
     num_features: int
 
     def description(self) -> dict[str, Any]:

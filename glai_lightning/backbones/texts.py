@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glai_lightning.backbones.named import NamedBackbone, check_name, sentence_for_the_hub
 from glai_lightning.checks import UserValueError, expect_choice, expect_integer
@@ -50,10 +50,10 @@ class TransformersBackbone(NamedBackbone):
             model, tokenizer, pooling, min(tokenizer.model_max_length, limit) if max_length is None else max_length
         )
 
-    def _set(self, model: nn.Module, tokenizer: Any, pooling: str, max_length: int) -> None:
+    def _set(self, model: Any, tokenizer: Any, pooling: str, max_length: int) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.pooling, self.max_length = pooling, max_length
-        self.num_features = model.config.hidden_size  # type: ignore[union-attr, assignment]
+        self.num_features = model.config.hidden_size
 
     def _make(self, files: Mapping[str, Tensor], pooling: str, max_length: int) -> None:  # type: ignore[override]
         transformers: Any = import_optional("transformers", needed_for="`TransformersBackbone`", extra="text")
@@ -65,14 +65,14 @@ class TransformersBackbone(NamedBackbone):
     def description(self) -> dict[str, Any]:
         """Return the configuration, the tokenizer's files and the pooling, in primitives and tensors of bytes."""
         with tempfile.TemporaryDirectory() as folder:
-            self.model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+            self.model.config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             return {"files": _files_in(Path(folder)), "pooling": self.pooling, "max_length": self.max_length}
 
     def forward(self, texts: Texts) -> Tensor:
         """Embed texts, a list of strings or what the tokenizer makes of it -> (batch, D)."""
         tokens = _tokens(texts, self.tokenize, self.model.device)
-        hidden: Tensor = self.model(**tokens).last_hidden_state  # type: ignore[operator]
+        hidden: Tensor = self.model(**tokens).last_hidden_state
         if self.pooling == "cls":
             return hidden[:, 0]
         mask: Tensor = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
@@ -80,9 +80,10 @@ class TransformersBackbone(NamedBackbone):
 
     def tokenize(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
         """Return tensors (batch, tokens) by name, padded to the longest text."""
-        return self.tokenizer(  # type: ignore[no-any-return]
+        tokens: Mapping[str, Tensor] = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         )
+        return tokens
 
 
 class SentenceTransformersBackbone(NamedBackbone):
@@ -126,19 +127,21 @@ class SentenceTransformersBackbone(NamedBackbone):
     def description(self) -> dict[str, Any]:
         """Return configurations and tokenizer, as tensors of the bytes of their files."""
         with tempfile.TemporaryDirectory() as folder:
-            self.model.save(folder, create_model_card=False)  # type: ignore[operator]
+            self.model.save(folder, create_model_card=False)
             return {"files": _files_in(Path(folder))}
 
     def forward(self, texts: Texts) -> Tensor:
         """Embed texts, a list of strings or what ``tokenize`` makes of it -> (batch, D)."""
         tokens = _tokens(texts, self.tokenize, self.model.device)
-        return self.model(dict(tokens))["sentence_embedding"]  # type: ignore[no-any-return, operator]
+        embeddings: Tensor = self.model(dict(tokens))["sentence_embedding"]
+        return embeddings
 
     def tokenize(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
         """Return tensors (batch, tokens) by name, padded to the longest text."""
         # Its newer name.
         tokenize = getattr(self.model, "preprocess", None) or self.model.tokenize
-        return tokenize(list(texts))  # type: ignore[no-any-return, operator]
+        tokens: Mapping[str, Tensor] = tokenize(list(texts))
+        return tokens
 
 
 def _tokens(texts: Texts, tokenize: Any, device: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from glai_lightning.checks import UserValueError
 _WIDTH = 80
 
 _COMMANDS = {
+    "demo": "fit the same head twice, never frozen and frozen and solved: half a minute",
     "fit": "fit a module, freeze its head, test the best checkpoint, print a table",
     "test": "test a checkpoint: glai test --ckpt_path CKPT",
     "validate": "validate a checkpoint",

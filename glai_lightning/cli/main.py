@@ -1,4 +1,4 @@
-"""The ``glai`` command: fits, validates, tests, predicts and compares from YAML, and lists and copies recipes."""
+"""The ``glai`` command: fits, validates, tests, predicts and compares from YAML, shows a demo, and copies recipes."""
 
 import argparse
 import errno
@@ -82,6 +82,10 @@ def _run(arguments: list[str]) -> int:
         _recipes(arguments[1:])
         return 0
     # Lightning takes seconds to import.
+    if command == "demo":
+        from glai_lightning.cli.demo import run_demo
+
+        return run_demo(arguments[1:])
     if command == "compare":
         from glai_lightning.cli.compare import run_comparison
 

@@ -40,6 +40,7 @@ from glai_lightning.fitting.misconfiguration import UserMisconfigurationError, a
 from glai_lightning.fitting.solving import Solver
 from glai_lightning.fitting.step_reading import StepReader, isolated_step
 from glai_lightning.modules.head_module import has_test
+from glai_lightning.optional import import_optional
 from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 RUNS_FILE = "runs.jsonl"
@@ -122,6 +123,8 @@ def compare(
         >>> [(run.variant, run.seed) for run in comparison.runs]
         [('mlp', 0), ('output+solve', 0)]
     """
+    for library in ("matplotlib", "scipy"):
+        import_optional(library, needed_for="`glai compare`", extra="compare")
     chosen = find_variants(variants)
     with as_misconfiguration():
         expect_integer("seeds", seeds, least=1)

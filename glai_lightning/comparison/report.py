@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from glai_lightning.checks import UserTypeError
 from glai_lightning.comparison.runs import Run
 from glai_lightning.comparison.statistics import Speedup
 from glai_lightning.comparison.variants import REFERENCE, find_variant
@@ -25,6 +26,7 @@ def text_report(comparison: Comparison) -> str:
     Returns:
         Lines: the verdict, three tables, and notes on what their words mean.
     """
+    _check_comparison(comparison)
     blocks = [comparison.verdict.sentence, *_rivals(comparison), _heading(comparison)]
     return "\n\n".join([*blocks, *map(_as_text, _tables(comparison)), "\n".join(_notes(comparison))])
 
@@ -39,12 +41,18 @@ def markdown_report(comparison: Comparison, plots: Sequence[Path] = ()) -> str:
     Returns:
         The text of ``comparison.md``.
     """
+    _check_comparison(comparison)
     blocks = ["# Comparison", f"**{comparison.verdict.sentence}**", *_rivals(comparison), _heading(comparison)]
     blocks += map(_as_markdown, _tables(comparison))
     blocks.append("\n".join(f"- {note}" for note in _notes(comparison)))
     blocks += [f"![{plot.stem.replace('_', ' ')}]({plot.name})" for plot in plots]
     machine = ", ".join(f"{name} {value}" for name, value in comparison.machine.items())
     return "\n\n".join([*blocks, f"Machine: {machine}."]) + "\n"
+
+
+def _check_comparison(comparison: object) -> None:
+    if not isinstance(comparison, Comparison):
+        raise UserTypeError(f"Expected `comparison` to be a `Comparison`, but got `{type(comparison).__name__}`.")
 
 
 def _rivals(comparison: Comparison) -> list[str]:

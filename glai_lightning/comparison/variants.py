@@ -97,6 +97,8 @@ def find_variants(names: str | Sequence[str]) -> list[Variant]:
         >>> [variant.name for variant in find_variants("mlp,output+solve")]
         ['mlp', 'output+solve']
     """
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise UserMisconfigurationError(f"Expected `variants` to be names of variants, but got {names!r}.")
     listed = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
     known = ", ".join(map(repr, VARIANTS))
     for name in listed:

@@ -52,7 +52,8 @@ class HeadPass:
         weights: list[Tensor | None] = []
         for batch in self._batches():
             if rows is None:
-                rows = _Rows(len(batch.inputs) * self._num_batches)
+                most = INPUTS_IN_MEMORY // max(1, batch.inputs[:1].nbytes)
+                rows = _Rows(min(len(batch.inputs) * self._num_batches, most))
             rows.add(batch.inputs)
             targets.append(batch.targets)
             weights.append(batch.weights)

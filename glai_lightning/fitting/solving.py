@@ -216,8 +216,9 @@ class HeadSolve:
 
         Each process of the fit reads its own part of the data; all of them must call this together.
 
-        What is held: one number for each feature and sample (inputs of the head, and path activations beside them), the
-        targets, and what one batch takes.
+        For N samples, D inputs and F path activations N (D + F) numbers are held, the targets, and 4,096 rows of what
+        is computed on the way. Where the inputs take more than ``INPUTS_IN_MEMORY`` bytes, nothing is held, and every
+        pass of the solve reads the loader again.
 
         Args:
             trainer: the Trainer of the fit.

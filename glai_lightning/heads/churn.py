@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glai_lightning.checks import UserTypeError, UserValueError
+from glai_lightning.checks import UserTypeError, UserValueError, expect_integer, expect_number
 from glai_lightning.heads.layout import HeadLayout, in_mode
 from glai_lightning.heads.patterns import apply_leading, hidden_units, layout_of, patterns_of
 
@@ -32,6 +32,9 @@ def pattern_churn(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
         >>> pattern_churn([torch.tensor([[True, False]])], [torch.tensor([[True, True]])])
         tensor(0.5000)
     """
+    for name, patterns in (("before", before), ("after", after)):
+        if not isinstance(patterns, Sequence) or isinstance(patterns, str | bytes):
+            raise UserTypeError(f"Expected `{name}` to be a list of patterns, but got {_describe(patterns)}.")
     for pattern in (*before, *after):
         if not isinstance(pattern, Tensor) or pattern.dtype is not torch.bool:
             raise UserTypeError(f"Expected patterns to be bool tensors, but got {_describe(pattern)}.")
@@ -82,12 +85,22 @@ def structure_settled(
     Returns:
         Whether the last ``patience`` checks passed.
 
+    Raises:
+        TypeError: if the history is not a sequence of numbers, or another argument not a number.
+        ValueError: if an argument is out of its range.
+
     Example:
         >>> structure_settled([0.24, 0.058])
         True
         >>> structure_settled([0.005])
         False
     """
+    numbers = isinstance(churn_history, Sequence) and not isinstance(churn_history, str | bytes)
+    if not numbers or not all(isinstance(churn, int | float) for churn in churn_history):
+        raise UserTypeError(f"Expected `churn_history` to be a list of numbers, but got {churn_history!r}.")
+    expect_number("churn_tolerance", churn_tolerance, low=0.0, high=1.0)
+    expect_number("relative_tolerance", relative_tolerance, low=0.0, high=1.0, above=True)
+    expect_integer("patience", patience, least=1)
     if len(churn_history) < patience:
         return False
     for check in range(len(churn_history) - patience, len(churn_history)):
@@ -110,7 +123,8 @@ class ChurnProbe:
         probe_size: number of inputs to compare on, at least 1.
 
     Raises:
-        ValueError: if ``head`` is not an MLP of piecewise-linear layers.
+        TypeError: if ``head`` is not a module, or ``probe_size`` not an integer.
+        ValueError: if ``head`` is not an MLP of piecewise-linear layers, or ``probe_size`` is below 1.
 
     Example:
         >>> import torch
@@ -125,6 +139,7 @@ class ChurnProbe:
     """
 
     def __init__(self, head: nn.Module, probe_size: int = 1024) -> None:
+        expect_integer("probe_size", probe_size, least=1)
         self.head = head
         self.probe_size = probe_size
         self._names = layout_of(head).names

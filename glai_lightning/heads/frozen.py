@@ -254,6 +254,7 @@ def unfreeze_in_place(head: nn.Module, weights: Mapping[str, Tensor] | None = No
         ``head``.
 
     Raises:
+        TypeError: if ``head`` is not a module, or ``weights`` not a mapping.
         ValueError: if the paths are not 'output' and no weights are given: no MLP equals them once they are trained.
 
     Example:
@@ -262,6 +263,9 @@ def unfreeze_in_place(head: nn.Module, weights: Mapping[str, Tensor] | None = No
         >>> type(unfreeze_in_place(freeze_in_place(head, paths="tangent"), before)).__name__
         'Sequential'
     """
+    for name, given, kind in (("head", head, nn.Module), ("weights", weights, Mapping)):
+        if not isinstance(given, kind) and not (name == "weights" and given is None):
+            raise UserTypeError(f"Expected `{name}` to be a `{kind.__name__}`, but got `{type(given).__name__}`.")
     record = find_record(head)
     if record is None:
         return head

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from glai_lightning.checks import UserValueError
+from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
 from glai_lightning.heads.frozen import GLAIHead
+from glai_lightning.heads.patterns import check_inputs
 
 
 def output_layers(head: GLAIHead) -> nn.Sequential:
@@ -18,6 +19,7 @@ def output_layers(head: GLAIHead) -> nn.Sequential:
         with them.
 
     Raises:
+        TypeError: if ``head`` is not a frozen head.
         ValueError: if the paths are not 'output'.
 
     Example:
@@ -26,6 +28,7 @@ def output_layers(head: GLAIHead) -> nn.Sequential:
         >>> torch.equal(output_layers(head)(head.path_activations(x)), head(x))
         True
     """
+    _check_frozen(head)
     if head.paths != "output":
         raise UserValueError(f"Expected `paths` to be 'output' to train on path activations, but got {head.paths!r}.")
     return nn.Sequential(head.layout.output, *head.layout.trailing)
@@ -43,14 +46,27 @@ def cache_path_activations(head: GLAIHead, inputs: Tensor, *, rows: int = 4096) 
     Returns:
         Path activations (..., F), on the device of the inputs.
 
+    Raises:
+        TypeError: if ``head`` is not a frozen head, ``inputs`` not a floating-point tensor, or ``rows`` not an integer.
+        ValueError: if the inputs have another width, or ``rows`` is below 1.
+
     Example:
         >>> from glai_lightning import freeze_structure, mlp_head
         >>> cache_path_activations(freeze_structure(mlp_head(4, 8, 3)), torch.randn(2, 5, 4)).shape
         torch.Size([2, 5, 8])
     """
+    _check_frozen(head)
+    check_inputs("inputs", inputs, head.layout)
+    expect_integer("rows", rows, least=1)
     weight = head.layout.output.weight
     parts = [
         head.path_activations(part.to(weight.device, weight.dtype)).to(inputs.device)
         for part in torch.split(inputs.reshape(-1, inputs.shape[-1]), rows)
     ]
-    return torch.cat(parts).view(*inputs.shape[:-1], -1)
+    features = torch.cat(parts)
+    return features.view(*inputs.shape[:-1], features.shape[-1])
+
+
+def _check_frozen(head: object) -> None:
+    if not isinstance(head, GLAIHead):
+        raise UserTypeError(f"Expected `head` to be a head that is frozen, but got `{type(head).__name__}`.")

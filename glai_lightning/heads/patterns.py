@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glai_lightning.checks import UserValueError
+from glai_lightning.checks import UserTypeError, UserValueError
 from glai_lightning.heads.layout import HeadLayout, HiddenLayer, in_mode, read_head
 from glai_lightning.heads.record import find_record
 
@@ -156,7 +156,8 @@ def activation_patterns(head: nn.Module, x: Tensor) -> list[Tensor]:
         One bool tensor of shape (batch, width) for each hidden layer.
 
     Raises:
-        ValueError: if ``head`` is not an MLP of piecewise-linear layers.
+        TypeError: if ``head`` is not a module, or ``x`` not a floating-point tensor.
+        ValueError: if ``head`` is not an MLP of piecewise-linear layers, or ``x`` has another width.
 
     Example:
         >>> import torch
@@ -169,8 +170,24 @@ def activation_patterns(head: nn.Module, x: Tensor) -> list[Tensor]:
         [tensor([[ True, False, False]])]
     """
     layout = layout_of(head)
+    check_inputs("x", x, layout)
     with torch.no_grad(), in_mode(layout.leading, training=False):
         return patterns_of(hidden_units(layout), apply_leading(layout, x))
+
+
+def check_inputs(name: str, x: object, layout: HeadLayout) -> None:
+    """Check that an argument holds inputs of a head.
+
+    Raises:
+        TypeError: if it is not a floating-point tensor.
+        ValueError: if its inputs have another width.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"`{type(x).__name__}`"
+        raise UserTypeError(f"Expected `{name}` to be a floating-point tensor, but got {got}.")
+    width = layout.widths[0]
+    if not layout.leading and (x.ndim < 1 or x.shape[-1] != width):
+        raise UserValueError(f"Expected `{name}` to be of shape (..., {width}), but got {tuple(x.shape)}.")
 
 
 def layout_of(head: nn.Module) -> HeadLayout:

@@ -41,7 +41,8 @@ class FreezeRecord:
 
 def find_record(head: nn.Module) -> FreezeRecord | None:
     """Return the record of a frozen head, ``None`` for any other module."""
-    record = head.__dict__.get(_ATTRIBUTE)
+    # Whatever a user takes for a head is asked.
+    record = getattr(head, "__dict__", {}).get(_ATTRIBUTE)
     return record if isinstance(record, FreezeRecord) else None
 
 

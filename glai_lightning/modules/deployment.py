@@ -53,7 +53,7 @@ class Deployed(nn.Module):
         return outputs
 
 
-def deployed(module: Any) -> nn.Module:
+def deployed(module: Any) -> Deployed:
     """Return a ``HeadModule`` as it is used once it is trained, see ``HeadModule.deployed``."""
     if module.inputs_standardised and module.backbone is not None:
         raise UserValueError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_choice
 from glai_lightning.heads.frozen import GLAIHead
-from glai_lightning.modules.deployment import deployed
+from glai_lightning.modules.deployment import Deployed, deployed
 from glai_lightning.modules.description import describe
 from glai_lightning.modules.standardise import Standardise
 from glai_lightning.optional import import_optional
@@ -140,7 +140,7 @@ def export_onnx(module: Any, path: Any, example: Any = None, **options: Any) -> 
     return _traced(lambda: torch.onnx.export(model, inputs, path, **{**defaults, **options}))
 
 
-def _traceable(module: Any, example: Any) -> tuple[nn.Module, tuple[Tensor, ...], Any]:
+def _traceable(module: Any, example: Any) -> tuple[Deployed, tuple[Tensor, ...], Any]:
     """Return a copy of the deployed module, in eval mode on the CPU, a batch for it, and which sizes may differ."""
     model = copy.deepcopy(deployed(module)).cpu().eval()
     head = model.head

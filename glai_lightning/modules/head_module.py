@@ -253,18 +253,18 @@ class HeadModule(LightningModule):
         """
         return deployed(self)
 
-    def to_onnx(self, file_path: Any, input_sample: Any = None, **options: Any) -> Any:
+    def to_onnx(self, file_path: Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
         """Write the deployed module as ONNX, for any batch size.
 
         Args:
-            file_path: the file.
+            file_path: the file; without one the program is only returned.
             input_sample: a batch of inputs as they come; made up for rows, and for backbones of this package.
-            **options: for ``torch.onnx.export``.
+            **kwargs: for ``torch.onnx.export``.
 
         Raises:
             ValueError: if a sample is needed, or the module cannot be exported.
         """
-        return export_onnx(self, file_path, input_sample, **options)
+        return export_onnx(self, file_path, input_sample, **kwargs)
 
     def on_fit_start(self) -> None:
         """Freeze the head again, where the fit resumes from after the freeze without the callback."""

@@ -44,7 +44,8 @@ class ScoredModule(HeadModule):
         measured = self.measure(batch)
         metrics: nn.ModuleDict = getattr(self, f"{stage}_metrics")
         for name, metric in metrics.items():
+            assert isinstance(metric, Metric)
             metric.update(*(part.detach() if isinstance(part, Tensor) else part for part in measured[name]))
-            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=stage != "train")  # type: ignore[arg-type]
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=stage != "train")
         loss: Tensor = measured["loss"][0]
         return loss

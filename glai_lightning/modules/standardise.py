@@ -83,7 +83,7 @@ class Standardise(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Standardise":
         kept = [self.mean, self.scale]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.mean, self.scale = (old.to(now.device) for old, now in zip(kept, (self.mean, self.scale), strict=True))
         return self
 

@@ -1,6 +1,6 @@
 """SupervisedModule: classification and regression with a head on embeddings."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -177,7 +177,7 @@ class SupervisedModule(ScoredModule):
         return Predictions(labels, probabilities)
 
 
-def _are_names(names: object, most: int) -> bool:
+def _are_names(names: object, most: int) -> TypeGuard[list[str]]:
     return isinstance(names, list) and len(names) <= most and all(isinstance(name, str) for name in names)
 
 

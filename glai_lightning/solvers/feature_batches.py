@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -174,7 +174,7 @@ def as_tensors(data: Data) -> tuple[Tensor | Batches, Tensor | None, Tensor | No
     if isinstance(data, tuple | list) and len(data) in (2, 3) and isinstance(data[0], Tensor):
         features, targets, weights = (*data, None)[:3]
         return features, targets, weights
-    return data, None, None
+    return cast(Batches, data), None, None
 
 
 class SystematicSample:

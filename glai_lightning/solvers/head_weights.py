@@ -80,6 +80,10 @@ class HeadSolver(ABC):
         """Fit a linear model over fixed features (N, F), from a weight (C, F) and a bias (C,) on."""
 
 
+#: Rows whose path activations are computed at a time, so that what is computed on the way takes little memory.
+_ROWS_AT_A_TIME = 4096
+
+
 class LinearPathWeights:
     """A head's path weights as one matrix (C, F) and a bias (C,), over its path activations (N, F).
 
@@ -140,9 +144,20 @@ class LinearPathWeights:
         read = FeatureBatches(inputs, targets, sample_weights, transform=self._activations)
         if isinstance(inputs, Tensor):
             outputs = len(self._parameters[0])
-            batches = as_batches(self._activations(inputs), targets, sample_weights, outputs=outputs)
+            batches = as_batches(self._held_activations(inputs), targets, sample_weights, outputs=outputs)
             return replace(batches, keys=inputs)
         return read
+
+    def _held_activations(self, inputs: Tensor) -> Tensor:
+        """Return the path activations of all inputs, made of a few rows at a time in memory that is reserved once."""
+        first, *others = inputs.split(_ROWS_AT_A_TIME)
+        activations = self._activations(first)
+        if not others:
+            return activations
+        held = activations.new_empty(len(inputs), activations.shape[1])
+        for rows, part in zip(held.split(_ROWS_AT_A_TIME), (first, *others), strict=True):
+            rows.copy_(self._activations(part))
+        return held
 
     def _activations(self, inputs: Tensor) -> Tensor:
         layout = layout_of(self._head)

@@ -1,5 +1,6 @@
 """Preconditioned L-BFGS: minimises a smooth convex function, one evaluation of loss and gradient a step."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ class LBFGS:
 
     def gradient_norm(self) -> float:
         """Return the norm of the gradient in the metric of the preconditioner, whatever the scale of each weight."""
-        return max(_dot(self.point.gradient, self._preconditioner(self.point.gradient)), 0.0) ** 0.5
+        return math.sqrt(max(_dot(self.point.gradient, self._preconditioner(self.point.gradient)), 0.0))
 
     def step(self, max_evaluations: int) -> bool:
         """Go one step along the quasi-Newton direction, as far as the loss falls.

@@ -186,7 +186,8 @@ class LogisticSolver(HeadSolver):
         strengths = check_strengths(self.l2) or _default_path(sampled, chosen_by_validation=held_out is not None)
         stopping = Stopping(self.max_passes, self.tolerance, self.patience)
         method: Literal["quasi_newton", "minibatch"] = "quasi_newton"
-        if _minibatches_are_worth_it(mean_loss.samples, *model.start.shape, len(sampled), self.max_passes):
+        outputs, width = len(model.start), model.num_features
+        if _minibatches_are_worth_it(mean_loss.samples, outputs, width, len(sampled), self.max_passes):
             method = "minibatch"
             adam = AveragedAdam(mean_loss, sampled)
             reason = follow_averages(mean_loss, adam, strengths, candidates, stopping)

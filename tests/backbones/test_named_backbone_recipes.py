@@ -1,5 +1,6 @@
 """The recipes with backbones by name, on tiny data and backbones of random weights: nothing is downloaded."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,11 @@ def write_images(folder):
             Image.fromarray(pixels).save(folder / name / f"{image}.png")
 
 
+def read_predictions():
+    with Path("predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def table_of(recipe, capsys, *arguments):
     assert main(["fit", "--config", str(RECIPES / f"{recipe}.yaml"), *QUIET, *arguments]) == 0
     return capsys.readouterr().out.split("Fit report")[1]
@@ -37,9 +43,14 @@ def test_the_images_recipe_freezes_its_head_and_is_tested(capsys):
     write_images(Path("my_images/train"))
     small = ["--model.backbone.name=test_resnet", "--model.backbone.pretrained=false", "--model.head.in_features=96"]
     table = table_of("images", capsys, *small, "--data.num_workers=0", "--trainer.max_epochs=10")
-    assert "frozen at the start of epoch" in table
+    assert "structure  " in table
     assert "(best.ckpt)" in table
     assert Path("runs/images/version_0/structure_churn.png").exists()
+    assert main(["predict", "--ckpt_path=best", "--data=my_images/train"]) == 0
+    predicted = read_predictions()
+    assert [row["file"] for row in predicted][:2] == ["bright/0.png", "bright/1.png"]
+    assert len(predicted) == 20
+    assert {row["label"] for row in predicted} <= {"0", "1", "bright", "dark"}
 
 
 @pytest.mark.parametrize("backbone", ["SentenceTransformersBackbone", "TransformersBackbone"])
@@ -51,6 +62,9 @@ def test_the_texts_recipe_freezes_its_head_and_is_tested(backbone, tmp_path, cap
     Path("my_texts.csv").write_text("\n".join(["text,label", *sentences]))
     small = [f"--model.backbone=glai_lightning.backbones.{backbone}", f"--model.backbone.name={encoder}"]
     table = table_of("texts", capsys, *small, "--model.head.in_features=16")
-    assert "frozen at the start of epoch" in table
+    assert "structure  " in table
     assert "(best.ckpt)" in table
     assert Path("runs/texts/version_0/structure_churn.png").exists()
+    Path("unlabelled.csv").write_text("text\na good film .\n")
+    assert main(["predict", "--ckpt_path=best", "--data=unlabelled.csv"]) == 0
+    assert len(read_predictions()) == 1

@@ -174,6 +174,22 @@ def test_the_score_plot_marks_the_solve_after_the_freeze():
     assert set(solve.get_xdata()) == {11.75}
 
 
+def test_the_score_plot_of_two_fits_holds_both_and_shades_no_longer_than_the_frozen_one_took():
+    epochs = [epoch(n, 0.7) for n in range(9)]
+    (axes,) = score_figure(solved(), never_frozen=make_record(epochs=epochs, frozen=False)).axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert [label for label in labels if "best" not in label] == [
+        "never frozen",
+        "frozen",
+        "structure frozen",
+        "solved",
+    ]
+    assert axes.get_xlim()[1] > max(axes.lines[0].get_xdata()) == epochs[-1].seconds
+    (shade,) = axes.patches
+    assert shade.get_x() == 11.0
+    assert shade.get_x() + shade.get_width() == solved().epochs[-1].seconds
+
+
 def test_the_churn_plot_ends_where_churn_does():
     epochs = [epoch(0, 0.8, 0.2), epoch(1, 0.85, 0.04), *(epoch(n, 0.9, frozen=True) for n in range(2, 40))]
     (axes,) = churn_figure(make_record(epochs=epochs)).axes
@@ -401,6 +417,14 @@ def test_plots_lie_beside_the_logs_and_in_tensorboard(tmp_path):
     with (tmp_path / "run" / "metrics.csv").open() as file:
         epochs = [row["epoch"] for row in csv.DictReader(file) if row["structure/churn"]]
     assert epochs == ["0", "1", "2", "3"]
+
+
+def test_a_fit_without_matplotlib_has_its_table_and_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fit_reported(logger=CSVLogger(tmp_path, name="", version=""))
+    table = unwrapped(capsys.readouterr().out)
+    assert "frozen after 2 epochs" in table
+    assert "pip install 'glai-lightning[report]'" in table
 
 
 @pytest.mark.processes

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 
 import pytest
 import torch
@@ -372,6 +373,14 @@ def test_several_callbacks_that_freeze_leave_no_rule(tmp_path):
     make = Made(lambda: StructureFreezeCallback("another_head", solver=None, min_steps=0))
     with pytest.raises(MisconfigurationException, match="Expected one `StructureFreezeCallback` at most"):
         run(tmp_path, make)
+
+
+@pytest.mark.parametrize("library", ["matplotlib", "scipy"])
+def test_a_library_that_is_not_installed_is_named_before_anything_is_measured(tmp_path, library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"Expected `{library}` to be installed .*glai-lightning\[compare\]"):
+        run(tmp_path)
+    assert not (tmp_path / "comparison").exists()
 
 
 def test_several_processes_are_refused(tmp_path):

@@ -22,7 +22,7 @@ def test_rows_come_in_their_order_and_are_named_by_number(tmp_path):
 def test_texts_are_read_by_the_name_of_their_column(tmp_path):
     (tmp_path / "texts.csv").write_text('id,review\n7,good\n8,"bad, really"\n9,fine\n')
     data, found = batches(tmp_path / "texts.csv", text_column="review")
-    assert found == [["good", "bad, really"], ["fine"]]
+    assert found == [[["good", "bad, really"]], [["fine"]]]
     assert data.num_features is None
 
 

@@ -1,0 +1,144 @@
+"""The bare line on supervised sets: ``StructureFreezeCallback("head")`` against early stopping, in ``Trainer.fit``.
+
+Both sides have the same module, data, batches, seeds and optimizer (AdamW, rate 1e-3, batch size 128, 512 hidden
+units). The MLP trains under early stopping (validation accuracy, patience 3), and its best epoch is kept. The other
+side gets the bare callback, with its defaults. Time is CPU seconds of the whole fit, validation included. The sets are
+those of a folder (``--data``), and sets that scikit-learn makes or ships.
+
+    python benchmarks/one_line.py --data DATA --seeds 5
+"""
+
+import argparse
+import csv
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from measuring import RESULTS, machine
+from sklearn import datasets
+
+from glai_lightning import SupervisedModule, mlp_head
+from glai_lightning.callbacks import StructureFreezeCallback
+from glai_lightning.datamodules import FeaturesDataModule
+
+HIDDEN, MAX_EPOCHS = 512, 60
+Arrays = dict[str, np.ndarray]
+
+
+def split(x: np.ndarray, y: np.ndarray) -> Arrays:
+    """Return a fifth of the rows as the test split, chosen at random once and for all."""
+    order = np.random.RandomState(0).permutation(len(x))
+    train, test = np.split(order, [len(x) * 4 // 5])
+    x, y = x.astype(np.float32), y.astype(np.int64)
+    return {"x_train": x[train], "y_train": y[train], "x_test": x[test], "y_test": y[test]}
+
+
+def stored(path: Path) -> Arrays:
+    """Return the arrays of a file, images as rows."""
+    with np.load(path) as file:
+        arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
+    rows = {key: arrays[key].reshape(len(arrays[key]), -1).astype(np.float32) for key in ("x_train", "x_test")}
+    return {**arrays, **rows}
+
+
+def hastie() -> tuple[np.ndarray, np.ndarray]:
+    """Return the two classes of Hastie et al. 2009, example 10.2."""
+    x, y = datasets.make_hastie_10_2(12_000, random_state=4)
+    return x, y > 0
+
+
+MADE: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
+    "clusters of 7 classes": lambda: datasets.make_classification(
+        40_000, 50, n_informative=30, n_redundant=10, n_classes=7, n_clusters_per_class=4, random_state=0
+    ),
+    "clusters of 2 classes": lambda: datasets.make_classification(
+        20_000, 20, n_informative=10, n_classes=2, n_clusters_per_class=8, flip_y=0.05, random_state=1
+    ),
+    "clusters of 20 classes": lambda: datasets.make_classification(
+        15_000, 40, n_informative=20, n_classes=20, n_clusters_per_class=2, random_state=2
+    ),
+    "shells of 5 classes": lambda: datasets.make_gaussian_quantiles(
+        n_samples=15_000, n_features=10, n_classes=5, random_state=3
+    ),
+    "hastie": hastie,
+    "digits": lambda: datasets.load_digits(return_X_y=True),
+}
+STORED = ("clinc150_minilm", "cifar10_resnet_features", "fashion_mnist", "letter")
+
+
+def fit(arrays: Arrays, seed: int, *, freezes: bool) -> dict[str, float | int]:
+    """Fit one side, and return its test accuracy and what it took."""
+    seed_everything(seed, verbose=False)
+    data: LightningDataModule = FeaturesDataModule(arrays=arrays, batch_size=128, seed=seed, standardise=True)
+    data.setup("fit")
+    classes = int(arrays["y_train"].max()) + 1
+    module = SupervisedModule(mlp_head(arrays["x_train"].shape[1], HIDDEN, classes))
+    with tempfile.TemporaryDirectory() as folder:
+        best = ModelCheckpoint(folder, monitor="val/accuracy", mode="max")
+        freeze = StructureFreezeCallback("head", verbose=False)
+        stop = EarlyStopping("val/accuracy", mode="max", patience=3)
+        trainer = Trainer(
+            max_epochs=MAX_EPOCHS,
+            callbacks=[best, freeze] if freezes else [best, stop],
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        began, began_cpu = time.perf_counter(), time.process_time()
+        trainer.fit(module, datamodule=data)
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
+        (scores,) = trainer.test(module, datamodule=data, ckpt_path=best.best_model_path, verbose=False)
+    return {
+        "epochs": trainer.current_epoch,
+        "frozen_at": (-1 if freeze.freeze_epoch is None else freeze.freeze_epoch) if freezes else -1,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "val": float(best.best_model_score or 0.0),
+        "test": scores["test/accuracy"],
+    }
+
+
+def main() -> None:
+    """Run all sets and seeds, both sides in turn, and write a CSV."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="folder with the sets of the design, as .npz files")
+    parser.add_argument("--sets", nargs="+", help="names of sets; by default all")
+    parser.add_argument("--seeds", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    makers: dict[str, Callable[[], Arrays]] = {name: lambda make=make: split(*make()) for name, make in MADE.items()}
+    if arguments.data is not None:
+        makers |= {name: lambda name=name: stored(arguments.data / f"{name}.npz") for name in STORED}
+    chosen = arguments.sets or list(makers)
+    path = RESULTS / f"one_line_{machine()}.csv"
+    ratios, means = [], []
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["set", "seed", "side", "epochs", "frozen_at", "seconds", "cpu_seconds", "val", "test"])
+        for name in chosen:
+            arrays, times, differences = makers[name](), [], []
+            for seed in range(arguments.seeds):
+                order = (False, True) if seed % 2 else (True, False)
+                sides = {freezes: fit(arrays, seed, freezes=freezes) for freezes in order}
+                for freezes, side in sides.items():
+                    kind = "freeze and solve" if freezes else "early stopping"
+                    writer.writerow([name, seed, kind, *(f"{v:.6g}" for v in side.values())])
+                file.flush()
+                times.append(sides[False]["cpu_seconds"] / sides[True]["cpu_seconds"])
+                differences.append(100.0 * (sides[True]["test"] - sides[False]["test"]))
+            ratio, mean = float(np.exp(np.mean(np.log(times)))), float(np.mean(differences))
+            ratios.append(ratio)
+            means.append(mean)
+            error = float(np.std(differences, ddof=1) / np.sqrt(len(differences))) if len(differences) > 1 else 0.0
+            print(f"{name:<26}{ratio:6.2f} times {mean:+7.2f} points (standard error {error:.2f})", flush=True)
+    print(f"{'all':<26}{np.exp(np.mean(np.log(ratios))):6.2f} times {np.mean(means):+7.2f} points")
+
+
+if __name__ == "__main__":
+    main()
