@@ -58,7 +58,7 @@ def deployed(module: Any) -> Deployed:
     known = module.backbone is None and module.standardise is not None and module.standardise.is_set
     if module.inputs_standardised and not known:
         raise UserValueError(
-            "Expected inputs to be used as they come, but the data module of the fit standardised them, and this module "
+            "Expected inputs to be used as they come, but the data module of the fit standardised them, and the module "
             "does not keep how: call the module itself, on inputs that were standardised likewise."
         )
     if module.backbone is None:
