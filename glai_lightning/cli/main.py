@@ -113,7 +113,7 @@ def _recipes(arguments: list[str]) -> None:
 def _demo(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "glai demo",
-        description="Fit a head on a table of letters twice, with the same data, seed and optimizer: never frozen, with "
+        description="Fit a head on a table of letters twice, with the same data, seed and optimizer: never frozen with "
         "early stopping, and with StructureFreezeCallback. Print both, and draw them.",
     )
     parser.add_argument("--to", type=Path, default=Path("runs/demo"), help="folder for the plot (default: runs/demo)")
