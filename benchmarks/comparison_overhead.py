@@ -17,7 +17,7 @@ from measuring import interleave, median_cpu, median_ratio, quiet_trainer, save_
 
 from glai_lightning import SupervisedModule, mlp_head
 from glai_lightning.comparison.runs import Recorder
-from glai_lightning.comparison.statistics import ratio_interval
+from glai_lightning.comparison.statistics import speedup
 from glai_lightning.datamodules import DigitsDataModule
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     times = interleave({"plain": fit, "recorded": recorded}, arguments.repeats, warmups=1)
     counted = counted[1:]
     pairs = zip(times["recorded"], times["plain"], strict=True)
-    overhead = ratio_interval([recorded.cpu / plain.cpu for recorded, plain in pairs])
+    overhead = speedup([recorded.cpu / plain.cpu for recorded, plain in pairs])
     on_the_clock = statistics.median(
         finished / plain.cpu for (finished, _), plain in zip(counted, times["plain"], strict=True)
     )

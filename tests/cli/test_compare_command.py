@@ -138,13 +138,6 @@ def test_arguments_that_cannot_be_parsed_end_with_2(capsys):
     assert "seeds" in capsys.readouterr().err
 
 
-def test_help_says_what_the_exit_codes_mean(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["compare", "--help"])
-    assert stop.value.code == 0
-    assert "0 faster, 3 no difference, 4 slower" in " ".join(capsys.readouterr().out.split())
-
-
 def test_an_interrupt_from_the_keyboard_keeps_finished_runs_and_says_how_to_go_on():
     glai = os.path.join(os.path.dirname(sys.executable), "glai")
     command = [glai, "compare", "--config", RECIPE, *TINY, "--variants=mlp,output", "--seeds=50"]
