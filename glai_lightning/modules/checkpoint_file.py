@@ -80,15 +80,12 @@ def check_checkpoint(path: str | PathLike[str]) -> None:
             )
 
 
-def described_modules(
-    path: str | PathLike[str], names: Collection[str], *, weights_only: bool = True
-) -> dict[str, nn.Module | None]:
+def described_modules(path: str | PathLike[str], names: Collection[str]) -> dict[str, nn.Module | None]:
     """Make the head and the backbone that a checkpoint describes.
 
     Args:
         path: a local file that ``check_checkpoint`` has checked.
         names: which of the two are needed.
-        weights_only: ``False`` executes what the file holds.
 
     Returns:
         The modules by name, with weights of their own; no ``backbone`` where there was none.
@@ -96,7 +93,7 @@ def described_modules(
     Raises:
         ValueError: if one of them is not described, or takes more memory than its weights in the file.
     """
-    checkpoint: Any = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+    checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     described = checkpoint.get(DESCRIPTION, {})
     numbers = sum(entry.numel() for entry in checkpoint["state_dict"].values() if isinstance(entry, Tensor))
     modules: dict[str, nn.Module | None] = {}

@@ -189,11 +189,10 @@ class HeadModule(LightningModule):
         """
         weights_only = weights_only is None or weights_only
         local = isinstance(checkpoint_path, str | PathLike) and os.path.isfile(checkpoint_path)
-        if weights_only and local:
-            check_checkpoint(checkpoint_path)
         needed = ({"head", "backbone"} & inspect.signature(cls).parameters.keys()) - arguments.keys()
-        if local and needed:
-            arguments |= described_modules(checkpoint_path, needed, weights_only=weights_only)
+        if local and (weights_only or "head" in needed):
+            check_checkpoint(checkpoint_path)
+            arguments |= described_modules(checkpoint_path, needed)
         return super().load_from_checkpoint(
             checkpoint_path, map_location, hparams_file, strict, weights_only=weights_only, **arguments
         )
