@@ -310,7 +310,8 @@ class HeadWatch:
         """
         check_state(state, _STATE, f"the head at {name!r}")
         history: list[Any] = state["churn_history"]  # type: ignore[index]
-        check_state(dict(enumerate(history)), dict.fromkeys(range(len(history)), float), f"the churn of {name!r}")
+        kinds = {f"churn {number}": float for number in range(len(history))}
+        check_state(dict(zip(kinds, history, strict=True)), kinds, f"the churn history of {name!r}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from the state of a checkpoint."""

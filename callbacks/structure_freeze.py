@@ -210,6 +210,9 @@ class StructureFreezeCallback(WatchedHeads):
         continues = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         self._fits = True
+        self._learning.start_over()
+        if self._restored is not None:
+            self._learning.load_state_dict(self._restored["learning"])
         for watch, slot in self._watched(pl_module):
             state = self._state_of(watch)
             if state is not None:
@@ -235,9 +238,6 @@ class StructureFreezeCallback(WatchedHeads):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start to watch."""
-        self._learning.start_over()
-        if self._restored is not None:
-            self._learning.load_state_dict(self._restored["learning"])
         for watch, slot in self._watched(pl_module):
             watch.start(trainer, slot, self._state_of(watch))
         self._is_to_stop = self.stop_after_solve and not self._finished

@@ -182,7 +182,9 @@ def check_finite(key: str, values: Tensor) -> None:
 
 
 def selectable(values: Tensor) -> Tensor:
-    """Return values in a dtype that torch can select rows of: it holds wide unsigned integers, but cannot do that."""
+    """Return values in a dtype that torch can select rows of and subtract from."""
+    if values.dtype == torch.bool:
+        return values.view(torch.uint8)
     return values.double() if values.dtype in (torch.uint16, torch.uint32, torch.uint64) else values
 
 
@@ -210,12 +212,16 @@ class Rows:
         if len(self.parts) == 1:
             # A quarter of the time that tensor[rows] takes.
             return self.parts[0].index_select(0, index)
-        selected = torch.empty(len(index), self.shape[1], dtype=self.dtype)
         part_of_row = torch.bucketize(index, self.starts[1:], right=True)
-        for number in torch.unique(part_of_row).tolist():
-            here = part_of_row == number
-            selected[here] = self.parts[number].index_select(0, index[here] - self.starts[number])
-        return selected
+        order = torch.argsort(part_of_row)
+        within = (index - self.starts[part_of_row])[order]
+        counts = torch.bincount(part_of_row, minlength=len(self.parts)).tolist()
+        by_part = [
+            part.index_select(0, rows)
+            for part, rows in zip(self.parts, torch.split(within, counts), strict=True)
+            if len(rows)
+        ]
+        return torch.empty(len(index), self.shape[1], dtype=self.dtype).index_copy_(0, order, torch.cat(by_part))
 
     def blocks(self, index: Tensor) -> Iterator[Tensor]:
         """Yield the rows of an index in float64, so many at a time that a block is small; its memory is used again."""
@@ -265,6 +271,11 @@ class Standardisation:
     def identity(cls, num_features: int) -> "Standardisation":
         """Return the map that changes nothing."""
         return cls(torch.zeros(num_features, dtype=torch.float64), torch.ones(num_features, dtype=torch.float64))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing."""
+        return not self.mean.any() and bool((self.scale == 1).all())
 
     def __call__(self, inputs: Tensor | Rows, out: Tensor | None = None) -> Tensor:
         """Standardise rows (N, D) of any real dtype into a new tensor (N, D), float32, or into ``out``."""

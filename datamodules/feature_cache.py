@@ -29,8 +29,8 @@ from glai_lightning.datamodules.splits import SPLITS
 from glai_lightning.datamodules.tasksets import seed_generators
 
 _MANIFEST = "manifest.json"
-#: Rows of a shard, about: what a crash costs at most.
-_ROWS = 4096
+#: A crash costs at most about so many rows, or this part of a split: reading gets slower with the number of shards.
+_ROWS, _MOST_SHARDS = 4096, 32
 
 
 def fill_cache(
@@ -188,7 +188,8 @@ def _fill(
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
     shards = []
     for split, view in parts:
-        size = max(1, _ROWS // readers[split].batch_size) * readers[split].batch_size
+        rows = max(_ROWS, len(readers[split]) // _MOST_SHARDS)
+        size = max(1, rows // readers[split].batch_size) * readers[split].batch_size
         starts = range(0, len(readers[split]), size)
         shards += [(split, view, number, start, size) for number, start in enumerate(starts)]
     if not distributed:

@@ -284,7 +284,7 @@ def _prepare(rows: Rows, convert: Standardisation, *, in_place: bool) -> _Inputs
         return Rows([convert(values, out=values)]), None
     if 4 * rows.shape[0] * rows.shape[1] <= _CONVERTED_AT_ONCE:
         return Rows([convert(rows)]), None
-    return rows, convert
+    return rows, None if rows.dtype == torch.float32 and convert.is_identity else convert
 
 
 def _checked_inputs(key: str, array: Any) -> Rows:

@@ -352,7 +352,7 @@ def test_a_callback_takes_up_a_state_or_says_what_is_wrong(data):
     kind = data.draw(st.sampled_from(["heads", "report", "loader"]))
     if kind == "heads":
         freeze = StructureFreezeCallback(["head", "other"], solver=None, min_steps=0)
-        state = spoil(data, {"heads": {"head": states["head"], "other": states["head"]}})
+        state = spoil(data, {"heads": {"head": states["head"], "other": states["head"]}, "learning": {}})
         answer(lambda: freeze.load_state_dict(state))
     elif kind == "report":
         report = FitReport()

@@ -218,16 +218,16 @@ def test_a_checkpoint_names_no_class_to_be_imported(monkeypatch):
     [
         (lambda state: [state], "Expected the state of the heads in the checkpoint to be a mapping"),
         (
-            lambda state: {"heads": {HEAD: {"frozen_": True}}},
+            lambda state: state | {"heads": {HEAD: {"frozen_": True}}},
             "Expected the state of the head at 'blocks.head' in the checkpoint to hold `frozen`",
         ),
         (
-            lambda state: {"heads": {HEAD: state["heads"][HEAD] | {"freeze_epoch": "2"}}},
+            lambda state: state | {"heads": {HEAD: state["heads"][HEAD] | {"freeze_epoch": "2"}}},
             "to hold `freeze_epoch`, `int | None`, but got '2'",
         ),
         (
-            lambda state: {"heads": {HEAD: state["heads"][HEAD] | {"churn_history": [None]}}},
-            "to hold `churn_history`",
+            lambda state: state | {"heads": {HEAD: state["heads"][HEAD] | {"churn_history": [None]}}},
+            "Expected the state of the churn history of 'blocks.head' in the checkpoint to hold `churn 0`",
         ),
     ],
 )

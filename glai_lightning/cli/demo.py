@@ -25,6 +25,7 @@ from glai_lightning.optional import import_optional
 
 _NAMES = {REFERENCE: "never frozen", BUDGET: "frozen and solved"}
 _RULES = Rules("val/accuracy", "max", "head", patience=3)
+_LETTERS = 26
 _SEED, _HIDDEN, _BATCH_SIZE = 0, 512, 128
 _WIDTH = 80
 
@@ -80,7 +81,7 @@ def demonstrate(make_data: Callable[[], FeaturesDataModule], folder: Path, max_e
 
 def _run(variant: str, data: FeaturesDataModule, callback: Callback, max_epochs: int) -> Run:
     seed_everything(_SEED, workers=True, verbose=False)
-    module = SupervisedModule(mlp_head(data.num_features, _HIDDEN, data.num_classes))
+    module = SupervisedModule(mlp_head(data.num_features, _HIDDEN, _LETTERS))
     trainer = Trainer(
         max_epochs=max_epochs,
         callbacks=[callback],

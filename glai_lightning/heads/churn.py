@@ -258,7 +258,7 @@ class _UncompiledHook:
     def __init__(self, keep: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
         self._keep = keep
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._keep(args, kwargs)
 

@@ -314,7 +314,7 @@ def _check_slope(step: _Call) -> None:
 
 
 def _does_nothing(module: nn.Module) -> bool:
-    return _is_plain(module, nn.Identity) or (_is_plain(module, _DropoutNd) and module.p == 0.0)
+    return _is_plain(module, nn.Identity) or (_is_plain(module, _DropoutNd) and getattr(module, "p", None) == 0.0)
 
 
 def _contains_linear(module: nn.Module) -> bool:

@@ -67,7 +67,8 @@ class FrozenHead(nn.Module):
         return f"{own}, {frozen}" if own else frozen
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, arguments, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, arguments, *rest = reduced
         if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return (function, arguments, *rest)
         record = record_of(self)
@@ -136,12 +137,12 @@ class FrozenHead(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         record = find_record(self)
         if record is not None:
             record.references = {name: fn(value) for name, value in record.references.items()}
             if record.replaced_output is not None:
-                record.replaced_output._apply(fn)
+                record.replaced_output._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
     def _glai_freeze(self, layout: HeadLayout) -> None:

@@ -100,8 +100,7 @@ def export_model(module: Any, to: str, path: str | PathLike[str], example: Any =
         ValueError: if there is no such kind or folder, or the module cannot be written as one.
     """
     expect_choice("to", to, FORMATS)
-    if not isinstance(module, nn.Module) or not hasattr(module, "deployed"):
-        raise UserTypeError(f"Expected `module` to be a `HeadModule`, but got {module!r}.")
+    _check_module(module)
     path = Path(path)
     if not path.parent.is_dir():
         raise UserValueError(f"Expected `path` to lie in an existing folder, but got '{path}'.")
@@ -124,9 +123,15 @@ def export_model(module: Any, to: str, path: str | PathLike[str], example: Any =
     else:
         safetensors = import_optional("safetensors.torch", needed_for="an export to safetensors", extra="export")
         weights = {name: entry.contiguous() for name, entry in deployed(module).state_dict().items()}
-        described = {name: part for name, part in module.description().items() if name != "backbone"}
+        description: Any = module.description
+        described = {name: part for name, part in description().items() if name != "backbone"}
         safetensors.save_file(weights, path, metadata={"glai_lightning": json.dumps(described)})
     return path
+
+
+def _check_module(module: object) -> None:
+    if not isinstance(module, nn.Module) or not hasattr(module, "deployed"):
+        raise UserTypeError(f"Expected `module` to be a `HeadModule`, but got {module!r}.")
 
 
 def export_onnx(module: Any, path: Any, example: Any = None, **options: Any) -> Any:

@@ -150,12 +150,12 @@ class LinearPathWeights:
 
     def _held_activations(self, inputs: Tensor) -> Tensor:
         """Return the path activations of all inputs, made of a few rows at a time in memory that is reserved once."""
-        first, *others = inputs.split(_ROWS_AT_A_TIME)
+        first, *others = torch.split(inputs, _ROWS_AT_A_TIME)
         activations = self._activations(first)
         if not others:
             return activations
         held = activations.new_empty(len(inputs), activations.shape[1])
-        for rows, part in zip(held.split(_ROWS_AT_A_TIME), (first, *others), strict=True):
+        for rows, part in zip(torch.split(held, _ROWS_AT_A_TIME), (first, *others), strict=True):
             rows.copy_(self._activations(part))
         return held
 

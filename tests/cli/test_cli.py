@@ -68,7 +68,7 @@ def test_csv_has_the_structure_of_every_epoch_from_the_first_on():
     fit()
     with (VERSION / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["structure/frozen"]]
-    assert [int(row["epoch"]) for row in rows] == [0, 1, 2, 3]
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 2]
     assert all(row["structure/churn"] and row["structure/freeze_epoch"] for row in rows)
 
 
@@ -77,7 +77,7 @@ def test_tensorboard_has_the_scalars_and_both_plots():
     events = EventAccumulator(str(VERSION), size_guidance={"scalars": 0, "images": 0}).Reload()
     tags = events.Tags()
     assert {"structure/churn", "structure/frozen", "structure/freeze_epoch", "val/accuracy"} <= set(tags["scalars"])
-    assert len(events.Scalars("structure/churn")) == 4
+    assert len(events.Scalars("structure/churn")) == 3
     assert set(tags["images"]) == {"fit_report/structure_churn", "fit_report/score_over_seconds"}
     assert events.Images("fit_report/structure_churn")[0].width == 800
 
@@ -85,7 +85,7 @@ def test_tensorboard_has_the_scalars_and_both_plots():
 def test_last_checkpoint_is_of_the_last_epoch_whatever_the_score():
     fit()
     last = torch.load(VERSION / "checkpoints" / "last.ckpt", weights_only=True)
-    assert last["epoch"] == 3
+    assert last["epoch"] == 2
 
 
 def test_the_table_comes_after_the_test_and_holds_its_scores(capsys):
@@ -108,18 +108,18 @@ def test_a_frozen_checkpoint_is_tested_validated_and_predicted_from_the_command_
 
 
 def test_a_fit_resumes_from_the_last_checkpoint():
-    fit()
-    fit("--trainer.max_epochs=6", "--ckpt_path", str(VERSION / "checkpoints" / "last.ckpt"))
+    fit("--trainer.max_epochs=1")
+    fit("--ckpt_path", str(VERSION / "checkpoints" / "last.ckpt"))
     resumed = torch.load(VERSION.parent / "version_1" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert resumed["epoch"] == 5
+    assert resumed["epoch"] == 2
 
 
 def test_the_table_of_a_resumed_fit_tells_of_all_epochs(capsys):
-    fit()
+    fit("--trainer.max_epochs=1")
     capsys.readouterr()
-    fit("--trainer.max_epochs=6", "--ckpt_path", str(VERSION / "checkpoints" / "last.ckpt"))
+    fit("--ckpt_path", str(VERSION / "checkpoints" / "last.ckpt"))
     (epochs,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("epochs ")]
-    assert sum(int(number) for number in epochs.split()[1:]) == 6
+    assert sum(int(number) for number in epochs.split()[1:]) == 3
 
 
 def checkpointing(**changes):
@@ -297,8 +297,8 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--model.head.hidden_features=0"], "Expected `hidden_features` to be at least 1, but got 0."),
-        (["--data.batch_size=0"], "Expected `batch_size` to be at least 1, but got 0."),
+        (["--model.head.hidden_features=0"], "Expected `hidden_features` to be an integer of at least 1, but got 0."),
+        (["--data.batch_size=0"], "Expected `batch_size` to be an integer of at least 1, but got 0."),
         (
             ["--data=glai_lightning.datamodules.FeaturesDataModule", "--data.path=nowhere.npz"],
             "Expected `path` to be an existing file, but got 'nowhere.npz'.",
@@ -309,13 +309,6 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
                 "--trainer.callbacks.churn_tolerance=2",
             ],
             "Expected `churn_tolerance` to be a finite number in [0, 1], but got 2.0.",
-        ),
-        (
-            [
-                "--trainer.callbacks+=glai_lightning.callbacks.StructureFreezeCallback",
-                "--trainer.callbacks.stop_after_solve=true",
-            ],
-            "Expected `solver` to be given with `stop_after_solve`, but got None.",
         ),
         (
             [
@@ -435,7 +428,7 @@ def test_the_installed_command_answers_a_wrong_value_without_a_traceback():
     glai = os.path.join(os.path.dirname(sys.executable), "glai")
     done = run(glai, "fit", "--config", SUPERVISED, *DRY, "--model.head.out_features=0")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: Expected `out_features` to be at least 1, but got 0."
+    assert done.stderr.splitlines()[-1] == "error: Expected `out_features` to be an integer of at least 1, but got 0."
     assert "Traceback" not in done.stderr
 
 
@@ -455,5 +448,4 @@ def test_the_overlay_runs_a_recipe_in_two_processes(recipe):
     configs = ["--config", str(RECIPES / f"{recipe}.yaml"), "--config", str(OVERLAY)]
     done = run(glai, "fit", *configs, *cpu, *short)
     assert done.returncode == 0, done.stderr
-    assert "Multiplied the learning rate of `AdamW` by the 2 processes" in done.stderr
     assert "structure/churn" in Path(f"runs/{recipe}/version_0/metrics.csv").read_text()

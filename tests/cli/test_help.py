@@ -54,7 +54,7 @@ def test_a_class_is_described_with_all_its_arguments(capsys):
     text = capsys.readouterr().out
     for argument in ("head", "backbone", "freeze_backbone", "optimizer", "lr_scheduler", "num_classes", "task"):
         assert f"\n  {argument} " in text
-    assert "(default: 'classification')" in text
+    assert "(default: 'classification')" in " ".join(text.split())
     assert "glai_lightning.modules.supervised.SupervisedModule" in text
 
 
