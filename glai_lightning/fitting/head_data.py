@@ -1,15 +1,17 @@
 """What a head is given and trained on over a whole data loader of a fit: held in memory once, or read in every pass."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 
 from glai_lightning.fitting.loaders import iterate_copy, on_device
 from glai_lightning.fitting.loss_reading import HeadBatch
-from glai_lightning.fitting.step_reading import isolated_step
+from glai_lightning.fitting.step_reading import Stage, isolated_step
 
 #: Bytes of head inputs kept in memory for a solve. Beyond it every pass of the solve reads the loader anew.
 INPUTS_IN_MEMORY = 2**30
@@ -22,28 +24,40 @@ class HeadPass:
         trainer: the Trainer in whose fit this happens.
         loader: where the batches come from; its position in the fit is left alone.
         num_batches: most batches to read.
+        stage: whose batches they are.
         read: reads a batch, from itself and its index.
+
+    Attributes:
+        samples: how many were read the last time.
+        weighted: whether their weights differed in a batch that was read.
     """
 
     def __init__(
-        self, trainer: Any, loader: Any, num_batches: float, read: Callable[[Any, int], HeadBatch | None]
+        self,
+        trainer: Any,
+        loader: Any,
+        num_batches: float,
+        stage: Stage,
+        read: Callable[[Any, int], HeadBatch | None],
     ) -> None:
         self._trainer = trainer
         self._loader = loader
         self._num_batches = num_batches
+        self._stage = stage
         self._read = read
-        #: In the reading that was made last.
         self.samples = 0
+        self.weighted = False
 
     def _batches(self) -> Iterator[HeadBatch]:
         self.samples = 0
-        with isolated_step(self._trainer.lightning_module):
+        with _in_stage(self._trainer, self._stage), isolated_step(self._trainer.lightning_module):
             for batch_idx, batch in enumerate(iterate_copy(self._loader)):
                 if batch_idx >= self._num_batches:
                     return
                 read = self._read(on_device(self._trainer, batch), batch_idx)
                 if read is not None:
                     self.samples += len(read.inputs)
+                    self.weighted |= read.weights is not None
                     yield read
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
@@ -67,6 +81,17 @@ class HeadPass:
         if rows is None:
             return None
         return HeadBatch(rows.together(), _joined_targets(targets), _joined_weights(weights, targets))
+
+
+@contextmanager
+def _in_stage(trainer: Any, stage: Stage) -> Iterator[None]:
+    """Context in which a Trainer says that it is in a stage, by which hooks of batches may go."""
+    before = trainer.state.stage
+    trainer.state.stage = RunningStage.VALIDATING if stage == "validation" else RunningStage.TRAINING
+    try:
+        yield
+    finally:
+        trainer.state.stage = before
 
 
 class _Rows:

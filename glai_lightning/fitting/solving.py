@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -155,7 +155,8 @@ class HeadSolve:
                 single_loader(trainer.train_dataloader, "training"), partial(on_device, trainer)
             )
             validation_loader(trainer)
-            with look.counting(), isolated_step(slot.pl_module):
+            counted = look.counting() if self.solver == "auto" else nullcontext()
+            with counted, isolated_step(slot.pl_module):
                 look.batch = _as_head_batch(read(batch, batch_idx, "training", reader))
         if self._declined or not trainer.strategy.reduce_boolean_decision(look.batch is not None):
             # A head that this batch does not call is looked at in the next.
@@ -192,7 +193,7 @@ class HeadSolve:
             else:
                 self._solver = self.solver
             if self._solver is not None:
-                self._solver = _solver_for(self._solver, self._reader, look.batch)
+                _solver_for(self._solver, self._reader, weighted=look.batch.weights is not None)
         for cause, meaning in () if self._declined else moving:
             rank_zero_warn(f"The head will be solved over inputs that are not fixed. Here {cause}: {meaning}.")
 
@@ -243,20 +244,22 @@ class HeadSolve:
         reader = self._reader
         reader.look_anew()
         loader = single_loader(trainer.train_dataloader, "training")
-        training = HeadPass(trainer, loader, _batches_to_read(trainer), _read_in("training", read, reader))
+        training = HeadPass(trainer, loader, _batches_to_read(trainer), "training", _read_in("training", read, reader))
         with processes.failing_together():
             data = training.held()
         validation = _read_validation(trainer, read, reader)
         if processes.sum_numbers(data is None) != [0.0]:
             data = None
+        weighted = processes.sum_numbers(training.weighted) != [0.0]
+        solver = _solver_for(self._solver, reader, weighted=weighted)
         options: dict[str, Any] = {"validation": validation, "group": process_group(trainer)}
         if data is None:
-            report = self._solver.solve(head, training, **options)
+            report = solver.solve(head, training, **options)
         else:
             inputs, targets, weights = data
-            if processes.sum_numbers(weights is not None) != [0.0]:
+            if weighted:
                 options["sample_weights"] = inputs.new_ones(len(inputs)) if weights is None else weights
-            report = self._solver.solve(head, inputs, targets, **options)
+            report = solver.solve(head, inputs, targets, **options)
         # What the optimizer remembers is about weights that are far away by now.
         forget_state(trainer.optimizers[0], (p for p in head.parameters() if p.requires_grad))
         self.solved = True
@@ -277,7 +280,7 @@ def _read_validation(trainer: Any, read: ReadBatch, reader: StepReader) -> HeadP
     loader = validation_loader(trainer)
     if loader is None:
         return None
-    batches = HeadPass(trainer, loader, trainer.num_val_batches[0], _read_in("validation", read, reader))
+    batches = HeadPass(trainer, loader, trainer.num_val_batches[0], "validation", _read_in("validation", read, reader))
     problem, held = None, None
     with processes_of(trainer).failing_together():
         try:
@@ -304,8 +307,8 @@ def _batches_to_read(trainer: Any) -> float:
     return min(batches, trainer.fit_loop.epoch_loop.total_batch_idx + 1) if batches == float("inf") else batches
 
 
-def _solver_for(solver: Solver, reader: StepReader, first: HeadBatch) -> Solver:
-    """Return the solver for the very loss that was read.
+def _solver_for(solver: Solver, reader: StepReader, *, weighted: bool) -> Solver:
+    """Return the solver for the very loss that was read, in which the weights of samples may differ.
 
     Raises:
         MisconfigurationException: if the solver is for another loss.
@@ -315,7 +318,7 @@ def _solver_for(solver: Solver, reader: StepReader, first: HeadBatch) -> Solver:
             "Expected `solver` to be a `RidgeSolver` for a module that minimises a squared error, but got "
             "`LogisticSolver`."
         )
-    if first.weights is not None and isinstance(solver, RidgeSolver):
+    if weighted and isinstance(solver, RidgeSolver):
         raise UserMisconfigurationError(
             "Expected a loss in which all samples count the same with a `RidgeSolver`, but got weights that differ, of "
             "classes or of samples."
@@ -326,6 +329,6 @@ def _solver_for(solver: Solver, reader: StepReader, first: HeadBatch) -> Solver:
             solver,
             loss="binary_cross_entropy" if several else "cross_entropy",
             label_smoothing=reader.label_smoothing or solver.label_smoothing,
-            class_weights=None if first.weights is not None else solver.class_weights,
+            class_weights=None if weighted else solver.class_weights,
         )
     return solver

@@ -271,11 +271,15 @@ class StepReader:
         if reading is None:
             return None
         inputs = rows_of(watch.inputs, watch.outputs)
+        smoothing = self.label_smoothing
+        if first:
+            smoothing = label_smoothing_of(reading)
         if first and stage == "training":
-            self._seen = reading, inputs
-            self.label_smoothing = label_smoothing_of(reading)
+            # What the next step of the fit is compared with; the batches of a solve are none of its steps.
+            self._seen = (reading, inputs) if self.kind is None else None
+            self.label_smoothing = smoothing
         self.kind = reading.kind
-        read = head_batch(reading, inputs, self.label_smoothing)
+        read = head_batch(reading, inputs, smoothing)
         if first:
             self._stops[stage] = bool(watch.calls) and _same(self._from_call(watch, watch.calls[0]), read)
         return read

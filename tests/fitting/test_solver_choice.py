@@ -129,3 +129,27 @@ def test_what_is_chosen_is_the_class_with_its_defaults():
 
     assert choose_solver("cross_entropy", torch.zeros(2).long()) == LogisticSolver()
     assert choose_solver("mse", torch.zeros(2, 1)) == choose_solver(None, torch.zeros(2, 1)) == RidgeSolver()
+
+
+class UnsolvableInOne(SomebodysModule):
+    def training_step(self, batch, batch_idx):
+        loss = F.multi_margin_loss if self.global_rank == 1 else F.cross_entropy
+        return loss(self(batch[0]), batch[1])
+
+
+class SaveDecision(Decision):
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        (self.folder / str(trainer.global_rank)).write_text(repr(self.pending[0]))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("make", "pending"), [(SomebodysModule, True), (UnsolvableInOne, False)])
+def test_processes_decide_alike(tmp_path, make, pending):
+    callback = StructureFreezeCallback(HEAD, churn_tolerance=0.0, solver="auto")
+    trainer = make_trainer(callback, SaveDecision(tmp_path), max_epochs=1, devices=2, strategy="ddp_fork")
+    trainer.fit(make(body=False), make_loader())
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [repr([pending])] * 2

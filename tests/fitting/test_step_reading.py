@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from fits import CLASSES, FEATURES, HEAD, HIDDEN, SomebodysModule, make_data, make_loader, make_trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
-from glai_lightning import mlp_head
-from glai_lightning.callbacks import StructureFreezeCallback
+from glai_lightning import GLAIHead, mlp_head
+from glai_lightning.callbacks import StructureFreezeCallback, StructureRevert
 from glai_lightning.solvers import LogisticSolver
 
 L2 = 1e-2
@@ -342,3 +342,33 @@ def test_a_solve_that_fails_leaves_the_head_as_it_was_before_the_freeze():
     states = (t.optimizers[0].state_dict()["state"] for t in (trainer, other))
     for one, another in zip(*(state.values() for state in states), strict=True):
         assert all(torch.equal(value, another[key]) for key, value in one.items())
+
+
+def test_a_head_that_goes_back_after_its_solve_trains_on():
+    class Worsening(WithLoss):
+        def validation_step(self, batch, batch_idx):
+            self.log("worse", float(self.current_epoch))
+
+    torch.manual_seed(0)
+    loader = DataLoader(TensorDataset(*make_data()), batch_size=32, shuffle=True)
+    revert = StructureRevert("worse", "min", patience=1)
+    trainer = make_trainer(solving(stop_after_solve=False), revert, max_epochs=6)
+    trainer.fit(Worsening(lambda z, y, _: F.cross_entropy(z, y)), loader, make_loader(64))
+    assert trainer.current_epoch == 6
+
+
+def test_hooks_of_batches_are_told_the_stage_whose_batches_a_solve_reads():
+    stages = {"training": set(), "validation": set()}
+
+    class Told(WithLoss):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            if isinstance(self.blocks["head"], GLAIHead) and not self.training:
+                stages["training" if len(batch[0]) == 32 else "validation"].add(self.trainer.state.stage.value)
+            return batch
+
+    make_trainer(solving(), num_sanity_val_steps=0).fit(
+        Told(lambda z, y, _: F.cross_entropy(z, y)), make_loader(), make_loader(20)
+    )
+    assert [name for name in stages if len(stages[name]) != 1] == []
+    assert "train" in stages["training"].pop()
+    assert "val" in stages["validation"].pop()
