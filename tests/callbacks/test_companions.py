@@ -500,7 +500,9 @@ def test_what_is_compiled_runs_compiled_to_the_last_step(how, paths, solver):
     assert none == [0] * EPOCHS
     assert compiled == pytest.approx(eager, rel=1e-5)
     steps = [now - before for before, now in itertools.pairwise(runs)]
-    assert min(steps) >= BATCHES
+    # Until the head is solved, the first step of an epoch is seen uncompiled.
+    assert min(steps) >= BATCHES - (solver is not None)
+    assert min(steps[FREEZE - 1 :]) >= BATCHES
 
 
 def test_a_head_compiled_by_inductor_goes_on_compiled():
