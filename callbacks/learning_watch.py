@@ -164,7 +164,10 @@ class _Mean:
 def _monitored(trainer: Any) -> tuple[float | None, str]:
     for callback in trainer.callbacks:
         monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
-        if isinstance(monitor, str) and mode in ("min", "max") and monitor in trainer.callback_metrics:
+        if not isinstance(monitor, str) or mode not in ("min", "max"):
+            continue
+        # Where one process lacks it, the others would wait for it for ever.
+        if trainer.strategy.reduce_boolean_decision(monitor in trainer.callback_metrics):
             value = torch.as_tensor(
                 trainer.callback_metrics[monitor], dtype=torch.float64, device=trainer.strategy.root_device
             )

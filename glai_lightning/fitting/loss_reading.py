@@ -159,6 +159,19 @@ def read_loss(loss: Tensor, outputs: Sequence[Tensor]) -> LossReading:
     )
 
 
+def shows_its_loss(kind: LossKind, outputs: Sequence[Tensor]) -> bool:
+    """Tell whether any sample's outputs are uncertain enough that a loss of them shows what it is.
+
+    Example:
+        >>> shows_its_loss("cross_entropy", [torch.tensor([[0.3, 0.0]])])
+        True
+        >>> shows_its_loss("cross_entropy", [torch.tensor([[9.0, 0.0]])])
+        False
+    """
+    rows = as_rows(outputs)
+    return bool((_TERMS[kind](rows, torch.ones_like(rows)).spread > _LEAST_SPREAD).any())
+
+
 def label_smoothing_of(reading: LossReading) -> float:
     """Return the smoothing that turns labels into the targets of a cross-entropy, 0 if there is no such."""
     targets = reading.targets[reading.weights > 0]

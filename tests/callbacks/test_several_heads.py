@@ -235,7 +235,10 @@ def features():
 def test_a_fit_resumed_with_one_head_frozen_and_one_not_ends_bitwise_the_same(tmp_path, paths, options):
     def run(checkpoints=None, ckpt_path=None):
         seed_everything(5, verbose=False)
-        module, callback = Stacked(), OneAfterTheOther({"pred": 1, "proj": 3}, paths=paths, solver=None, min_steps=0)
+        module = Stacked()
+        # One batch is enough for a check, also after a cut.
+        options = {"paths": paths, "solver": None, "min_steps": 0, "probe_size": 8}
+        callback = OneAfterTheOther({"pred": 1, "proj": 3}, **options)
         trainer = make_trainer(*[c for c in (callback, checkpoints) if c is not None], max_epochs=4)
         trainer.fit(module, datamodule=features(), ckpt_path=ckpt_path)
         return module.state_dict(), trainer.optimizers[0].state_dict(), callback

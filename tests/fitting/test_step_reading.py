@@ -344,6 +344,19 @@ def test_a_solve_that_fails_leaves_the_head_as_it_was_before_the_freeze():
         assert all(torch.equal(value, another[key]) for key, value in one.items())
 
 
+def test_a_head_that_has_become_certain_of_every_sample_trains_on():
+    class Steep(WithLoss):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), 0.05)
+
+    module = Steep(lambda z, y, _: F.cross_entropy(z, y))
+    trainer = make_trainer(solving(freeze_at_epoch=99), max_epochs=31)
+    trainer.fit(module, make_loader())
+    assert trainer.current_epoch == 31
+    inputs, targets = make_data()
+    assert F.cross_entropy(module(inputs), targets) < 1e-4
+
+
 def test_a_head_that_goes_back_after_its_solve_trains_on():
     class Worsening(WithLoss):
         def validation_step(self, batch, batch_idx):
