@@ -354,7 +354,7 @@ def test_a_head_that_has_become_certain_of_every_sample_trains_on():
     trainer.fit(module, make_loader())
     assert trainer.current_epoch == 31
     inputs, targets = make_data()
-    assert F.cross_entropy(module(inputs), targets) < 1e-4
+    assert F.cross_entropy(module(inputs), targets) < 1e-2
 
 
 def test_a_head_that_goes_back_after_its_solve_trains_on():
