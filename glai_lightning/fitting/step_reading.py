@@ -226,6 +226,7 @@ class StepReader:
     Attributes:
         kind: which loss the head is trained on; ``None`` until a batch was read.
         label_smoothing: of a cross-entropy with labels, in [0, 1).
+        scale: the sum of the weights of the samples of a training batch in its loss, 1 for a mean of cross-entropies.
     """
 
     def __init__(self, trainer: Any, pl_module: Any, name: str) -> None:
@@ -234,6 +235,7 @@ class StepReader:
         self.name = name
         self.kind: LossKind | None = None
         self.label_smoothing = 0.0
+        self.scale = 1.0
         self._stops: dict[Stage, bool] = {}
         self._seen: tuple[LossReading, Tensor] | None = None
 
@@ -279,6 +281,7 @@ class StepReader:
             # What the next step of the fit is compared with; the batches of a solve are none of its steps.
             self._seen = (reading, inputs) if self.kind is None else None
             self.label_smoothing = smoothing
+            self.scale = float(reading.weights.sum())
         self.kind = reading.kind
         read = head_batch(reading, inputs, smoothing)
         if first:
