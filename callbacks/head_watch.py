@@ -20,9 +20,8 @@ from glai_lightning.checks import (
 )
 from glai_lightning.fitting.conversion import freeze_in_fit, unfreeze_in_fit
 from glai_lightning.fitting.heads_in_module import HeadSlot
-from glai_lightning.fitting.kept_inputs import KeptInputs
 from glai_lightning.fitting.sizes import count_trainable
-from glai_lightning.fitting.solving import HeadSolve, ReadBatch
+from glai_lightning.fitting.solving import HeadSolve, KeptEpoch, ReadBatch
 from glai_lightning.heads.frozen import frozen_parameters
 from glai_lightning.heads.record import Paths
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
@@ -250,9 +249,9 @@ class HeadWatch:
         trainable = (before, count_trainable(slot.pl_module))
         return Frozen(self.name, reason, trainer.global_step, epoch, self.settings.paths, trainable, dropout)
 
-    def run_solve(self, trainer: Any, slot: HeadSlot, read: ReadBatch, training: KeptInputs | None = None) -> Solved:
-        """Solve the frozen head, on what was kept of its training data if it was."""
-        return Solved(self.name, self.solve.run(trainer, slot, read, training))
+    def run_solve(self, trainer: Any, slot: HeadSlot, read: ReadBatch, kept: KeptEpoch | None = None) -> Solved:
+        """Solve the frozen head, on what was kept of an epoch if it was."""
+        return Solved(self.name, self.solve.run(trainer, slot, read, kept))
 
     def revert(
         self, trainer: Any, slot: HeadSlot, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, dict[str, Any]]

@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -42,15 +43,17 @@ class OnePass:
 
     Attributes:
         calls: what the modules before the heads return.
+        kept: what was kept, by the names of the heads.
     """
 
     def __init__(self, trainer: Any, pl_module: Any, heads: Heads) -> None:
         _check_data(trainer, pl_module)
         self.calls = FixedCalls(pl_module, [slot.module for _, slot in heads])
         self._heads = heads
-        self._kept = {slot.name: KeptInputs(int(trainer.num_training_batches)) for _, slot in heads}
+        self.kept = {slot.name: KeptInputs(int(trainer.num_training_batches)) for _, slot in heads}
         self._started: float | None = None
         self._is_whole = True
+        self._reusing = ExitStack()
         self._problem: UserMisconfigurationError | None = None
 
     def record_next_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, read: ReadBatch) -> None:
@@ -95,15 +98,15 @@ class OnePass:
                 with self.calls.replaying(), isolated_step(pl_module):
                     given = read(batch, batch_idx, "training", reader)
                 if given is not None:
-                    self._kept[slot.name].add(HeadBatch(*given))
+                    self.kept[slot.name].add(HeadBatch(*given))
         except UserMisconfigurationError as error:
             if trainer.world_size == 1:
                 raise
             # The other processes wait for the gradients of this step: all raise at the end of the epoch.
             self._problem = error
 
-    def complete(self, trainer: Any, read: ReadBatch) -> dict[str, KeptInputs]:
-        """End the epoch, and return what was kept, by the names of the heads; all processes must call this together."""
+    def complete(self, trainer: Any, read: ReadBatch) -> None:
+        """End the epoch that is kept; all processes must call this together."""
         with processes_of(trainer).failing_together():
             if self._problem is not None:
                 raise self._problem
@@ -111,27 +114,23 @@ class OnePass:
                 say("The fit resumed within an epoch: its inputs are collected by a further pass over the data.")
             for watch, slot in self._heads:
                 if self._is_whole:
-                    _leave_out_repeats(trainer, self._kept[slot.name])
+                    _leave_out_repeats(trainer, self.kept[slot.name])
                 else:
                     for batch in watch.solve.collect(trainer, read):
-                        self._kept[slot.name].add(HeadBatch(*batch))
-            counts = {name: kept.samples for name, kept in self._kept.items()}
+                        self.kept[slot.name].add(HeadBatch(*batch))
+            counts = {name: kept.samples for name, kept in self.kept.items()}
             if len(set(counts.values())) != 1 or 0 in counts.values():
                 raise UserMisconfigurationError(
                     f"Expected every sample to be given to all heads with `one_pass=True`, but got {counts} samples."
                 )
         self._ended = time.perf_counter()
-        return self._kept
 
-    def train(
-        self, trainer: Any, before: Callable[[TrainerInPass, int], None], after: Callable[[TrainerInPass, Tensor], None]
-    ) -> None:
+    def train(self, trainer: Any, after: Callable[[TrainerInPass, Tensor], None]) -> None:
         """Train the heads that are not frozen in passes over what was kept, as long as the fit may go on.
 
         Args:
             trainer: the Trainer of the fit.
-            before: is called before each step, with the Trainer as it is in the pass and the number of the batch.
-            after: is called after each step, with the Trainer and the loss; may freeze heads.
+            after: is called after each step, with the Trainer as it is in the pass and the loss; may freeze heads.
         """
         view = TrainerInPass(trainer)
         self._passes = 0
@@ -141,19 +140,20 @@ class OnePass:
                 self._passes += 1
                 view.current_epoch += 1
                 for batch_idx, step in train_pass(view, heads):
-                    before(view, batch_idx)
+                    for watch, slot in self._heads:
+                        watch.before_batch(view, slot, batch_idx)
                     after(view, step.run())
                     bar.update()
                     if not view.steps_left:
                         break
 
     def _left(self) -> list[KeptHead]:
-        return [KeptHead(slot, watch.solve, self._kept[slot.name]) for watch, slot in self._heads if not watch.frozen]
+        return [KeptHead(slot, watch.solve, self.kept[slot.name]) for watch, slot in self._heads if not watch.frozen]
 
     def finish(self) -> OnePassRecord:
         """Say what it took, and return it."""
         assert self._started is not None
-        samples = next(iter(self._kept.values())).samples
+        samples = next(iter(self.kept.values())).samples
         record = OnePassRecord(
             samples=samples * (1 if self._is_whole else 2),
             passes=self._passes,
@@ -161,7 +161,16 @@ class OnePass:
             head_seconds=time.perf_counter() - self._ended,
         )
         say(record)
+        self.kept = {}
         return record
+
+    def before_validation(self) -> None:
+        """Let the next validation use what the modules before the heads returned for the solve."""
+        self._reusing.enter_context(self.calls.reusing())
+
+    def after_validation(self) -> None:
+        """End what ``before_validation`` began."""
+        self._reusing.close()
 
 
 def _check_data(trainer: Any, pl_module: Any) -> None:

@@ -1,7 +1,7 @@
 """The callback that freezes the structure of a head in the middle of a fit."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
@@ -23,7 +23,6 @@ from glai_lightning.fitting.conversion import (
 )
 from glai_lightning.fitting.fit_record import OnePassRecord
 from glai_lightning.fitting.heads_in_module import HeadSlot, match_heads, stands_alone
-from glai_lightning.fitting.kept_inputs import KeptInputs
 from glai_lightning.fitting.loss_reading import HeadBatch
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError, as_misconfiguration
 from glai_lightning.fitting.solving import check_solvable, unwinding
@@ -284,6 +283,8 @@ class StructureFreezeCallback(WatchedHeads):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Let checkpoints, which go by how often there is validation, find the user's own setting."""
         self._restore_val_every(trainer)
+        if self._one_pass is not None:
+            self._one_pass.before_validation()
 
     def _restore_val_every(self, trainer: Any) -> None:
         if self._val_every is not None:
@@ -307,34 +308,26 @@ class StructureFreezeCallback(WatchedHeads):
             watch.before_batch(trainer, slot, batch_idx)
             others = [other.module for _, other in self._watched(pl_module) if other != slot]
             calls = None if self._one_pass is None else self._one_pass.calls
-            watch.solve.before_batch(
-                trainer, slot, batch, batch_idx, self.inputs_and_targets, others=others, calls=calls
-            )
+            read = self.inputs_and_targets
+            watch.solve.before_batch(trainer, slot, batch, batch_idx, read, others=others, calls=calls)
         if self._one_pass is not None:
             self._one_pass.record_next_step(trainer, pl_module, batch, batch_idx, self.inputs_and_targets)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure churn after the last batch of an epoch, before validation and its checkpoint, or every n steps."""
-        one_pass = self._one_pass if trainer.is_last_batch else None
-        kept = None if one_pass is None else one_pass.complete(trainer, self.inputs_and_targets)
-        self._after_batch(trainer, pl_module, outputs, kept)
-        if one_pass is None or kept is None:
+        if self._one_pass is None or not trainer.is_last_batch:
+            self._after_batch(pl_module, trainer, outputs)
             return
-        one_pass.train(trainer, partial(self._before_step, pl_module), partial(self._after_step, pl_module, kept))
+        self._one_pass.complete(trainer, self.inputs_and_targets)
+        self._after_batch(pl_module, trainer, outputs)
+        self._one_pass.train(trainer, partial(self._after_batch, pl_module))
         for watch, slot in self._watched(pl_module):
             if not watch.frozen:
-                self._freeze_and_solve(trainer, watch, slot, kept, "the passes that the fit allows for were made")
-        self.one_pass_record, self._one_pass = one_pass.finish(), None
+                self._freeze_and_solve(trainer, watch, slot, "the fit allows for no further pass")
+        self.one_pass_record = self._one_pass.finish()
         self.stop_if_finished(trainer)
 
-    def _before_step(self, pl_module: Any, trainer: Any, batch_idx: int) -> None:
-        for watch, slot in self._watched(pl_module):
-            watch.before_batch(trainer, slot, batch_idx)
-
-    def _after_step(self, pl_module: Any, kept: dict[str, KeptInputs], trainer: Any, loss: Tensor) -> None:
-        self._after_batch(trainer, pl_module, loss, kept)
-
-    def _after_batch(self, trainer: Any, pl_module: Any, outputs: Any, kept: Mapping[str, KeptInputs] | None) -> None:
+    def _after_batch(self, pl_module: Any, trainer: Any, outputs: Any) -> None:
         self._learning.after_batch(outputs)
         checked = False
         for watch, slot in self._watched(pl_module):
@@ -346,17 +339,10 @@ class StructureFreezeCallback(WatchedHeads):
         if checked or trainer.is_last_batch:
             self._learning.after_check()
         for watch, slot in self._watched(pl_module):
-            self._freeze_and_solve(trainer, watch, slot, kept)
+            self._freeze_and_solve(trainer, watch, slot)
         self.stop_if_finished(trainer)
 
-    def _freeze_and_solve(
-        self,
-        trainer: Any,
-        watch: HeadWatch,
-        slot: HeadSlot,
-        kept: Mapping[str, KeptInputs] | None,
-        reason: str | None = None,
-    ) -> None:
+    def _freeze_and_solve(self, trainer: Any, watch: HeadWatch, slot: HeadSlot, reason: str | None = None) -> None:
         """Freeze in the middle of an epoch where checks are made there, and at its end where a solve follows."""
         epoch = trainer.current_epoch + int(trainer.is_last_batch)
         within_epoch = self.check_every_n_steps is not None and not trainer.fit_loop._should_accumulate()
@@ -367,8 +353,7 @@ class StructureFreezeCallback(WatchedHeads):
             if reason is not None:
                 self._freeze(trainer, watch, slot, epoch, reason)
             if solves:
-                training = None if kept is None else kept[watch.name]
-                self.say(watch.run_solve(trainer, slot, self.inputs_and_targets, training))
+                self.say(watch.run_solve(trainer, slot, self.inputs_and_targets, self._one_pass))
 
     def _due_reason(self, trainer: Any, watch: HeadWatch, epoch: int) -> str | None:
         """Say why a head is to train frozen in an epoch; ``None`` if it is not, or is frozen already."""
@@ -397,6 +382,8 @@ class StructureFreezeCallback(WatchedHeads):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Take note of the score, by which a head that is not solved is frozen."""
+        if self._one_pass is not None:
+            self._one_pass.after_validation()
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._learning.after_validation(trainer)
 
@@ -422,15 +409,22 @@ class StructureFreezeCallback(WatchedHeads):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Stop watching; what was seen is kept for the checkpoint that other callbacks may save of the exception."""
         self._fits = False
+        self._end_one_pass()
         for watch in self.heads.values():
             watch.detach()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Stop watching."""
-        self._fits, self._one_pass = False, None
+        self._fits = False
+        self._end_one_pass()
         self._restore_val_every(trainer)
         for watch in self.heads.values():
             watch.close()
+
+    def _end_one_pass(self) -> None:
+        if self._one_pass is not None:
+            self._one_pass.after_validation()
+            self._one_pass = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs; primitives and tensors only, so that ``weights_only`` loading reads it."""

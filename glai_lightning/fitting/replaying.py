@@ -11,6 +11,15 @@ from torch.utils._pytree import tree_leaves
 
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 
+Mode = Literal["run", "record", "replay", "keep", "reuse"]
+
+#: Bytes of what modules return that are kept from one reading of the validation data to the next.
+KEPT_FOR_VALIDATION = 2**28
+
+_ELEMENTS_TOGETHER = 2**20
+_MULTIPLIER = 0x9E3779B97F4A7C1
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class FixedCalls:
     """The calls of modules outside of heads in a step: recorded as the step runs, replayed when it is run again.
@@ -40,21 +49,42 @@ class FixedCalls:
         self._modules = [(n, m) for n, m in pl_module.named_modules() if id(m) not in passed_over]
         self._calls: dict[str, deque[tuple[list[Any], Any]]] = {}
         self._depth = 0
-        self._mode: Literal["run", "record", "replay"] = "run"
+        self._mode: Mode = "run"
+        self._kept: dict[tuple[object, ...], Any] = {}
+        self._room = KEPT_FOR_VALIDATION
         self._looks_for_draws = True
         self.random = False
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Context in which a step runs whose calls are recorded; afterwards they are forgotten."""
+        try:
+            with self._installed("record"):
+                yield
+        finally:
+            self._calls.clear()
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Context in which what modules return is kept for ``reusing``, up to ``KEPT_FOR_VALIDATION`` bytes."""
+        with self._installed("keep"):
+            yield
+
+    @contextmanager
+    def reusing(self) -> Iterator[None]:
+        """Context in which modules that are given inputs of ``keeping`` once more return what they returned then."""
+        with self._installed("reuse"):
+            yield
+
+    @contextmanager
+    def _installed(self, mode: Mode) -> Iterator[None]:
         replaced = [(vars(m), _entry(m), vars(m).get(_entry(m))) for _, m in self._modules]
         for name, module in self._modules:
             vars(module)[_entry(module)] = self._wrapped(name, module, getattr(module, _entry(module)))
         try:
-            with self._in("record"):
+            with self._in(mode):
                 yield
         finally:
-            self._calls.clear()
             for attributes, entry, before in replaced:
                 del attributes[entry]
                 if before is not None:
@@ -81,7 +111,7 @@ class FixedCalls:
             )
 
     @contextmanager
-    def _in(self, mode: Literal["run", "record", "replay"]) -> Iterator[None]:
+    def _in(self, mode: Mode) -> Iterator[None]:
         before, self._mode = self._mode, mode
         try:
             yield
@@ -98,18 +128,30 @@ class FixedCalls:
                 return run(*args, **kwargs)
             if self._mode == "replay":
                 return self._replay(name, module, run, args, kwargs)
+            key = (name, *_fingerprint((args, kwargs))) if self._mode in ("keep", "reuse") else ()
+            if self._mode == "reuse" and key in self._kept:
+                return self._kept[key]
             self._depth += 1
             try:
                 before = _generator_states(module) if self._looks_for_draws else None
                 output = run(*args, **kwargs)
             finally:
                 self._depth -= 1
-            if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)):
+            if self._mode == "keep":
+                self._keep(key, output)
+            elif self._mode == "record" and not any(
+                isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)
+            ):
                 self.random |= before is not None and not all(map(torch.equal, before, _generator_states(module)))
                 self._calls.setdefault(name, deque()).append((tree_leaves((args, kwargs)), output))
             return output
 
         return called
+
+    def _keep(self, key: tuple[object, ...], output: Any) -> None:
+        self._room -= sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        if self._room >= 0:
+            self._kept[key] = output
 
     def _replay(self, name: str, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         calls = self._calls.get(name)
@@ -148,3 +190,21 @@ def _same_leaf(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
     return type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other)
+
+
+def _fingerprint(arguments: Any) -> tuple[object, ...]:
+    """Return what tells arguments of a call from others, without the arguments."""
+    return tuple(map(_fingerprint_of_leaf, tree_leaves(arguments)))
+
+
+def _fingerprint_of_leaf(leaf: Any) -> object:
+    if not isinstance(leaf, Tensor):
+        return leaf if isinstance(leaf, int | float | str | None) else id(leaf)
+    integers = leaf.detach().contiguous().flatten().view(_INTEGERS.get(leaf.element_size(), torch.uint8))
+    mixed = torch.zeros(2, dtype=torch.int64, device=leaf.device)
+    for number, part in enumerate(integers.split(_ELEMENTS_TOGETHER)):
+        places = torch.arange(1, len(part) + 1, device=leaf.device) + number * _ELEMENTS_TOGETHER
+        # Products of 64 bits that wrap around: sums that depend on the order of what is summed.
+        scrambled = (part.long() + places * _MULTIPLIER) * (2 * places + 1)
+        mixed += torch.stack([scrambled.sum(), (scrambled ^ (scrambled >> 29)).mul(_MULTIPLIER).sum()])
+    return (leaf.shape, leaf.dtype, *mixed.tolist())

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -30,6 +30,13 @@ Solver = LogisticSolver | RidgeSolver
 #: Returns what a head is given and trained on, from (batch, batch_idx, stage, head): inputs (n, D), targets, and the
 #: weights of samples (n,) if they differ; ``None`` for a batch in which the head has no part.
 ReadBatch = Callable[[Any, int, Stage, StepReader], HeadBatch | tuple[Tensor, ...] | None]
+
+
+class KeptEpoch(Protocol):
+    """What was kept of an epoch: what heads were given, by their names, and a record of the modules before them."""
+
+    calls: FixedCalls
+    kept: dict[str, KeptInputs]
 
 
 def check_solvable(head: nn.Module, head_name: str, paths: str) -> None:
@@ -268,7 +275,7 @@ class HeadSolve:
         read_training = _read_in("training", read, self._reader)
         return HeadPass(trainer, loader, _batches_to_read(trainer), "training", read_training)
 
-    def run(self, trainer: Any, slot: HeadSlot, read: ReadBatch, training: KeptInputs | None = None) -> SolveReport:
+    def run(self, trainer: Any, slot: HeadSlot, read: ReadBatch, kept: KeptEpoch | None = None) -> SolveReport:
         """Solve for the path weights over the training data of the fit, and set them.
 
         Each process of the fit reads its own part of the data; all of them must call this together.
@@ -281,7 +288,7 @@ class HeadSolve:
             trainer: the Trainer of the fit.
             slot: the place of the frozen head.
             read: reads a batch.
-            training: what the head was given and trained on, if that was kept.
+            kept: what the head was given and trained on in an epoch, if that was kept.
 
         Returns:
             What the solve did.
@@ -300,10 +307,12 @@ class HeadSolve:
         share_buffers(trainer, slot.pl_module)
         reader = self._reader
         reader.look_anew()
-        source = self.collect(trainer, read) if training is None else training
+        source = self.collect(trainer, read) if kept is None else kept.kept[slot.name]
         with processes.failing_together():
             data = source.held()
-        validation = _read_validation(trainer, read, reader)
+        # The fit validates next, on what the modules before the head return here.
+        with nullcontext() if kept is None else kept.calls.keeping():
+            validation = _read_validation(trainer, read, reader)
         if processes.sum_numbers(data is None) != [0.0]:
             data = None
         weighted = processes.sum_numbers(source.weighted) != [0.0]
