@@ -81,6 +81,8 @@ class OnePass:
                 pl_module.__dict__["training_step"] = replaced
             with self.calls.recording():
                 returned = step(*args, **kwargs)
+                for watch, _ in self._heads:
+                    watch.solve.after_step()
                 if self._is_whole:
                     self._keep(trainer, pl_module, batch, batch_idx, read)
             return returned

@@ -129,7 +129,7 @@ class FixedCalls:
             if self._mode == "replay":
                 return self._replay(name, module, run, args, kwargs)
             key = (name, *_fingerprint((args, kwargs))) if self._mode in ("keep", "reuse") else ()
-            if self._mode == "reuse" and key in self._kept:
+            if key in self._kept:
                 return self._kept[key]
             self._depth += 1
             try:

@@ -120,6 +120,7 @@ class HeadSolve:
         self._solver: Solver | None = None
         self._declined = False
         self._news: str | None = None
+        self._after_step: Callable[[], None] | None = None
 
     def start_over(self) -> None:
         """Forget the solve that was, because its head is an MLP again."""
@@ -152,7 +153,7 @@ class HeadSolve:
             read: reads a batch.
             others: other heads with a loss of their own, which are beside this one and not before it.
             calls: what modules before the heads return in the next step, if that is recorded. The batch then is read
-                after the step, and without running them again.
+                by ``after_step``, without running them again.
 
         Raises:
             MisconfigurationException: if there are several data loaders, or the loss cannot be solved; with "auto" that
@@ -175,7 +176,9 @@ class HeadSolve:
             validation_loader(trainer)
         first_look = partial(self._look, trainer, look, reader, lambda: read(batch, batch_idx, "training", reader))
         if calls is not None:
-            reader.see_next_step(partial(self._look_and_check, trainer, look, first_look))
+            seen: list[SeenStep] = []
+            reader.see_next_step(seen.append)
+            self._after_step = partial(self._look_and_check, trainer, look, first_look, seen)
         elif not self._declined and first_look() and reader.kind is not None:
             reader.see_next_step(partial(self._check_first, trainer, look))
 
@@ -200,9 +203,17 @@ class HeadSolve:
             self._decide(trainer, look)
         return True
 
-    def _look_and_check(self, trainer: Any, look: FirstLook, first_look: Callable[[], bool], seen: SeenStep) -> None:
+    def after_step(self) -> None:
+        """Read the step that was recorded, if it is the first that is looked at, once it has run."""
+        after_step, self._after_step = self._after_step, None
+        if after_step is not None:
+            after_step()
+
+    def _look_and_check(
+        self, trainer: Any, look: FirstLook, first_look: Callable[[], bool], seen: list[SeenStep]
+    ) -> None:
         if first_look() and self._reader is not None and self._reader.kind is not None:
-            self._check_first(trainer, look, seen)
+            self._check_first(trainer, look, seen[0])
 
     def _check_first(self, trainer: Any, look: FirstLook, seen: SeenStep) -> None:
         assert self._reader is not None
