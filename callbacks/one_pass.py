@@ -203,7 +203,7 @@ def _leave_out_repeats(trainer: Any, kept: KeptInputs) -> None:
     sampler = _sampler_of(loader)
     if not isinstance(loader, DataLoader) or not isinstance(sampler, DistributedSampler):
         return
-    rows = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
+    rows: int = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
     seen = min(len(sampler), int(trainer.num_training_batches) * rows)
     if kept.samples == seen:
         kept.leave_out_last(max(0, seen - len(WithoutRepeats(sampler))))

@@ -89,9 +89,9 @@ class KeptInputs:
         )
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for numbers in torch.arange(self.samples).split(_ROWS_READ_TOGETHER):
-            read = self.rows(numbers)
-            yield read[:2] if read.weights is None else tuple(read)  # type: ignore[misc]
+        for numbers in torch.split(torch.arange(self.samples), _ROWS_READ_TOGETHER):
+            inputs, targets, weights = self.rows(numbers)
+            yield (inputs, targets) if weights is None else (inputs, targets, weights)
 
     @property
     def _is_in_file(self) -> bool:

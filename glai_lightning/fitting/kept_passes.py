@@ -75,7 +75,7 @@ class KeptHead:
         assert reader is not None
         outputs = self.slot.module(inputs)
         losses = _losses(self._kind(reader), outputs, targets, self._label_smoothing(reader))
-        return reader.scale * (losses if weights is None else losses * weights).mean()
+        return (losses if weights is None else losses * weights).mean() * reader.scale
 
     def _kind(self, reader: StepReader) -> LossKind:
         if reader.kind is not None:
@@ -157,8 +157,9 @@ def _losses(kind: LossKind, outputs: Tensor, targets: Tensor, label_smoothing: f
 def _average_gradients(view: TrainerInPass, heads: list[KeptHead]) -> None:
     processes = processes_of(view)
     if processes.count > 1:
-        for parameter in (p for head in heads for p in head.slot.module.parameters() if p.grad is not None):
-            processes.sum(parameter.grad).div_(processes.count)
+        for gradient in (parameter.grad for head in heads for parameter in head.slot.module.parameters()):
+            if gradient is not None:
+                processes.sum(gradient).div_(processes.count)
 
 
 def _step_schedules(view: TrainerInPass, interval: str, number: int) -> None:

@@ -202,7 +202,7 @@ def _fingerprint_of_leaf(leaf: Any) -> object:
         return leaf if isinstance(leaf, int | float | str | None) else id(leaf)
     integers = leaf.detach().contiguous().flatten().view(_INTEGERS.get(leaf.element_size(), torch.uint8))
     mixed = torch.zeros(2, dtype=torch.int64, device=leaf.device)
-    for number, part in enumerate(integers.split(_ELEMENTS_TOGETHER)):
+    for number, part in enumerate(torch.split(integers, _ELEMENTS_TOGETHER)):
         places = torch.arange(1, len(part) + 1, device=leaf.device) + number * _ELEMENTS_TOGETHER
         # Products of 64 bits that wrap around: sums that depend on the order of what is summed.
         scrambled = (part.long() + places * _MULTIPLIER) * (2 * places + 1)
