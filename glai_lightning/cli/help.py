@@ -17,6 +17,7 @@ _COMMANDS = {
     "validate": "validate a checkpoint",
     "predict": "predict for rows, images or texts: glai predict --ckpt_path CKPT --data FILE",
     "compare": "measure a configuration beside the same fit that is never frozen",
+    "cache": "compute the embeddings of a frozen backbone ahead; --list DIR, --prune DIR",
     "recipes": "list the shipped configurations; with a name, copy one into this folder",
 }
 _FIRST_STEP = """First step, on data that comes with it:

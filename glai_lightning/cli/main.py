@@ -89,6 +89,11 @@ def _run(arguments: list[str]) -> int:
         from glai_lightning.cli.compare import run_comparison
 
         return run_comparison(arguments[1:])
+    if command == "cache":
+        from glai_lightning.cli.cache import run_cache
+
+        run_cache(arguments[1:])
+        return 0
     from glai_lightning.cli.lightning_cli import GlaiCLI, complete
 
     with warnings.catch_warnings():
