@@ -153,7 +153,7 @@ class OnePass:
         return [KeptHead(slot, watch.solve, self.kept[slot.name]) for watch, slot in self._heads if not watch.frozen]
 
     def finish(self) -> OnePassRecord:
-        """Say what it took, and return it."""
+        """Let the kept inputs go, and return what it took."""
         assert self._started is not None
         samples = next(iter(self.kept.values())).samples
         record = OnePassRecord(
@@ -162,7 +162,6 @@ class OnePass:
             backbone_seconds=self._ended - self._started,
             head_seconds=time.perf_counter() - self._ended,
         )
-        say(record)
         self.kept = {}
         return record
 
@@ -203,7 +202,7 @@ def _leave_out_repeats(trainer: Any, kept: KeptInputs) -> None:
     sampler = _sampler_of(loader)
     if not isinstance(loader, DataLoader) or not isinstance(sampler, DistributedSampler):
         return
-    rows: int = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
+    rows = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
     seen = min(len(sampler), int(trainer.num_training_batches) * rows)
     if kept.samples == seen:
         kept.leave_out_last(max(0, seen - len(WithoutRepeats(sampler))))

@@ -325,6 +325,7 @@ class StructureFreezeCallback(WatchedHeads):
             if not watch.frozen:
                 self._freeze_and_solve(trainer, watch, slot, "the fit allows for no further pass")
         self.one_pass_record = self._one_pass.finish()
+        self.say(self.one_pass_record)
         self.stop_if_finished(trainer)
 
     def _after_batch(self, pl_module: Any, trainer: Any, outputs: Any) -> None:

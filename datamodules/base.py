@@ -125,7 +125,7 @@ class BaseDataModule(pl.LightningDataModule):
         """Return the test samples with their targets, or no loader where there are none."""
         return self.test_dataloader()
 
-    def _source(self, split: str) -> Any:
+    def _rows_of(self, split: str) -> Any:
         """Return what makes the batches of the loader of a split."""
         return self.splits[split]
 
@@ -135,7 +135,7 @@ class BaseDataModule(pl.LightningDataModule):
         sharding = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {}
         fitting = split == "train" and trainer is not None and trainer.training
         progress = partial(fit_progress, trainer) if fitting else None
-        return BatchLoader(self._source(split), progress=progress, **self._loader_options(split, sharding))
+        return BatchLoader(self._rows_of(split), progress=progress, **self._loader_options(split, sharding))
 
 
 class SampleDataModule(BaseDataModule):

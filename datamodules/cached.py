@@ -50,17 +50,18 @@ class CachingDataModule(SampleDataModule):
             raise UserValueError("Expected `cache` of the data module to be a folder, but got None.")
         return fill_cache(self, backbone, self.cache)
 
-    def _source(self, split: str) -> Any:
+    def _rows_of(self, split: str) -> Any:
         # Only now: a fit that resumes has loaded the weights of its backbone after the set-up.
         if self.cache is None or self.trainer is None:
-            return super()._source(split)
+            return super()._rows_of(split)
         if self._embedded is None:
             module = self.trainer.lightning_module
             backbone = getattr(module, "backbone", None)
             if not isinstance(backbone, nn.Module) or not getattr(module, "freeze_backbone", False):
                 raise UserValueError(
                     "Expected a `HeadModule` with a frozen backbone for a data module with `cache`, but got "
-                    f"`{type(module).__name__}`{'' if backbone is None else ' whose backbone is trained'}."
+                    f"`{type(module).__name__}`{'' if backbone is None else ' whose backbone is trained'}. Without "
+                    "`cache` any module will do."
                 )
             self._embedded = FeaturesDataModule.from_backbone(self, backbone, cache_dir=self.cache)
         return EmbeddedRows(self._embedded.splits[split])

@@ -94,7 +94,8 @@ class OnePassRecord:
         samples: training samples that went through the backbone.
         passes: over the kept inputs of the heads, after the epoch that kept them.
         backbone_seconds: wall-clock seconds of the training batches of that epoch.
-        head_seconds: wall-clock seconds of the passes, the freeze and the solve.
+        head_seconds: wall-clock seconds of the passes, the freeze and the solve, for which the backbone also reads the
+            validation data.
     """
 
     samples: int

@@ -73,7 +73,7 @@ class KeptHead:
         inputs, targets, weights = self.inputs.rows(numbers)
         reader = self.solve.reader
         assert reader is not None
-        outputs = self.slot.module(inputs)
+        outputs: Tensor = self.slot.module(inputs)
         losses = _losses(self._kind(reader), outputs, targets, self._label_smoothing(reader))
         return (losses if weights is None else losses * weights).mean() * reader.scale
 
@@ -125,9 +125,8 @@ class PassStep:
 
         def closure() -> Tensor:
             with view.precision_plugin.train_step_context():
-                loss = (
-                    torch.stack([head.loss(self.numbers) for head in self.heads]).sum() / view.accumulate_grad_batches
-                )
+                whole = torch.stack([head.loss(self.numbers) for head in self.heads]).sum()
+                loss: Tensor = whole / view.accumulate_grad_batches
             if zero_grad is not None:
                 zero_grad()
             view.strategy.backward(loss, view.optimizers[0])
