@@ -2,8 +2,9 @@
 
 import functools
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -30,13 +31,16 @@ Heads = Sequence[tuple[HeadWatch, HeadSlot]]
 class OnePass:
     """What heads are given and trained on in one epoch of a fit, and their training on it after that epoch.
 
-    Every step of the epoch runs as always. What its modules before the heads return is recorded, and then the step is
-    read with that in their place.
+    Every step of the epoch runs as always. What the modules before the heads return in the first is recorded, and then
+    that step is read with this in their place. Where it shows that one plain loss call is the whole loss, the other
+    steps are read as they run, otherwise as the first.
 
     Args:
         trainer: the Trainer of the fit.
         pl_module: its module.
         heads: its heads that are not solved yet.
+        read: reads a batch.
+        is_own: whether that reads the step of the module, and is not an override of the user.
 
     Raises:
         MisconfigurationException: if the data of the fit is not the same samples in every epoch.
@@ -46,17 +50,20 @@ class OnePass:
         kept: what was kept, by the names of the heads.
     """
 
-    def __init__(self, trainer: Any, pl_module: Any, heads: Heads) -> None:
+    def __init__(self, trainer: Any, pl_module: Any, heads: Heads, read: ReadBatch, *, is_own: bool) -> None:
         _check_data(trainer, pl_module)
         self.calls = FixedCalls(pl_module, [slot.module for _, slot in heads])
         self._heads = heads
+        self._read = read
+        # What is compiled would be compiled anew while it is watched.
+        self._reads_live = is_own and not self.calls.compiled
         self.kept = {slot.name: KeptInputs(int(trainer.num_training_batches)) for _, slot in heads}
         self._started: float | None = None
         self._is_whole = True
         self._reusing = ExitStack()
         self._problem: UserMisconfigurationError | None = None
 
-    def record_next_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, read: ReadBatch) -> None:
+    def record_next_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Record the next training step of the fit, and keep what it gives the heads.
 
         Args:
@@ -64,7 +71,6 @@ class OnePass:
             pl_module: its module.
             batch: the batch, on the device of the module.
             batch_idx: its index.
-            read: reads a batch.
         """
         if self._started is None:
             self._started = time.perf_counter()
@@ -73,41 +79,60 @@ class OnePass:
             if trainer.current_epoch > 0 and self._is_whole:
                 say(f"The fit resumes without kept inputs: epoch {trainer.current_epoch} runs the backbone once more.")
         step, replaced = pl_module.training_step, pl_module.__dict__.get("training_step")
+        readers = {slot.name: watch.solve.reader for watch, slot in self._heads}
+        live = self._reads_live and all(reader is not None and reader.stops_at_loss for reader in readers.values())
 
         @functools.wraps(step)
         def recorded(*args: Any, **kwargs: Any) -> Any:
             del pl_module.__dict__["training_step"]
             if replaced is not None:
                 pl_module.__dict__["training_step"] = replaced
+            if live and self._is_whole:
+                return self._keep_live(trainer, readers, partial(step, *args, **kwargs))
             with self.calls.recording():
                 returned = step(*args, **kwargs)
                 for watch, _ in self._heads:
                     watch.solve.after_step()
                 if self._is_whole:
-                    self._keep(trainer, pl_module, batch, batch_idx, read)
+                    with self._raising(trainer):
+                        self._keep_replayed(pl_module, batch, batch_idx)
             return returned
 
         recorded.is_seen = True  # type: ignore[attr-defined]
         pl_module.__dict__["training_step"] = recorded
 
-    def _keep(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, read: ReadBatch) -> None:
-        try:
-            for watch, slot in self._heads:
-                reader = watch.solve.reader
-                if reader is None:
-                    # No batch has called the head yet.
-                    continue
+    def _keep_live(self, trainer: Any, readers: Mapping[str, Any], step: Callable[[], Any]) -> Any:
+        """Read a step as it runs: nothing is run again where one plain loss call is the whole loss."""
+        with ExitStack() as stack:
+            watches = {name: stack.enter_context(reader.watched()) for name, reader in readers.items()}
+            returned = step()
+        with self._raising(trainer):
+            for name, watch in watches.items():
+                self._keep(name, readers[name].read_watched(watch))
+        return returned
+
+    def _keep_replayed(self, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        for watch, slot in self._heads:
+            # None as long as no batch has called the head.
+            if watch.solve.reader is not None:
                 with self.calls.replaying(), isolated_step(pl_module):
-                    given = read(batch, batch_idx, "training", reader)
-                if given is not None:
-                    self.kept[slot.name].add(HeadBatch(*given))
+                    self._keep(slot.name, self._read(batch, batch_idx, "training", watch.solve.reader))
+
+    def _keep(self, name: str, given: HeadBatch | tuple[Tensor, ...] | None) -> None:
+        if given is not None:
+            self.kept[name].add(HeadBatch(*given))
+
+    @contextmanager
+    def _raising(self, trainer: Any) -> Iterator[None]:
+        try:
+            yield
         except UserMisconfigurationError as error:
             if trainer.world_size == 1:
                 raise
             # The other processes wait for the gradients of this step: all raise at the end of the epoch.
             self._problem = error
 
-    def complete(self, trainer: Any, read: ReadBatch) -> None:
+    def complete(self, trainer: Any) -> None:
         """End the epoch that is kept; all processes must call this together."""
         with processes_of(trainer).failing_together():
             if self._problem is not None:
@@ -118,7 +143,7 @@ class OnePass:
                 if self._is_whole:
                     _leave_out_repeats(trainer, self.kept[slot.name])
                 else:
-                    for batch in watch.solve.collect(trainer, read):
+                    for batch in watch.solve.collect(trainer, self._read):
                         self.kept[slot.name].add(HeadBatch(*batch))
             counts = {name: kept.samples for name, kept in self.kept.items()}
             if len(set(counts.values())) != 1 or 0 in counts.values():

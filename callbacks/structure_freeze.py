@@ -264,7 +264,9 @@ class StructureFreezeCallback(WatchedHeads):
         self._restored = None
         self._one_pass = self.one_pass_record = None
         if self.one_pass and not self._finished:
-            self._one_pass = OnePass(trainer, pl_module, list(self._watched(pl_module)))
+            is_own = type(self).inputs_and_targets is StructureFreezeCallback.inputs_and_targets
+            heads = list(self._watched(pl_module))
+            self._one_pass = OnePass(trainer, pl_module, heads, self.inputs_and_targets, is_own=is_own)
 
     @property
     def _finished(self) -> bool:
@@ -311,14 +313,14 @@ class StructureFreezeCallback(WatchedHeads):
             read = self.inputs_and_targets
             watch.solve.before_batch(trainer, slot, batch, batch_idx, read, others=others, calls=calls)
         if self._one_pass is not None:
-            self._one_pass.record_next_step(trainer, pl_module, batch, batch_idx, self.inputs_and_targets)
+            self._one_pass.record_next_step(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure churn after the last batch of an epoch, before validation and its checkpoint, or every n steps."""
         if self._one_pass is None or not trainer.is_last_batch:
             self._after_batch(pl_module, trainer, outputs)
             return
-        self._one_pass.complete(trainer, self.inputs_and_targets)
+        self._one_pass.complete(trainer)
         self._after_batch(pl_module, trainer, outputs)
         self._one_pass.train(trainer, partial(self._after_batch, pl_module))
         for watch, slot in self._watched(pl_module):

@@ -33,6 +33,7 @@ class FixedCalls:
 
     Attributes:
         random: whether a module drew random numbers in the first step that was recorded.
+        compiled: whether any module is compiled.
     """
 
     def __init__(self, pl_module: nn.Module, heads: Sequence[nn.Module]) -> None:
@@ -45,6 +46,7 @@ class FixedCalls:
             for part in module.modules()
             if part is not module
         }
+        self.compiled = any(map(_is_compiled, pl_module.modules()))
         passed_over = inside | around | compiled
         self._modules = [(n, m) for n, m in pl_module.named_modules() if id(m) not in passed_over]
         self._calls: dict[str, deque[tuple[list[Any], Any]]] = {}

@@ -27,7 +27,7 @@ import inspect
 import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -287,6 +287,27 @@ class StepReader:
         if first:
             self._stops[stage] = bool(watch.calls) and _same(self._from_call(watch, watch.calls[0]), read)
         return read
+
+    @property
+    def stops_at_loss(self) -> bool:
+        """Whether the first batch showed that one plain loss call in ``training_step`` is the whole loss."""
+        return self._stops.get("training", False)
+
+    def watched(self) -> AbstractContextManager["_StepWatch"]:
+        """Return a context in which a step of the fit runs as always, to be read by ``read_watched``."""
+        return _StepWatch(self.module)
+
+    def read_watched(self, watch: "_StepWatch") -> HeadBatch | None:
+        """Read the batch of a step that was watched; ``None`` if it does not call the head.
+
+        Raises:
+            MisconfigurationException: if the loss was not called as in the first batch.
+        """
+        if not watch.outputs:
+            return None
+        if not watch.calls:
+            raise _unreadable(self.name, "training_step", "does not call the loss function of the first batch")
+        return self._from_call(watch, watch.calls[0])
 
     def see_next_step(self, check: Callable[["SeenStep"], None]) -> None:
         """Let the next training step of the fit be seen while it runs as always.
