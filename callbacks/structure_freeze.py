@@ -264,9 +264,9 @@ class StructureFreezeCallback(WatchedHeads):
         self._restored = None
         self._one_pass = self.one_pass_record = None
         if self.one_pass and not self._finished:
-            is_own = type(self).inputs_and_targets is StructureFreezeCallback.inputs_and_targets
-            heads = list(self._watched(pl_module))
-            self._one_pass = OnePass(trainer, pl_module, heads, self.inputs_and_targets, is_own=is_own)
+            own = type(self).inputs_and_targets is StructureFreezeCallback.inputs_and_targets
+            heads, read = list(self._watched(pl_module)), self.inputs_and_targets
+            self._one_pass = OnePass(trainer, pl_module, heads, read, is_own=own)
 
     @property
     def _finished(self) -> bool:
@@ -309,8 +309,7 @@ class StructureFreezeCallback(WatchedHeads):
         for watch, slot in self._watched(pl_module):
             watch.before_batch(trainer, slot, batch_idx)
             others = [other.module for _, other in self._watched(pl_module) if other != slot]
-            calls = None if self._one_pass is None else self._one_pass.calls
-            read = self.inputs_and_targets
+            calls, read = None if self._one_pass is None else self._one_pass.calls, self.inputs_and_targets
             watch.solve.before_batch(trainer, slot, batch, batch_idx, read, others=others, calls=calls)
         if self._one_pass is not None:
             self._one_pass.record_next_step(trainer, pl_module, batch, batch_idx)
@@ -412,22 +411,17 @@ class StructureFreezeCallback(WatchedHeads):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Stop watching; what was seen is kept for the checkpoint that other callbacks may save of the exception."""
         self._fits = False
-        self._end_one_pass()
+        if self._one_pass is not None:
+            self._one_pass.after_validation()
         for watch in self.heads.values():
             watch.detach()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Stop watching."""
-        self._fits = False
-        self._end_one_pass()
+        self._fits, self._one_pass = False, None
         self._restore_val_every(trainer)
         for watch in self.heads.values():
             watch.close()
-
-    def _end_one_pass(self) -> None:
-        if self._one_pass is not None:
-            self._one_pass.after_validation()
-            self._one_pass = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs; primitives and tensors only, so that ``weights_only`` loading reads it."""

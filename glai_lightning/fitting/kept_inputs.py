@@ -62,7 +62,8 @@ class KeptInputs:
                 grown[: self.samples] = self._inputs[: self.samples]
             self._inputs = grown
         self._inputs[self.samples : count] = batch.inputs
-        self._targets.append(batch.targets)
+        # Of a view the whole would be kept.
+        self._targets.append(batch.targets.clone())
         self._weights.append(batch.weights)
         self.samples = count
 

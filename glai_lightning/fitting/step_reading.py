@@ -33,10 +33,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
 from glai_lightning.fitting.loss_reading import (
@@ -54,17 +52,13 @@ from glai_lightning.fitting.loss_reading import (
     read_loss,
     shows_its_loss,
 )
+from glai_lightning.fitting.step_watch import LossCall, LossReached, StepWatch
 from glai_lightning.heads.frozen import GLAIHead, frozen_parameters
 from glai_lightning.heads.patterns import apply_leading, layout_of
 
 Stage = Literal["training", "validation"]
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
-_LOSSES: dict[Callable[..., Any], LossKind] = {
-    F.cross_entropy: "cross_entropy",
-    F.binary_cross_entropy_with_logits: "binary_cross_entropy",
-    F.mse_loss: "mse",
-}
 
 
 @contextmanager
@@ -109,110 +103,6 @@ def _draw_otherwise() -> None:
 
 def _log_nothing(*_: Any, **__: Any) -> None:
     return None
-
-
-class _LossReached(BaseException):
-    """Ends a step at the loss call that was looked for; not an error, and not for user code to catch."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A plain call of a known loss function on what the head returned: a mean over samples, with hard targets."""
-
-    kind: LossKind
-    place: int
-    targets: Tensor
-    label_smoothing: float
-    ignore_index: int
-
-
-class _StepWatch(TorchFunctionMode):
-    """Context that notes what a head is given and returns, and what becomes of it.
-
-    Args:
-        head: the head.
-        outputs: what the head returns instead of running, from its inputs; ``None`` to let it run.
-        stop: whether to end the step, by raising ``_LossReached``, at the first plain loss call.
-
-    Attributes:
-        inputs: what the head was given, call by call.
-        outputs: what it returned, call by call; before any change that is made to it in place.
-        calls: plain loss calls on what it returned.
-        numbers: all numbers with a gradient that were computed.
-    """
-
-    def __init__(
-        self, head: nn.Module, outputs: Callable[[Tensor], Tensor] | None = None, *, stop: bool = False
-    ) -> None:
-        super().__init__()
-        self.inputs: list[Tensor] = []
-        self.outputs: list[Tensor] = []
-        self.calls: list[_Call] = []
-        self.numbers: list[Tensor] = []
-        self._head = head
-        self._replacement = outputs
-        self._stop = stop
-        self._passed: list[Tensor] = []
-
-    def __enter__(self) -> "_StepWatch":
-        self._kept = self._head.__dict__.get("forward")
-        forward = self._head.forward
-
-        @functools.wraps(forward)
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if inputs is None:
-                return forward(*args, **kwargs)
-            outputs = forward(*args, **kwargs) if self._replacement is None else self._replacement(inputs)
-            if not isinstance(outputs, Tensor):
-                return outputs
-            # What follows may change the copy in place; the gradient is asked for by the original.
-            passed = outputs.clone()
-            self.inputs.append(inputs)
-            self.outputs.append(outputs)
-            self._passed.append(passed)
-            return passed
-
-        self._head.__dict__["forward"] = noted
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        del self._head.__dict__["forward"]
-        if self._kept is not None:
-            self._head.__dict__["forward"] = self._kept
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run a torch function, and note what is of interest."""
-        kwargs = kwargs or {}
-        if func in _LOSSES and self._passed:
-            call = self._plain_call(_LOSSES[func], inspect.signature(func).bind(*args, **kwargs))
-            if call is not None:
-                self.calls.append(call)
-                if self._stop:
-                    raise _LossReached
-        result = func(*args, **kwargs)
-        if self._passed and isinstance(result, Tensor) and result.ndim == 0 and result.requires_grad:
-            self.numbers.append(result)
-        return result
-
-    def _plain_call(self, kind: LossKind, bound: inspect.BoundArguments) -> _Call | None:
-        bound.apply_defaults()
-        arguments = bound.arguments
-        scored, targets = arguments["input"], arguments["target"]
-        weighted = any(arguments.get(name) is not None for name in ("weight", "pos_weight"))
-        hard = kind != "cross_entropy" or not targets.is_floating_point()
-        if arguments["reduction"] != "mean" or weighted or not hard:
-            return None
-        for place, passed in enumerate(self._passed):
-            whole = scored.numel() == passed.numel() and scored.is_contiguous() and passed.is_contiguous()
-            if whole and scored.untyped_storage().data_ptr() == passed.untyped_storage().data_ptr():
-                smoothing, ignored = arguments.get("label_smoothing", 0.0), arguments.get("ignore_index", -100)
-                return _Call(kind, place, targets.detach(), float(smoothing), ignored)
-        return None
 
 
 class StepReader:
@@ -293,11 +183,11 @@ class StepReader:
         """Whether the first batch showed that one plain loss call in ``training_step`` is the whole loss."""
         return self._stops.get("training", False)
 
-    def watched(self) -> AbstractContextManager["_StepWatch"]:
+    def watched(self) -> AbstractContextManager["StepWatch"]:
         """Return a context in which a step of the fit runs as always, to be read by ``read_watched``."""
-        return _StepWatch(self.module)
+        return StepWatch(self.module)
 
-    def read_watched(self, watch: "_StepWatch") -> HeadBatch | None:
+    def read_watched(self, watch: "StepWatch") -> HeadBatch | None:
         """Read the batch of a step that was watched; ``None`` if it does not call the head.
 
         Raises:
@@ -323,7 +213,7 @@ class StepReader:
             del pl_module.__dict__["training_step"]
             if replaced is not None:
                 pl_module.__dict__["training_step"] = replaced
-            with torch.compiler.set_stance("force_eager"), _StepWatch(self.module) as watch:
+            with torch.compiler.set_stance("force_eager"), StepWatch(self.module) as watch:
                 returned = step(*args, **kwargs)
             check(SeenStep(watch.inputs, watch.outputs, _loss_of(returned)))
             return returned
@@ -376,7 +266,7 @@ class StepReader:
             for parameter in parameters:
                 parameter.requires_grad_(False)
 
-    def _run(self, batch: Any, batch_idx: int, stage: Stage, *, stop: bool) -> tuple[_StepWatch, Any]:
+    def _run(self, batch: Any, batch_idx: int, stage: Stage, *, stop: bool) -> tuple[StepWatch, Any]:
         layout = layout_of(self.module)
 
         def stand_in(inputs: Tensor) -> Tensor:
@@ -389,13 +279,13 @@ class StepReader:
             # The next step is to be seen for another head.
             step = step.__wrapped__
         arguments = (batch, batch_idx) if len(inspect.signature(step).parameters) > 1 else (batch,)
-        watch, returned = _StepWatch(self.module, stand_in, stop=stop), None
-        with torch.enable_grad(), self.trainer.precision_plugin.forward_context(), suppress(_LossReached), watch:
+        watch, returned = StepWatch(self.module, stand_in, stop=stop), None
+        with torch.enable_grad(), self.trainer.precision_plugin.forward_context(), suppress(LossReached), watch:
             returned = step(*arguments)
         return watch, returned
 
     def _read_loss(
-        self, watch: _StepWatch, returned: Any, stage: Stage, parameters: Sequence[nn.Parameter]
+        self, watch: StepWatch, returned: Any, stage: Stage, parameters: Sequence[nn.Parameter]
     ) -> LossReading | None:
         if stage == "validation":
             return self._read_any(watch)
@@ -412,7 +302,7 @@ class StepReader:
                 )
         return read_loss(loss, watch.outputs)
 
-    def _read_any(self, watch: _StepWatch) -> LossReading:
+    def _read_any(self, watch: StepWatch) -> LossReading:
         """Read the first number of a validation step that is a loss of the kind that the head is trained on."""
         for number in watch.numbers:
             with suppress(LossNotReadError):
@@ -421,7 +311,7 @@ class StepReader:
                     return reading
         raise _unreadable(self.name, "validation_step", "computes none")
 
-    def _from_call(self, watch: _StepWatch, call: _Call) -> HeadBatch:
+    def _from_call(self, watch: StepWatch, call: LossCall) -> HeadBatch:
         inputs = rows_of([watch.inputs[call.place]], [watch.outputs[call.place]])
         targets = call.targets
         if call.kind == "cross_entropy":
