@@ -27,6 +27,7 @@ __all__ = [
     "ChurnProbe",
     "GLAIHead",
     "HeadModule",
+    "HeadSearchModule",
     "PrototypicalModule",
     "SimCLRModule",
     "SupervisedModule",
@@ -40,6 +41,7 @@ __all__ = [
 
 _LOADED_ON_USE = {
     "HeadModule": "glai_lightning.modules.head_module",
+    "HeadSearchModule": "glai_lightning.modules.search",
     "PrototypicalModule": "glai_lightning.modules.prototypical",
     "SimCLRModule": "glai_lightning.modules.simclr",
     "SupervisedModule": "glai_lightning.modules.supervised",

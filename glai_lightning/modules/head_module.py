@@ -146,9 +146,13 @@ class HeadModule(LightningModule):
                 f"Expected the head to take the {features} features of the data, but got a head for {in_features}."
             )
         if stage == "fit":
-            self.inputs_standardised, statistics = _standardisation_of(data, self.standardise)
-            if self.backbone is None and self.standardise is not None:
-                self.standardise.copy_from(statistics)
+            self.take_standardisation(data)
+
+    def take_standardisation(self, data: Any) -> None:
+        """Keep the statistics by which a data module standardises the inputs, if it does."""
+        self.inputs_standardised, statistics = _standardisation_of(data, self.standardise)
+        if self.backbone is None and self.standardise is not None:
+            self.standardise.copy_from(statistics)
 
     @classmethod
     def load_from_checkpoint(
