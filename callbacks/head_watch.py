@@ -112,12 +112,7 @@ class Solved:
     report: SolveReport
 
     def __str__(self) -> str:
-        report = self.report
-        return (
-            f"Solved for the path weights of {self.head!r} in {report.passes} passes and {report.seconds:.2f} s "
-            f"({report.reason}): loss {report.start_loss:.4g} before, {report.loss:.4g} now"
-            + ("." if report.score is None else f"; validation score {report.start_score:.4f}, {report.score:.4f}.")
-        )
+        return f"Solved for the path weights of {self.head!r}: {self.report}"
 
 
 class HeadWatch:

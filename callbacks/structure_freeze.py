@@ -14,6 +14,7 @@ from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.head_watch import FreezeSettings, HeadWatch
 from glai_lightning.callbacks.learning_watch import LearningWatch
 from glai_lightning.callbacks.watched_heads import FreezeJudge, WatchedHeads
+from glai_lightning.checks import expect_flag
 from glai_lightning.fitting.conversion import (
     check_head,
     frozen_head,
@@ -36,9 +37,11 @@ class StructureFreezeCallback(WatchedHeads):
 
     The callback works on any LightningModule, without a change to its code. It measures *churn*, the fraction of
     pattern bits that flipped since the last check on the inputs that the head was last trained on. Once churn is small,
-    and small against the largest so far, the head is converted at the start of the next epoch into one that is
-    linear in what it still trains. With output paths (the default) parameters, optimizer groups and keys stay
-    what they were.
+    and small against the largest so far, and the head has learned, it is converted into one that is linear in what it
+    still trains. With output paths (the default) parameters, optimizer groups and keys stay what they were.
+
+    By default the head is then solved, validated and saved, and the fit stops. Where it cannot be solved, the callback
+    says why in one line, freezes at the start of the next epoch, and the optimizer goes on to the end of the fit.
 
     The default thresholds were compared with other rules on six data sets, see "When to freeze" in
     ``benchmarks/README.md``. The best moment follows the learning rate: at a constant 3e-3 it came after two or three
@@ -72,8 +75,12 @@ class StructureFreezeCallback(WatchedHeads):
             to be 0.
         probe_size: number of inputs on which churn is measured.
         solver: minimises the training loss over the path weights once the structure is frozen, by one pass over the
-            training data that leaves no trace in the fit. The freeze then is at the end of an epoch, so that validation
-            and checkpoint of that epoch are those of the solved head. Of several processes each reads its own part.
+            training data that leaves no trace in the fit. 'auto' chooses one by the loss of the first step, a
+            ``LogisticSolver`` for cross-entropy and a ``RidgeSolver`` for squared error; it chooses none where layers
+            before the head are trained, the data is augmented at random, or the loss cannot be solved. A solver of
+            your own raises an error there. ``None`` never solves. The freeze of a head that is solved is at the end of
+            an epoch, so that validation and checkpoint of that epoch are those of the solved head. Of several
+            processes each reads its own part.
         stop_after_solve: whether the fit stops after the validation of the solved head (of several: of the last one);
             else the optimizer goes on.
         verbose: whether to say when and why the structure was frozen.
@@ -130,6 +137,8 @@ class StructureFreezeCallback(WatchedHeads):
         self.solver = solver
         self.stop_after_solve = stop_after_solve
         with as_misconfiguration():
+            expect_flag("stop_after_solve", stop_after_solve)
+            expect_flag("verbose", verbose)
             settings = FreezeSettings(**{field.name: getattr(self, field.name) for field in fields(FreezeSettings)})
         super().__init__(head, settings, verbose)
         self._logs_names = not stands_alone(self._names)

@@ -6,19 +6,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
 from glai_lightning.datamodules.arrays import as_tensor, check_finite, read_archive
+from glai_lightning.datamodules.base import QuietDataModule
 from glai_lightning.datamodules.images import ToTensor, read_image
 
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-class UnlabelledDataModule(pl.LightningDataModule):
+class UnlabelledDataModule(QuietDataModule):
     r"""Batches of inputs without labels for ``Trainer.predict``, from one file or folder.
 
     An ``.npz`` file holds rows as ``x``. A CSV file holds rows of numbers, with a header or without one, or a column of
@@ -79,6 +79,7 @@ class UnlabelledDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read rows and texts, and list images."""
+        super().setup(stage)
         if self._inputs is None:
             self._inputs = self._read()
         if len(self._inputs) == 0:

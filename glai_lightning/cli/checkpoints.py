@@ -34,17 +34,17 @@ def check_given(path: str, *, weights_only: bool) -> None:
         check_checkpoint(path)
 
 
-def find_checkpoint(name: str, trainer: Any) -> str | None:
-    """Return the checkpoint that earlier fits of the same configuration left behind.
+def find_checkpoint(name: str, roots: Iterable[Path]) -> str | None:
+    """Return the checkpoint that earlier fits left behind.
 
     Args:
         name: 'best', of the latest fit by the score that it monitored, or 'last', the file that was written last.
-        trainer: where the configuration writes checkpoints to.
+        roots: folders below which there may be checkpoints.
 
     Returns:
         The path; ``None`` where there is none.
     """
-    files = [file for folder in _checkpoint_folders(trainer) for file in folder.glob("*.ckpt")]
+    files = [file for folder in _checkpoint_folders(roots) for file in folder.glob("*.ckpt")]
     if not files:
         return None
     latest = max(files, key=lambda file: file.stat().st_mtime)
@@ -80,8 +80,24 @@ def saved_configuration(checkpoint: str) -> Path | None:
     return beside if beside.is_file() else None
 
 
-def _checkpoint_folders(trainer: Any) -> Iterable[Path]:
-    for root in checkpoint_roots(trainer):
+def find_named(name: str, roots: Iterable[Path]) -> str:
+    """Return the checkpoint that ``find_checkpoint`` finds.
+
+    Raises:
+        MisconfigurationException: if there is none.
+    """
+    roots = list(roots)
+    found = find_checkpoint(name, roots)
+    if found is None:
+        raise UserMisconfigurationError(
+            f"Expected the {name} checkpoint of an earlier fit in {' or '.join(f'{str(r)!r}' for r in roots)}, but "
+            "found none. Name its file with `--ckpt_path`."
+        )
+    return found
+
+
+def _checkpoint_folders(roots: Iterable[Path]) -> Iterable[Path]:
+    for root in roots:
         yield from (root, root / "checkpoints", *root.glob("version_*/checkpoints"))
 
 

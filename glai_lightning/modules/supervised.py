@@ -114,13 +114,16 @@ class SupervisedModule(ScoredModule):
             self.classes = list(names) if _are_names(names, self.num_classes) else None
 
     def description(self) -> dict[str, Any]:
-        """Return what ``load_from_checkpoint`` makes the module of, class names included."""
-        return super().description() | {"classes": self.classes}
+        """Return what ``load_from_checkpoint`` makes the module of, task and class names included."""
+        return super().description() | {"classes": self.classes, "task": self.task}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take out of a checkpoint what is known of inputs and classes."""
         super().on_load_checkpoint(checkpoint)
-        names = checkpoint.get(DESCRIPTION, {}).get("classes")
+        described = checkpoint.get(DESCRIPTION, {})
+        task, names = described.get("task", self.task), described.get("classes")
+        if task != self.task:
+            raise UserValueError(f"Expected the checkpoint of a {self.task}, but got one of a {task}.")
         if names is not None and not _are_names(names, self.num_classes):
             raise UserValueError(
                 f"Expected the checkpoint to hold at most {self.num_classes} class names, but got {names!r}."
