@@ -184,9 +184,10 @@ class FitReport(FitRecorder, Callback):
 
 def _log_best(trainer: Any, record: FitRecord) -> None:
     """Log the best score as what TensorBoard's table shows beside the hyper-parameters; every run resets it to -1."""
-    for logger in trainer.loggers if record.best is not None else ():
-        if hasattr(logger.experiment, "add_scalar"):
-            logger.experiment.add_scalar("hp_metric", record.best.val_score, trainer.global_step)
+    best = record.best
+    for logger in trainer.loggers:
+        if best is not None and hasattr(logger.experiment, "add_scalar"):
+            logger.experiment.add_scalar("hp_metric", best.val_score, trainer.global_step)
 
 
 def _hyperparameters(freeze: StructureFreezeCallback, trainer: Any, pl_module: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from glai_lightning.checks import UserTypeError, UserValueError, expect_flag
 from glai_lightning.fitting.across_processes import process_group
 from glai_lightning.fitting.conversion import follow_in_fit
 from glai_lightning.fitting.messages import hide_warnings, unhide_warnings
+from glai_lightning.fitting.table_columns import TableColumns, table_of
 from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.heads.optimizers import optimizer_parameters
 from glai_lightning.heads.restoring import HeadRestorer
@@ -78,6 +79,7 @@ class HeadModule(LightningModule):
         standardise: what standardises the inputs of the head, ``None`` where it cannot be told how many there are.
             Without a backbone the data module may standardise; its statistics are kept here for ``deployed``.
         inputs_standardised: whether the data module of the fit standardised the inputs.
+        table: of a fit on a ``TableDataModule``, how rows of columns become inputs; travels in the checkpoint.
 
     Raises:
         TypeError: if an argument is not what it is to be.
@@ -115,6 +117,7 @@ class HeadModule(LightningModule):
         # Every process of a fit has the same statistics: DistributedDataParallel need not send them at every forward.
         self._ddp_params_and_buffers_to_ignore = [f"standardise.{name}" for name in ("mean", "scale", "rows")]
         self.inputs_standardised = False
+        self.table: TableColumns | None = None
         self._described_head = describe(head)
         self._described_backbone: dict[str, Any] | None = None
         if backbone is not None and freeze_backbone:
@@ -164,6 +167,7 @@ class HeadModule(LightningModule):
             )
         if stage == "fit":
             self.inputs_standardised, statistics = _standardisation_of(data, self.standardise)
+            self.table = table_of(data)
             if self.backbone is None and self.standardise is not None:
                 self.standardise.copy_from(statistics)
 
@@ -228,6 +232,7 @@ class HeadModule(LightningModule):
             "backbone": self._described_backbone,
             "has_backbone": self.backbone is not None,
             "inputs_standardised": self.inputs_standardised,
+            "table": None if self.table is None else self.table.as_dict(),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -240,12 +245,15 @@ class HeadModule(LightningModule):
         Raises:
             ValueError: if the checkpoint is one of another module of this package.
         """
-        saved = shipped_module(checkpoint.get(DESCRIPTION, {}).get("module"))
+        described = checkpoint.get(DESCRIPTION, {})
+        saved = shipped_module(described.get("module"))
         if saved is not None and not (isinstance(self, saved) or issubclass(saved, type(self))):
             raise UserValueError(
                 f"Expected the checkpoint of a `{type(self).__name__}`, but got one of a `{saved.__name__}`."
             )
-        self.inputs_standardised = bool(checkpoint.get(DESCRIPTION, {}).get("inputs_standardised", False))
+        self.inputs_standardised = bool(described.get("inputs_standardised", False))
+        table = described.get("table")
+        self.table = None if table is None else TableColumns.from_dict(table)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict from either side of the freeze, completely or not at all.

@@ -153,8 +153,9 @@ class SupervisedModule(ScoredModule):
         """Predict from inputs as they come: rows that nothing standardised, images or texts.
 
         Args:
-            inputs: rows (N, ...), a tensor, an array or nested lists of numbers; for an image backbone a tensor
-                (N, 3, height, width) or a list of images; for a text backbone a list of strings.
+            inputs: rows (N, ...), a tensor, an array or nested lists of numbers; after a fit on a ``TableDataModule`` a
+                ``pandas.DataFrame``; for an image backbone a tensor (N, 3, height, width) or a list of images; for a
+                text backbone a list of strings.
             batch_size: inputs that are computed at once, at least 1.
 
         Returns:
