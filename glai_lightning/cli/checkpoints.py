@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import Callback
 
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.modules.checkpoint_file import check_checkpoint
+from glai_lightning.modules.checkpoint_file import DESCRIPTION, check_checkpoint
+from glai_lightning.modules.head_module import HeadModule, shipped_module
 
 
 def check_given(path: str, *, weights_only: bool) -> None:
@@ -56,6 +57,29 @@ def find_checkpoint(name: str, roots: Iterable[Path]) -> str | None:
             if candidate.is_file():
                 return str(candidate)
     return None
+
+
+def checked_checkpoint(given: str) -> str:
+    """Return the file that ``--ckpt_path`` names, 'best' and 'last' those of the latest fit in ``runs``.
+
+    Raises:
+        MisconfigurationException: if there is no such file.
+        ValueError: if it is no checkpoint.
+    """
+    if given in ("best", "last"):
+        given = find_named(given, [Path("runs"), *Path("runs").glob("*")])
+    check_given(given, weights_only=True)
+    return given
+
+
+def described_module(checkpoint: str) -> HeadModule | None:
+    """Make the module of a checkpoint as it describes itself; ``None`` if it does not, or is one of the user's own."""
+    described = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(DESCRIPTION, {})
+    kind = shipped_module(described.get("module"))
+    parts = ("head", "backbone") if described.get("has_backbone") else ("head",)
+    if kind is None or any(described.get(part) is None for part in parts):
+        return None
+    return kind.load_from_checkpoint(checkpoint, map_location="cpu")
 
 
 def checkpoint_roots(trainer: Any) -> list[Path]:

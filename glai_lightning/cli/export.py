@@ -3,18 +3,16 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser
 
 from glai_lightning.checks import UserValueError, expect_choice
-from glai_lightning.cli.checkpoints import check_given, find_named, saved_configuration
+from glai_lightning.cli.checkpoints import checked_checkpoint, described_module, saved_configuration
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.modules.checkpoint_file import DESCRIPTION
 from glai_lightning.modules.export import FORMATS, export_model
-from glai_lightning.modules.head_module import HeadModule, shipped_module
+from glai_lightning.modules.head_module import HeadModule
 
 
 def run_export(arguments: Sequence[str]) -> Path:
@@ -42,10 +40,7 @@ def run_export(arguments: Sequence[str]) -> Path:
     expect_choice("--to", options.to, tuple(FORMATS))
     if options.ckpt_path is None:
         raise UserMisconfigurationError("Expected `--ckpt_path` to name a checkpoint, 'best' or 'last', but got none.")
-    checkpoint = options.ckpt_path
-    if checkpoint in ("best", "last"):
-        checkpoint = find_named(checkpoint, [Path("runs"), *Path("runs").glob("*")])
-    check_given(checkpoint, weights_only=True)
+    checkpoint = checked_checkpoint(options.ckpt_path)
     example = None if options.shape is None else torch.zeros(2, *_sizes(options.shape))
     module = _load(checkpoint, options.config)
     path = export_model(module, options.to, options.output or f"model{FORMATS[options.to]}", example)
@@ -60,20 +55,18 @@ def _sizes(shape: str) -> list[int]:
     return list(map(int, sizes))
 
 
-def _load(checkpoint: str, configuration: str | None) -> Any:
+def _load(checkpoint: str, configuration: str | None) -> HeadModule:
     """Make the module of a checkpoint: as it describes itself, or as the configuration of its fit says."""
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    described = saved.get(DESCRIPTION, {})
-    kind = shipped_module(described.get("module"))
-    parts = ("head", "backbone") if described.get("has_backbone") else ("head",)
-    if configuration is None and kind is not None and all(described.get(part) is not None for part in parts):
-        return kind.load_from_checkpoint(checkpoint, map_location="cpu")
+    described = None if configuration is not None else described_module(checkpoint)
+    if described is not None:
+        return described
     path = saved_configuration(checkpoint) if configuration is None else Path(configuration)
     if path is None:
         raise UserMisconfigurationError(
             f"Expected `--config` to name the configuration of the fit, because '{checkpoint}' does not describe its "
             "module and none lies beside it, but got none."
         )
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     module = _configured(path)
     module.on_load_checkpoint(saved)
     module.load_state_dict(saved["state_dict"])

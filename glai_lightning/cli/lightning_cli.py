@@ -19,7 +19,7 @@ from glai_lightning.cli.checkpoints import (
     find_named,
     saved_configuration,
 )
-from glai_lightning.cli.predict import PredictionWriter
+from glai_lightning.cli.predict import PredictionWriter, is_inputs
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.modules.head_module import has_test, steps_per_batch
 

@@ -90,10 +90,25 @@ def _run(arguments: list[str]) -> int:
         run_export(arguments[1:])
         return 0
     from glai_lightning.cli.lightning_cli import GlaiCLI, complete
+    from glai_lightning.cli.predict import predict_alone
 
     with warnings.catch_warnings():
-        GlaiCLI(complete(arguments))
+        options = dict(option.removeprefix("--").split("=", 1) for option in _joined(arguments[1:]))
+        alone = command == "predict" and {"ckpt_path", "data"} <= options.keys() <= {"ckpt_path", "data", "to"}
+        if not (alone and predict_alone(options["ckpt_path"], options["data"], options.get("to", "predictions.csv"))):
+            GlaiCLI(complete(arguments))
     return 0
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """Return options as ``--name=value``, those without a value with an empty one."""
+    joined: list[str] = []
+    for argument in arguments:
+        if argument.startswith("-") or not joined or not joined[-1].endswith("="):
+            joined.append(argument if "=" in argument else f"{argument}=")
+        else:
+            joined[-1] += argument
+    return joined
 
 
 def _recipes(arguments: list[str]) -> None:
