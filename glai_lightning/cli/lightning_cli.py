@@ -199,11 +199,7 @@ def complete(arguments: list[str]) -> list[str]:
             )
         print(f"Configuration of the fit: {saved}")
         rest = ["--config", str(saved), *rest]
-    if (
-        command == "predict"
-        and data is not None
-        and (os.path.exists(data) or Path(data).suffix in (".npz", ".csv", ".parquet"))
-    ):
+    if command == "predict" and data is not None and is_inputs(data):
         at = next(n for n, argument in enumerate(rest) if argument.split("=")[0] == "--data")
         rest[at : at + (1 if "=" in rest[at] else 2)] = [
             "--data=glai_lightning.datamodules.UnlabelledDataModule",
