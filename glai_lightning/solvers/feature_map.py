@@ -95,5 +95,5 @@ class FeatureMap:
             digest.update(f"{name}:{kind.__name__}({said})\n".encode())
         for name, entry in sorted(entries.items()):
             digest.update(f"{name}:{entry.dtype}{tuple(entry.shape)}\n".encode())
-            digest.update(memoryview(entry.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            digest.update(entry.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

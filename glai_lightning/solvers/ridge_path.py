@@ -90,11 +90,12 @@ class RidgePath:
         constant = others.targets + offset.square()
         if per_output:
             scaled = shrinkage.unsqueeze(2) * self.rotated
-            errors: Tensor = torch.einsum("gfc,fe,gec->gc", scaled, squares, scaled)
+            errors = torch.einsum("gfc,fe,gec->gc", scaled, squares, scaled)
         else:
             errors = ((shrinkage @ (squares * (self.rotated @ self.rotated.t()))) * shrinkage).sum(1, keepdim=True)
             products, constant = products.sum(1, keepdim=True), constant.sum(0, keepdim=True)
-        return errors - 2.0 * (shrinkage @ products) + constant
+        found: Tensor = errors - 2.0 * (shrinkage @ products) + constant
+        return found
 
     def cross_validated(self, *, per_output: bool) -> Tensor:
         """Return the generalised cross-validation scores of all strengths (Golub, Heath and Wahba 1979).

@@ -71,7 +71,7 @@ class Kind:
             TypeError: if they are neither labels nor numbers.
             ValueError: if there are not as many as ``samples``, or a label is negative or has no name.
         """
-        if isinstance(targets, list | tuple) and targets and isinstance(targets[0], str):
+        if isinstance(targets, list | tuple) and any(isinstance(label, str) for label in targets):
             labels = check_classes(tuple(dict.fromkeys(targets)))
             where = {label: place for place, label in enumerate(labels)}
             positions = torch.tensor([where[label] for label in targets])
