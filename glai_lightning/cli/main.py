@@ -13,7 +13,7 @@ from glai_lightning.cli.help import class_help, command_help, overview, versions
 from glai_lightning.cli.recipes import copy_recipe, list_recipes
 
 _NOT_BUILT_YET = ("export",)
-_WITH_HELP = ("fit", "validate", "test", "predict", "compare")
+_WITH_HELP = ("fit", "validate", "test", "predict", "solve", "compare")
 #: What a file or a folder that the user names can cause, and a disk that is full.
 _USERS_ERRNOS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS),
@@ -89,6 +89,11 @@ def _run(arguments: list[str]) -> int:
         from glai_lightning.cli.compare import run_comparison
 
         return run_comparison(arguments[1:])
+    if command == "solve":
+        from glai_lightning.cli.solve import run_solve
+
+        run_solve(arguments[1:])
+        return 0
     from glai_lightning.cli.lightning_cli import GlaiCLI, complete
 
     with warnings.catch_warnings():

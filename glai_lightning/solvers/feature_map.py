@@ -21,8 +21,8 @@ class FeatureMap:
     """The features of a frozen head, or what any other module returns, in eval mode and without gradients.
 
     Args:
-        module: a ``GLAIHead`` with output or independent paths, whose features are its path activations; or a module
-            from a batch of inputs to features (n, F).
+        module: a ``GLAIHead`` with output or independent paths, whose features are its path activations, alone or as
+            the last of an ``nn.Sequential``; or a module from a batch of inputs to features (n, F).
 
     Raises:
         TypeError: if it is not a module.
@@ -33,7 +33,13 @@ class FeatureMap:
         if not isinstance(module, nn.Module):
             raise UserTypeError(f"Expected the feature map to be a module, but got `{type(module).__name__}`.")
         self._module = module
-        self._head = LinearPathWeights(module) if isinstance(module, GLAIHead) else None
+        self._before: nn.Module | None = None
+        self._prefix, head = "", module
+        if isinstance(module, nn.Sequential) and len(module) and not isinstance(module, GLAIHead):
+            name, last = list(module.named_children())[-1]
+            if isinstance(last, GLAIHead):
+                self._before, self._prefix, head = module[:-1], f"{name}.", last
+        self._head = LinearPathWeights(head) if isinstance(head, GLAIHead) else None
         self._known: tuple[tuple[Any, ...], str] | None = None
 
     @property
@@ -48,10 +54,13 @@ class FeatureMap:
 
     def __call__(self, inputs: Any) -> Tensor:
         """Return the features (n, F) of a batch of inputs."""
+        computed = self._module if self._head is None else self._before
+        features = inputs
+        if computed is not None:
+            with torch.no_grad(), in_mode([computed], training=False):
+                features = computed(inputs)
         if self._head is not None:
-            return self._head.activations(inputs).detach()
-        with torch.no_grad(), in_mode([self._module], training=False):
-            features = self._module(inputs)
+            return self._head.activations(features).detach()
         if not isinstance(features, Tensor) or not features.is_floating_point() or features.ndim < 2:
             got = f"{features.dtype} {tuple(features.shape)}" if isinstance(features, Tensor) else type(features)
             raise UserValueError(
@@ -81,8 +90,9 @@ class FeatureMap:
     def _left_out(self) -> tuple[str, ...]:
         if self._head is None:
             return ()
-        names = record_of(self._module).names
-        return (f"{names.output}.", *(f"{step}." for step in names.trailing if isinstance(step, str)))
+        names = record_of(self._head.head).names
+        steps = [names.output, *(step for step in names.trailing if isinstance(step, str))]
+        return tuple(f"{self._prefix}{step}." for step in steps)
 
     def _hash(self, entries: dict[str, Tensor], left_out: tuple[str, ...]) -> str:
         digest = hashlib.sha256()

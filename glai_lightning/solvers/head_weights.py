@@ -105,7 +105,7 @@ class LinearPathWeights:
         if acting:
             names = ", ".join(type(module).__name__ for module in acting)
             raise UserValueError(f"Expected no module after the head's last Linear to solve for it, but got {names}.")
-        self._head = head
+        self.head = head
         self._parameters: list[Tensor]
         self.bias: Tensor | None
         if kind == "output":
@@ -161,12 +161,12 @@ class LinearPathWeights:
 
     def activations(self, inputs: Tensor) -> Tensor:
         """Return the path activations (n, F) of inputs (n, D)."""
-        layout = layout_of(self._head)
+        layout = layout_of(self.head)
         width = layout.widths[0]
         if not layout.leading and inputs.shape[1] != width:
             raise UserValueError(f"Expected inputs of shape (samples, {width}), but got {tuple(inputs.shape)}.")
         with torch.no_grad():
-            return GLAIHead.path_activations(self._head, inputs.to(self._parameters[0]))
+            return GLAIHead.path_activations(self.head, inputs.to(self._parameters[0]))
 
 
 def set_last_layer(head: GLAIHead, solution: LinearSolution) -> None:
