@@ -1,6 +1,5 @@
 """What the first step of a fit shows of a head: whether its inputs are fixed, and what a freeze can save at most."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -119,8 +118,7 @@ class FirstLook:
         outside of the head the part of its parameters that is trained is taken to have a backward pass.
         """
         pl_module, head = self._slot.pl_module, self._slot.module
-        widths = layout_of(head).widths
-        products = [rows * before * after for before, after in itertools.pairwise(widths)]
+        products = [rows * product for product in layout_of(head).names.products]
         inner, last = sum(products[:-1]), products[-1]
         own = {id(parameter) for parameter in head.parameters()}
         outside = [parameter for parameter in pl_module.parameters() if id(parameter) not in own]

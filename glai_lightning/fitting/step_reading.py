@@ -54,8 +54,9 @@ from glai_lightning.fitting.loss_reading import (
     read_loss,
     shows_its_loss,
 )
+from glai_lightning.fitting.misconfiguration import as_misconfiguration
 from glai_lightning.heads.frozen import GLAIHead, frozen_parameters
-from glai_lightning.heads.patterns import apply_leading, layout_of
+from glai_lightning.heads.patterns import layout_of, sample_shape
 
 Stage = Literal["training", "validation"]
 
@@ -160,9 +161,12 @@ class _StepWatch(TorchFunctionMode):
 
         @functools.wraps(forward)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if inputs is None:
+            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            if not given:
                 return forward(*args, **kwargs)
+            inputs = given[0]
+            if len(given) > 1 and self._replacement is not None:
+                raise LossNotReadError("Expected a head that is given one tensor, so that it can be solved.")
             outputs = forward(*args, **kwargs) if self._replacement is None else self._replacement(inputs)
             if not isinstance(outputs, Tensor):
                 return outputs
@@ -356,8 +360,8 @@ class StepReader:
         layout = layout_of(self.module)
 
         def stand_in(inputs: Tensor) -> Tensor:
-            with torch.no_grad():
-                shape = apply_leading(layout, inputs).shape[:-1]
+            with torch.no_grad(), as_misconfiguration():
+                shape = sample_shape(layout, inputs)
             return probing_outputs((*shape, layout.output.out_features), layout.output.weight).requires_grad_()
 
         step: Any = getattr(self.pl_module, f"{stage}_step")

@@ -15,8 +15,8 @@ from glai_lightning.checks import UserValueError
 from glai_lightning.heads.recording import RecordedCall
 
 SUPPORTED = (
-    "Paths with a formula are those of Linear, BatchNorm, ReLU, LeakyReLU, PReLU with a fixed slope and Dropout, in the "
-    "order Linear, BatchNorm, activation, Dropout, with any modules after the last Linear."
+    "Paths with a formula are those of Linear, BatchNorm, ReLU, LeakyReLU, PReLU with a fixed slope and Dropout, in "
+    "the order Linear, BatchNorm, activation, Dropout, with any modules after the last Linear."
 )
 
 #: The forwards that compute what a kind of module stands for.
@@ -101,23 +101,25 @@ class _Link:
     step: Step
 
 
-def read_chain(kind: str, calls: Sequence[RecordedCall], returns_last: bool) -> Chain | str:
+def read_chain(kind: str, calls: Sequence[RecordedCall], returned: str) -> Chain | str:
     """Read the recorded steps of a forward as an MLP of piecewise-linear layers; or say why they are none."""
     try:
-        return _read(kind, calls, returns_last)
+        return _read(kind, calls, returned)
     except UserValueError as error:
         return str(error)
 
 
-def _read(kind: str, calls: Sequence[RecordedCall], returns_last: bool) -> Chain:
+def _read(kind: str, calls: Sequence[RecordedCall], returned: str) -> Chain:
     for call in calls:
         if not call.follows:
             raise UserValueError(
                 f"Expected the forward of `{kind}` to be one chain of modules, but `{call.name}` does not take the "
                 f"output of the step before it alone. {SUPPORTED}"
             )
-    if not returns_last:
-        raise UserValueError(f"Expected the forward of `{kind}` to return the result of its last step. {SUPPORTED}")
+    if returned != "Tensor":
+        raise UserValueError(
+            f"Expected the forward of `{kind}` to return the result of its last step, but got {returned}. {SUPPORTED}"
+        )
     links = [
         _Link(call.name, module, call.name if call.module is not None else module)
         for call in calls

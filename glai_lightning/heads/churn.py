@@ -117,8 +117,8 @@ def structure_settled(
 class ChurnProbe:
     """Measures the churn of a head on the inputs that it was last trained on.
 
-    It keeps a snapshot of the feature map's weights and references to the last inputs seen in training mode with gradients
-    enabled (nothing is copied), and compares snapshot and head on those same inputs. That makes churn independent of
+    It keeps a snapshot of the feature map's weights and references to the last inputs seen in training mode with
+    gradients enabled (nothing is copied), and compares snapshot and head on those same inputs. That makes churn independent of
     shuffling, of augmentation, of a moving backbone, and of whether there is validation at all.
 
     Args:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.checks import UserTypeError, UserValueError
-from glai_lightning.heads.chain import Chain, HiddenLayer, Step, does_nothing, function_step, read_chain
+from glai_lightning.heads.chain import Chain, FunctionStep, HiddenLayer, Step, does_nothing, function_step, read_chain
 from glai_lightning.heads.recording import (
     CallRecorder,
     RecordedCall,
@@ -148,7 +148,7 @@ class HeadLayout:
         return [value for value in self.structure_tensors().values() if isinstance(value, nn.Parameter)]
 
     def linearised_parameters(self) -> list[str]:
-        """List the names of the parameters around which tangent paths are an expansion: all but those that are added."""
+        """List the names of the parameters around which tangent paths expand: all but the last bias."""
         own = self.structure_tensors()
         return [*(name for name in own if isinstance(own[name], nn.Parameter)), f"{self.names.output}.weight"]
 
@@ -279,7 +279,7 @@ def made_up_inputs(head: nn.Module) -> Iterator[Tensor]:
 
 
 def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HeadNames:
-    calls, outputs_last, recorder = record(head, args, kwargs)
+    calls, returned, recorder = record(head, args, kwargs)
     layers = [position for position, call in enumerate(calls) if call.is_layer]
     kind = type(head).__name__
     if len(layers) < 2:
@@ -309,8 +309,9 @@ def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hea
     return HeadNames(
         output=output.name,
         kept=tuple(dict.fromkeys(kept)),
-        trailing=tuple(
-            module if call.module is None else call.name for call, module in after if not does_nothing(module)
+        trailing=(
+            *(module if call.module is None else call.name for call, module in after if not does_nothing(module)),
+            *(() if returned == "Tensor" else (FunctionStep(returned),)),
         ),
         activations=tuple(recorder.kinds[: len(points)]),
         widths=(
@@ -319,23 +320,23 @@ def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hea
             layer_sizes(output.module)[1],
         ),
         products=tuple(_product(layer_sizes(calls[position].module)) for position in layers),
-        chain=read_chain(kind, calls, outputs_last),
+        chain=read_chain(kind, calls, returned),
     )
 
 
 def record(
     head: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool = False
-) -> tuple[list[RecordedCall], bool, CallRecorder]:
+) -> tuple[list[RecordedCall], str, CallRecorder]:
     """Record a call of a head that leaves no trace.
 
     Returns:
-        Its steps, whether it returns the result of the last one, and the recorder.
+        Its steps, the type of what it returns ('Tensor' for the result of the last step alone), and the recorder.
     """
     with unchanged(head), torch.no_grad(), in_mode([head], training), CallRecorder(head) as recorder:
         recorder.start([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
         outputs = head.forward(*args, **kwargs)
-        last = recorder.returns_last(outputs)
-    return recorder.calls, last, recorder
+        returned = recorder.type_of(outputs)
+    return recorder.calls, returned, recorder
 
 
 def _product(sizes: tuple[int, int]) -> int:

@@ -1,4 +1,4 @@
-"""The first-order expansion of any differentiable head around its weights at the freeze, by forward-mode derivatives."""
+"""The first-order expansion of any head around its weights at the freeze, by forward-mode derivatives."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,7 +41,9 @@ def linearised_outputs(
 
     with forward_mode.dual_level():
         duals = {
-            name: forward_mode.make_dual(reference, layout.head.get_parameter(name) - reference)
+            name: forward_mode.make_dual(  # type: ignore[no-untyped-call]
+                reference, layout.head.get_parameter(name) - reference
+            )
             for name, reference in references.items()
         }
         handle = layout.output.register_forward_hook(summed)
@@ -52,7 +54,9 @@ def linearised_outputs(
 
 
 def _sum(value: Tensor) -> Tensor:
-    primal, tangent = forward_mode.unpack_dual(value)
+    primal: Tensor
+    tangent: Tensor | None
+    primal, tangent = forward_mode.unpack_dual(value)  # type: ignore[no-untyped-call]
     return primal if tangent is None else primal + tangent
 
 

@@ -182,9 +182,7 @@ class TangentPaths(FrozenHead):
 
     def _glai_freeze(self, layout: HeadLayout) -> None:
         record = record_of(self)
-        record.references = {
-            name: self.get_parameter(name).detach().clone() for name in layout.linearised_parameters()
-        }
+        record.references = {name: self.get_parameter(name).detach().clone() for name in layout.linearised_parameters()}
         if record.formula:
             _stop_gradients([parameter for module in layout.leading for parameter in module.parameters()])
         else:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from glai_lightning.checks import UserTypeError, UserValueError
-from glai_lightning.heads.chain import HiddenLayer
+from glai_lightning.heads.chain import Chain, HiddenLayer
 from glai_lightning.heads.layout import HeadLayout, in_mode, read_head
 from glai_lightning.heads.record import find_record
 from glai_lightning.heads.recording import CallRecorder, ReachedOutput, call_with, unchanged
@@ -133,6 +133,21 @@ def apply_leading(layout: HeadLayout, x: Tensor) -> Tensor:
     for module in layout.leading:
         x = module(x)
     return x
+
+
+def sample_shape(layout: HeadLayout, x: Tensor) -> torch.Size:
+    """Return how many samples inputs of a head hold, by dimension: the shape (...) of outputs (..., C).
+
+    Raises:
+        ValueError: for inputs other than (n, D) of a head that is no chain of modules.
+    """
+    if isinstance(layout.names.chain, Chain):
+        return apply_leading(layout, x).shape[:-1]
+    if x.ndim != 2:
+        raise UserValueError(
+            f"Expected inputs (n, D) of a head that is no chain of modules, to solve for it, but got {tuple(x.shape)}."
+        )
+    return x.shape[:-1]
 
 
 def run_feature_map(

@@ -16,10 +16,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-_NAMES = """celu elu erf gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid log_sigmoid mish prelu relu
-relu6 rrelu selu sigmoid silu softplus softshrink softsign special_expit tanh tanhshrink threshold expit""".split()
+_NOT_ELEMENTWISE = {"GLU", "LogSoftmax", "Module", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin"}
+#: Modules of torch that apply one function, which bends, to every element.
+_MODULES = tuple(getattr(nn, name) for name in nn.modules.activation.__all__ if name not in _NOT_ELEMENTWISE)
+_NAMES = {*(kind.__name__.lower() for kind in _MODULES), "leaky_relu", "log_sigmoid", "erf", "expit"}
 _PLACES = (F, torch, Tensor, torch._C._nn, torch.special)
-#: Functions of one number that a torch function applies to every element, and that bend.
+#: The same as functions.
 _ACTIVATIONS = {
     getattr(place, name + end)
     for place in _PLACES
@@ -27,13 +29,7 @@ _ACTIVATIONS = {
     for end in ("", "_")
     if hasattr(place, name + end)
 }
-_GATES = {getattr(place, "glu") for place in _PLACES if hasattr(place, "glu")}
-
-_KNOWN = tuple(
-    getattr(nn, name)
-    for name in """CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6 RReLU
-    SELU Sigmoid SiLU Softplus Softshrink Softsign Tanh Tanhshrink Threshold""".split()
-)
+_GATES = {place.glu for place in _PLACES if hasattr(place, "glu")}
 
 
 class ReachedOutput(BaseException):
@@ -142,13 +138,15 @@ class CallRecorder(TorchFunctionMode):
         """Take note of what the head is given."""
         self._last = next(iter(inputs), None)
 
-    def returns_last(self, outputs: Any) -> bool:
-        """Tell whether the head returned the result of the last step, and it alone."""
-        return outputs is self._last
+    def type_of(self, outputs: Any) -> str:
+        """Return the type of what the head returned: 'Tensor' if that is the result of the last step and no other."""
+        if isinstance(outputs, Tensor):
+            return "Tensor" if outputs is self._last else "another tensor"
+        return type(outputs).__name__
 
     def __enter__(self) -> "CallRecorder":
         self._handles = []
-        modules = dict((id(module), (name, module)) for name, module in reversed(list(innermost(self._head))))
+        modules = {id(module): (name, module) for name, module in reversed(list(innermost(self._head)))}
         if self._stop_at is not None and id(self._stop_at) not in modules:
             modules[id(self._stop_at)] = ("", self._stop_at)
         for name, module in modules.values():
@@ -216,7 +214,7 @@ class CallRecorder(TorchFunctionMode):
             return name in self._activations
         if not isinstance(outputs, Tensor) or outputs.shape != given.shape or isinstance(module, _DropoutNd):
             return False
-        if isinstance(module, _KNOWN) and type(module).__module__.startswith("torch.nn"):
+        if isinstance(module, _MODULES) and type(module).__module__.startswith("torch.nn"):
             return True
         self._quiet = True
         try:

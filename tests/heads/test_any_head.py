@@ -114,7 +114,7 @@ class Flagged(Plain):
 
 class Pooled(Plain):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        tokens = self.act(self.fc1(x.unsqueeze(1).expand(-1, 3, -1)))
+        tokens = self.act(self.fc1(x.unsqueeze(1).repeat(1, 3, 1)))
         return self.fc2(tokens.mean(1)), tokens.shape
 
 
