@@ -9,8 +9,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from glai_lightning.fitting.heads_in_module import HeadSlot
-from glai_lightning.fitting.loss_reading import HeadBatch, LossKind
-from glai_lightning.fitting.step_reading import SeenStep, rows_of
+from glai_lightning.fitting.loss_reading import HeadBatch, LossKind, rows_of
+from glai_lightning.fitting.step_reading import SeenStep
 from glai_lightning.heads.patterns import layout_of
 from glai_lightning.solvers import LogisticSolver, RidgeSolver
 

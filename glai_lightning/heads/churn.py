@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_integer, expect_number
+from glai_lightning.heads.joined import ends_of
 from glai_lightning.heads.layout import CannotBeCalledError, HeadLayout, read_head
 from glai_lightning.heads.patterns import layout_of, patterns_of
 
@@ -118,8 +119,8 @@ class ChurnProbe:
     """Measures the churn of a head on the inputs that it was last trained on.
 
     It keeps a snapshot of the feature map's weights and references to the last inputs seen in training mode with
-    gradients enabled (nothing is copied), and compares snapshot and head on those same inputs. That makes churn independent of
-    shuffling, of augmentation, of a moving backbone, and of whether there is validation at all.
+    gradients enabled (nothing is copied), and compares snapshot and head on those same inputs. That makes churn
+    independent of shuffling, of augmentation, of a moving backbone, and of whether there is validation at all.
 
     Args:
         head: a head or a ``GLAIHead``.
@@ -156,7 +157,7 @@ class ChurnProbe:
         #: Inputs seen since the last measurement, kept or not.
         self.seen = 0
         self._listens = True
-        self._detach = _watch_inputs(head, self._keep)
+        self._detach = _watch_inputs(ends_of(head)[0], self._keep)
 
     def _tensors(self) -> dict[str, Tensor]:
         if self._layout is not None:
@@ -169,7 +170,7 @@ class ChurnProbe:
         return {name: value.clone() for name, value in self._tensors().items()}
 
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (self.head.training and torch.is_grad_enabled()):
+        if not (ends_of(self.head)[0].training and torch.is_grad_enabled()):
             return
         if self._layout is None:
             self._layout = read_head(self.head, *args, **kwargs)

@@ -1,8 +1,9 @@
 """What a head consists of: a feature map, which is what a freeze freezes, and its last Linear."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -250,10 +251,26 @@ def _read_made_up(head: nn.Module) -> HeadNames:
         except Exception as error:
             # What a forward expects is not known, so it may object in any way.
             failed = failed or error
-    raise CannotBeCalledError(
-        f"Expected the forward of `{type(head).__name__}` to take one tensor of features, but a call with such inputs "
-        f"failed ({failed}). `find_heads(module, batch)` reads it from a real call."
-    )
+    rest = _after_leading(head)
+    if rest is None:
+        raise CannotBeCalledError(
+            f"Expected the forward of `{type(head).__name__}` to take one tensor of features, but a call with such "
+            f"inputs failed ({failed}). `find_heads(module, batch)` reads it from a real call."
+        )
+    names = _read_made_up(rest)
+    leading = tuple(name for name in head._modules if name not in rest._modules)
+    chain = names.chain
+    return replace(names, chain=replace(chain, leading=leading + chain.leading) if isinstance(chain, Chain) else chain)
+
+
+def _after_leading(head: nn.Module) -> nn.Module | None:
+    """Return a Sequential from its first part with a Linear on: what comes before may take images, or words."""
+    if not isinstance(head, nn.Sequential) or type(head).forward is not nn.Sequential.forward:
+        return None
+    parts = [(name, part) for name, part in head._modules.items() if part is not None]
+    holds_linear = [any(isinstance(module, nn.Linear) for module in part.modules()) for _, part in parts]
+    first = holds_linear.index(True) if True in holds_linear else 0
+    return nn.Sequential(OrderedDict(parts[first:])) if first else None
 
 
 def made_up_inputs(head: nn.Module) -> Iterator[Tensor]:
@@ -261,14 +278,15 @@ def made_up_inputs(head: nn.Module) -> Iterator[Tensor]:
     layers = [module for _, module in innermost(head) if is_layer(module)]
     weight: Any = layers[0].weight
     generator = torch.Generator().manual_seed(0)
-    width = layer_sizes(layers[0])[0]
+    width = _width(head, layers[0])
     around: list[tuple[int, ...]] = [(), (1, 1), (7, 7)]
     if isinstance(layers[0], nn.Conv1d | nn.Conv2d | nn.Conv3d):
         around = [(1,) * (layers[0].weight.ndim - 2), (7,) * (layers[0].weight.ndim - 2), ()]
     widths = [width, *{layer_sizes(layer)[0] for layer in layers[1:]} - {width}]
     for shape in [
         *((2, width, *more) for width in widths[:1] for more in around),
-        (2, 3, width),
+        # No number of tokens that a module may take for its channels.
+        (2, 13, width),
         (2, 7, 7, width),
         *((2, width) for width in widths[1:]),
     ]:
@@ -276,6 +294,12 @@ def made_up_inputs(head: nn.Module) -> Iterator[Tensor]:
         if weight.is_meta:
             inputs = inputs.to("meta")
         yield inputs.to(weight.device, weight.dtype if weight.is_floating_point() else torch.float32)
+
+
+def _width(head: nn.Module, first: Any) -> int:
+    """Return the width of a head's inputs: what it says itself, or else what its first layer takes."""
+    own = getattr(head, "in_features", None)
+    return own if isinstance(own, int) else layer_sizes(first)[0]
 
 
 def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HeadNames:
@@ -315,7 +339,7 @@ def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hea
         ),
         activations=tuple(recorder.kinds[: len(points)]),
         widths=(
-            layer_sizes(calls[layers[0]].module)[0],
+            _width(head, calls[layers[0]].module),
             *(point.shape[channels] for point in points),
             layer_sizes(output.module)[1],
         ),

@@ -29,7 +29,7 @@ _ACTIVATIONS = {
     for end in ("", "_")
     if hasattr(place, name + end)
 }
-_GATES = {place.glu for place in _PLACES if hasattr(place, "glu")}
+_GATES = {F.glu, torch._C._nn.glu}
 
 
 class ReachedOutput(BaseException):
@@ -102,7 +102,8 @@ class CallRecorder(TorchFunctionMode):
     """Context that records what the forward of a head does.
 
     A *preactivation* is what an elementwise activation is given, or the gate of a GLU, where a layer came after the
-    activation before it.
+    activation before it. A module that holds no layer may say itself which of its units fire: by a method ``pattern``,
+    which takes what its forward takes and returns a bool tensor (..., H).
 
     Args:
         head: the head.
@@ -181,7 +182,7 @@ class CallRecorder(TorchFunctionMode):
             flow = self._flow_of(inputs)
             follows = len(inputs) == 1 and inputs[0] is self._last
             self.calls.append(RecordedCall(name, module, None, ((), {}), follows, flow.feeds_on))
-            given = self._copy(inputs[0]) if flow.fresh and len(inputs) == 1 and not is_layer(module) else None
+            given = self._given(module, args, kwargs, inputs) if flow.fresh and not is_layer(module) else None
             self._inside.append((flow, len(self.preactivations), given))
 
         return before
@@ -202,6 +203,15 @@ class CallRecorder(TorchFunctionMode):
 
         return after
 
+    def _given(self, module: nn.Module, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> Tensor | None:
+        if not hasattr(module, "pattern"):
+            return self._copy(inputs[0]) if len(inputs) == 1 else None
+        self._quiet = True
+        try:
+            return module.pattern(*args, **kwargs).to(inputs[0].dtype) - 0.5
+        finally:
+            self._quiet = False
+
     def _copy(self, tensor: Tensor) -> Tensor:
         self._quiet = True
         try:
@@ -212,6 +222,8 @@ class CallRecorder(TorchFunctionMode):
     def _is_activation(self, name: str, module: nn.Module, given: Tensor, outputs: Any) -> bool:
         if self._activations is not None:
             return name in self._activations
+        if hasattr(module, "pattern"):
+            return True
         if not isinstance(outputs, Tensor) or outputs.shape != given.shape or isinstance(module, _DropoutNd):
             return False
         if isinstance(module, _MODULES) and type(module).__module__.startswith("torch.nn"):
