@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from glai_lightning._clone import find_parts_beside
 from glai_lightning.heads.churn import ChurnProbe, pattern_churn, structure_settled
+from glai_lightning.heads.finding import FoundHead, find_heads
 from glai_lightning.heads.frozen import GLAIHead, freeze_structure
 from glai_lightning.heads.gated import glu_head, polyglu_head
 from glai_lightning.heads.mlp import mlp_head
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ChurnProbe",
+    "FoundHead",
     "GLAIHead",
     "HeadModule",
     "PrototypicalModule",
@@ -36,6 +38,7 @@ __all__ = [
     "activation_patterns",
     "distil_eugen",
     "eugen_head",
+    "find_heads",
     "freeze_structure",
     "glu_head",
     "matched_hidden_features",

@@ -74,6 +74,7 @@ class RoutedActivation(nn.Module):
 
     def __init__(self, temperature: float, lowest_temperature: float, decay: float) -> None:
         super().__init__()
+        self.temperature: Tensor
         self.register_buffer("temperature", torch.tensor(temperature))
         self.lowest_temperature = lowest_temperature
         self.decay = decay
@@ -83,7 +84,7 @@ class RoutedActivation(nn.Module):
         if self.training:
             routes = F.gumbel_softmax(logits, tau=self.temperature.clone())  # type: ignore[arg-type]
             with torch.no_grad():
-                self.temperature.mul_(self.decay).clamp_(min=self.lowest_temperature)  # type: ignore[operator, union-attr]
+                self.temperature.mul_(self.decay).clamp_(min=self.lowest_temperature)
         else:
             routes = self.pattern(z, logits).to(z.dtype)
         activated = torch.stack([F.relu(z), torch.tanh(z), F.silu(z), F.gelu(z)], dim=-1)

@@ -26,6 +26,7 @@ class Applied(nn.Module):
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.function, self.args, self.kwargs = function, args, kwargs
+        self.function_name = getattr(function, "__name__", "function")
 
     def forward(self, x: Tensor) -> Any:
         """Apply the function."""

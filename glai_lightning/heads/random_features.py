@@ -1,5 +1,7 @@
 """Heads on random features: a frozen random layer, and products of random projections."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -81,7 +83,8 @@ class EUGenHead(nn.Module):
         """Compute the outputs: (..., D) -> (..., C)."""
         one = torch.ones_like(x[..., :1])
         extended = torch.cat([x, one, x.abs()], dim=-1)
-        powers = [self.product(*(projection(extended) for projection in group)) for group in self.projections]
+        groups: Any = self.projections
+        powers = [self.product(*(projection(extended) for projection in group)) for group in groups]
         outputs: Tensor = self.output(torch.cat([one, *(power * self.features**-0.5 for power in powers)], dim=-1))
         return outputs
 
@@ -111,7 +114,9 @@ def eugen_head(
         ValueError: if a size is below 1.
 
     Example:
-        >>> import torch
+        >>> from typing import Any
+
+    import torch
         >>> eugen_head(4, 3, features=16)(torch.randn(5, 4)).shape
         torch.Size([5, 3])
     """

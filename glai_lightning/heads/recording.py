@@ -194,7 +194,7 @@ class CallRecorder(TorchFunctionMode):
                 self._set_flow(outputs, _Flow(flow.feeds_on | {len(self.calls) - 1}, fresh=True))
             elif given is not None and self._is_activation(name, module, given, outputs):
                 self.preactivations[seen:] = [given]
-                self.kinds[seen:] = [(type(module).__name__, name)]
+                self.kinds[seen:] = [(getattr(module, "function_name", type(module).__name__), name)]
                 self.positions[seen:] = [len(self.calls) - 1]
                 self._set_flow(outputs, _Flow(flow.feeds_on))
             else:
@@ -208,7 +208,9 @@ class CallRecorder(TorchFunctionMode):
             return self._copy(inputs[0]) if len(inputs) == 1 else None
         self._quiet = True
         try:
-            return module.pattern(*args, **kwargs).to(inputs[0].dtype) - 0.5
+            pattern: Any = module.pattern
+            fires: Tensor = pattern(*args, **kwargs)
+            return fires.to(inputs[0].dtype) - 0.5
         finally:
             self._quiet = False
 

@@ -147,7 +147,7 @@ def _layers_after_activation(layout: HeadLayout, inputs: Tensor) -> list[str]:
     calls: list[str] = []
     activations = {name for _, name in layout.names.activations}
     handles = [
-        module.register_forward_hook(lambda *_, name=name: calls.append(name))  # type: ignore[misc]
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
         for name, module in layout.head.named_modules()
         if name in activations or isinstance(module, nn.Linear)
     ]
