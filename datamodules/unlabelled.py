@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
 from glai_lightning.datamodules.arrays import as_tensor, check_finite, read_archive
+from glai_lightning.datamodules.base import expect_callable
 from glai_lightning.datamodules.images import ToTensor, read_image
 
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -63,8 +64,9 @@ class UnlabelledDataModule(pl.LightningDataModule):
         expect_integer("batch_size", batch_size, least=1)
         if not isinstance(path, str | PathLike):
             raise UserTypeError(f"Expected `path` to be a path, but got {path!r}.")
+        expect_callable("transform", transform)
         self.path = Path(path)
-        if "\0" in str(path) or not self.path.exists():
+        if not str(path) or "\0" in str(path) or not self.path.exists():
             raise UserValueError(f"Expected `path` to be an existing file or folder, but got '{path}'.")
         self.transform = transform
         self.text_column = text_column
@@ -103,8 +105,14 @@ class UnlabelledDataModule(pl.LightningDataModule):
         if not self.path.is_dir():
             # A list alone would pass for inputs and targets.
             return inputs if isinstance(inputs, Tensor) else [inputs]
-        images = map(ToTensor(self.transform), (read_image(self.path / name) for name in inputs))
-        return torch.stack(list(images))
+        images = list(map(ToTensor(self.transform), (read_image(self.path / name) for name in inputs)))
+        for name, image in zip(inputs, images, strict=True):
+            if image.shape != images[0].shape:
+                raise UserValueError(
+                    f"Expected images of one size, or a `transform` to one, but got {tuple(images[0].shape)} for "
+                    f"'{inputs[0]}' and {tuple(image.shape)} for '{name}'."
+                )
+        return torch.stack(images)
 
     def _read(self) -> Any:
         if self.path.is_dir():

@@ -1,7 +1,9 @@
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import tempfile
+import traceback
+from pathlib import Path
 
 # Nothing is downloaded; read when the libraries of the hub are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,13 +15,13 @@ from hypothesis import settings
 settings.register_profile("project", deadline=None, max_examples=30)
 settings.load_profile("project")
 
-FRESH = "GLAI_TESTS_IN_A_FRESH_PROCESS"
-#: Begins a line of the output of a fresh process that says what its test recorded.
-PROPERTIES = "properties: "
+#: Seconds after which a test in a process of its own is ended.
+LONGEST = 240
 
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz-examples", type=int, help="examples of each test in test_fuzz.py, instead of its own")
+    parser.addoption("--fuzz-fits", type=int, help="fits of test_fuzz_fits.py, instead of its own number")
 
 
 @pytest.fixture(autouse=True)
@@ -30,41 +32,45 @@ def _one_thread_and_a_fixed_seed():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Run tests that start processes, or a process group, in an interpreter of their own.
+    """Run tests that start processes, or a process group, in a process of their own.
 
     Lightning leaves the address of a process group in the environment, where the next one would look for its own.
     """
-    if pyfuncitem.get_closest_marker("processes") is None or FRESH in os.environ:
+    if pyfuncitem.get_closest_marker("processes") is None:
         return None
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", pyfuncitem.nodeid]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {FRESH: "1"}
-    ran = subprocess.run(
-        command,
-        cwd=pyfuncitem.config.rootpath,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    for line in ran.stdout.splitlines():
-        if line.startswith(PROPERTIES):
-            pyfuncitem.user_properties += json.loads(line.removeprefix(PROPERTIES)).items()
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = Path(folder, "outcome.json")
+        process = multiprocessing.get_context("fork").Process(
+            target=_run_and_tell, args=(pyfuncitem.obj, arguments, pyfuncitem.user_properties, outcome)
+        )
+        process.start()
+        process.join(LONGEST)
+        if process.is_alive():
+            process.kill()
+        assert outcome.exists(), f"ended with exit code {process.exitcode}"
+        failure, pyfuncitem.user_properties[:] = json.loads(outcome.read_text())
+    assert failure is None, failure
     return True
+
+
+def _run_and_tell(test, arguments, properties, outcome):
+    failure = None
+    try:
+        test(**arguments)
+    except BaseException:
+        failure = traceback.format_exc()
+    outcome.write_text(json.dumps([failure, properties]))
+    os._exit(0)
 
 
 def pytest_terminal_summary(terminalreporter):
     """Say how many cells of the matrices ran (fits cut and resumed, fits in several processes), how much was fuzzed."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
     noted = [dict(report.user_properties) for report in reports]
-    if FRESH in os.environ:
-        for properties in noted:
-            terminalreporter.write_line(PROPERTIES + json.dumps(properties))
-        return
-    cells, mismatches, examples = (
+    cells, mismatches, examples, fits_at_random = (
         sum(properties.get(name, 0) for properties in noted)
-        for name in ("resume cells", "resume mismatches", "fuzzed examples")
+        for name in ("resume cells", "resume mismatches", "fuzzed examples", "fuzzed fits")
     )
     for kind in ("identical processes", "processes as one"):
         fits = sum(properties.get(f"{kind}: cells", 0) for properties in noted)
@@ -75,3 +81,5 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"resume matrix: {cells} cells ran, {mismatches} mismatches")
     if examples:
         terminalreporter.write_line(f"fuzz: {examples:,} malformed arguments, state dicts, states and files")
+    if fits_at_random:
+        terminalreporter.write_line(f"fuzz: {fits_at_random:,} fits at random")

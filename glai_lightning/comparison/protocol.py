@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from glai_lightning.checks import expect_choice, expect_integer, expect_number
+from glai_lightning.checks import UserTypeError, expect_choice, expect_integer, expect_number
 from glai_lightning.comparison.machine import describe_machine
 from glai_lightning.comparison.plots import write_plots
 from glai_lightning.comparison.report import markdown_report
@@ -127,6 +128,13 @@ def compare(
         import_optional(library, needed_for="`glai compare`", extra="compare")
     chosen = find_variants(variants)
     with as_misconfiguration():
+        if not callable(make_fit):
+            raise UserTypeError(f"Expected `make_fit` to be a function of a seed, but got {make_fit!r}.")
+        if not isinstance(to, str | PathLike) or not str(to) or "\0" in str(to):
+            raise UserTypeError(f"Expected `to` to be the path of a folder, but got {to!r}.")
+        for name, text in (("score", score), ("head", head)):
+            if not isinstance(text, str):
+                raise UserTypeError(f"Expected `{name}` to be a string, but got {text!r}.")
         expect_integer("seeds", seeds, least=1)
         expect_choice("mode", mode, ("min", "max"))
         expect_number("margin", margin, low=0.0)

@@ -89,7 +89,7 @@ def test_two_processes_end_where_one_ends_that_reads_the_batches_of_both(tmp_pat
         assert (shared["freeze_epoch"], shared["reverts"]) == (alone["freeze_epoch"], alone["reverts"]), fit
         assert (shared["freeze_epoch"] is None) == fit.revert, fit
         assert shared["churn_history"] == pytest.approx(alone["churn_history"]), fit
-        if fit.solver and fit.paths == "independent":
+        if fit.solver and fit.paths == "independent" and not fit.revert:
             # More weights than samples: directions without variance are free, and rounding moves the weights in them.
             # All processes still end alike, bitwise; one process ends elsewhere at nearly the same loss.
             assert shared["solved"][0] == pytest.approx(alone["solved"][0], rel=1e-2), fit

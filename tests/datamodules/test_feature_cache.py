@@ -234,8 +234,8 @@ def test_backbones_of_the_real_libraries_are_told_apart_by_their_weights(root, t
             lambda: SentenceTransformersBackbone(str(write_sentence_encoder(tmp_path / "sentences", encoder))),
             lambda: TextsDataModule(tmp_path / "texts.csv"),
         ),
-        "timm": (lambda: TimmBackbone("test_resnet"), lambda: images_of(root)),
-        "torchvision": (lambda: TorchvisionBackbone("mobilenet_v3_small"), lambda: images_of(root)),
+        "timm": (lambda: TimmBackbone("test_resnet", pretrained=False), lambda: images_of(root)),
+        "torchvision": (lambda: TorchvisionBackbone("mobilenet_v3_small", pretrained=False), lambda: images_of(root)),
     }[kind]
 
     def frozen(seed, change=0.0):

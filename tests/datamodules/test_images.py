@@ -182,7 +182,7 @@ def test_without_torchvision_the_line_that_installs_it_is_named(root, monkeypatc
 
 
 def test_a_head_on_a_named_backbone_is_trained_on_a_folder(root):
-    backbone = TimmBackbone("test_resnet")
+    backbone = TimmBackbone("test_resnet", pretrained=False)
     module = SupervisedModule(mlp_head(backbone.num_features, 8, 2), backbone)
     trainer = make_trainer(max_epochs=1)
     trainer.fit(module, ImageFolderDataModule(root))
