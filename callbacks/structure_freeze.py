@@ -21,6 +21,7 @@ from glai_lightning.fitting.conversion import (
     load_as_mlp,
     restore_in_fit,
 )
+from glai_lightning.fitting.first_call import read_first_call
 from glai_lightning.fitting.heads_in_module import HeadSlot, match_heads, stands_alone
 from glai_lightning.fitting.loss_reading import HeadBatch
 from glai_lightning.fitting.misconfiguration import as_misconfiguration
@@ -148,6 +149,7 @@ class StructureFreezeCallback(WatchedHeads):
         self._is_to_stop = False
         self._val_every: int | None = None
         self._told_of_moving = False
+        self._unread: set[str] = set()
 
     @property
     def state_key(self) -> str:
@@ -211,11 +213,7 @@ class StructureFreezeCallback(WatchedHeads):
         """Check the heads, and freeze those again that were frozen where the fit resumes from."""
         # Weights are restored by now and optimizer state is not: the only place where both the user's
         # configure_optimizers has met the MLP and the optimizer can still follow a conversion before its state is read.
-        for _, slot in self._watched(pl_module):
-            check_head(slot, self.paths)
-            check_optimizers(trainer, slot, self.paths)
-            if self.solver not in (None, "auto"):
-                check_solvable(slot.module, slot.name, self.paths)
+        self._unread = {slot.name for _, slot in self._watched(pl_module) if not self._check(trainer, slot)}
         continues = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         self._fits = True
@@ -233,6 +231,14 @@ class StructureFreezeCallback(WatchedHeads):
                 self._find_frozen(watch, slot)
             elif watch.frozen:
                 watch.start_over()
+
+    def _check(self, trainer: Any, slot: HeadSlot) -> bool:
+        if not check_head(slot, self.paths):
+            return False
+        check_optimizers(trainer, slot, self.paths)
+        if self.solver not in (None, "auto"):
+            check_solvable(slot.module, slot.name, self.paths)
+        return True
 
     def _find_frozen(self, watch: HeadWatch, slot: HeadSlot) -> None:
         head = frozen_head(slot)
@@ -284,18 +290,23 @@ class StructureFreezeCallback(WatchedHeads):
         # converts once more, to the same weights.
         for watch, slot in self._watched(pl_module):
             reason = self._due_reason(trainer, watch, trainer.current_epoch)
-            if reason is not None:
+            if reason is not None and slot.name not in self._unread:
                 self._freeze(trainer, watch, slot, trainer.current_epoch, reason)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep the inputs of the last batches before a check; see, on the first batch, that the loss can be solved."""
+        for _, slot in self._watched(pl_module):
+            if slot.name in self._unread and read_first_call(trainer, slot, batch, batch_idx, self.paths):
+                self._check(trainer, slot)
+                self._unread.remove(slot.name)
         if batch_idx == 0:
             # Where a fit resumes from its save after an epoch's last batch, Lightning starts no new epoch.
             self.on_train_epoch_start(trainer, pl_module)
         for watch, slot in self._watched(pl_module):
             watch.before_batch(trainer, slot, batch_idx)
             others = [other.module for _, other in self._watched(pl_module) if other != slot]
-            watch.solve.before_batch(trainer, slot, batch, batch_idx, self.inputs_and_targets, others=others)
+            if slot.name not in self._unread:
+                watch.solve.before_batch(trainer, slot, batch, batch_idx, self.inputs_and_targets, others=others)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure churn after the last batch of an epoch, before validation and its checkpoint, or every n steps."""

@@ -49,13 +49,15 @@ from glai_lightning.fitting.loss_reading import (
     head_batch,
     label_smoothing_of,
     loss_gradient,
+    outputs_of_layout,
     precision_of,
-    probing_outputs,
     read_loss,
+    rows_of,
     shows_its_loss,
 )
 from glai_lightning.heads.frozen import GLAIHead, frozen_parameters
-from glai_lightning.heads.patterns import apply_leading, layout_of
+from glai_lightning.heads.joined import ends_of, head_at
+from glai_lightning.heads.patterns import layout_of
 
 Stage = Literal["training", "validation"]
 
@@ -155,14 +157,23 @@ class _StepWatch(TorchFunctionMode):
         self._passed: list[Tensor] = []
 
     def __enter__(self) -> "_StepWatch":
-        self._kept = self._head.__dict__.get("forward")
-        forward = self._head.forward
+        entry, last = ends_of(self._head)
+        self._kept = [(module, module.__dict__.get("forward")) for module in (entry, last)]
+        forward, enter = last.forward, entry.forward
+        given: list[Tensor] = []
+
+        def entered(*args: Any, **kwargs: Any) -> Any:
+            given.append(args[0])
+            return enter(*args, **kwargs)
 
         @functools.wraps(forward)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if inputs is None:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            if not tensors:
                 return forward(*args, **kwargs)
+            if len(tensors) > 1 and self._replacement is not None:
+                raise LossNotReadError("Expected a head that is given one tensor, so that it can be solved.")
+            inputs = tensors[0] if entry is last else given.pop()
             outputs = forward(*args, **kwargs) if self._replacement is None else self._replacement(inputs)
             if not isinstance(outputs, Tensor):
                 return outputs
@@ -173,15 +184,17 @@ class _StepWatch(TorchFunctionMode):
             self._passed.append(passed)
             return passed
 
-        self._head.__dict__["forward"] = noted
+        entry.__dict__["forward"] = entered
+        last.__dict__["forward"] = noted
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        del self._head.__dict__["forward"]
-        if self._kept is not None:
-            self._head.__dict__["forward"] = self._kept
+        for module, kept in dict(self._kept).items():
+            del module.__dict__["forward"]
+            if kept is not None:
+                module.__dict__["forward"] = kept
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -240,8 +253,7 @@ class StepReader:
     @property
     def module(self) -> nn.Module:
         """The head as it is now."""
-        module: nn.Module = self.pl_module.get_submodule(self.name)
-        return module
+        return head_at(self.pl_module, self.name)
 
     def look_anew(self) -> None:
         """Read the whole step of the next batch of each stage, to see that its loss is still what it was."""
@@ -353,13 +365,7 @@ class StepReader:
                 parameter.requires_grad_(False)
 
     def _run(self, batch: Any, batch_idx: int, stage: Stage, *, stop: bool) -> tuple[_StepWatch, Any]:
-        layout = layout_of(self.module)
-
-        def stand_in(inputs: Tensor) -> Tensor:
-            with torch.no_grad():
-                shape = apply_leading(layout, inputs).shape[:-1]
-            return probing_outputs((*shape, layout.output.out_features), layout.output.weight).requires_grad_()
-
+        stand_in = functools.partial(outputs_of_layout, layout_of(self.module))
         step: Any = getattr(self.pl_module, f"{stage}_step")
         while getattr(step, "is_seen", False):
             # The next step is to be seen for another head.
@@ -427,11 +433,6 @@ def _unreadable(name: str, step: str, what: str) -> LossNotReadError:
         f"Expected `{step}` to compute a loss of the outputs of the head at {name!r} that can be solved for, but it "
         f"{what}. Override `inputs_and_targets` of the callback to say what the head is to be solved for."
     )
-
-
-def rows_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-    """Return what a head was given as rows (n, D), one for each row of its outputs (..., C)."""
-    return torch.cat([x.detach().reshape(z[..., 0].numel(), -1) for x, z in zip(inputs, outputs, strict=True)])
 
 
 def _same(one: HeadBatch, other: HeadBatch) -> bool:

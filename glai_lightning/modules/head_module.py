@@ -340,6 +340,9 @@ class HeadModule(LightningModule):
 
 
 def _count_inputs(head: nn.Module) -> int | None:
+    own = getattr(head, "in_features", None)
+    if isinstance(own, int):
+        return own
     first = next((module for module in head.modules() if isinstance(module, nn.Linear | nn.Flatten)), None)
     return first.in_features if isinstance(first, nn.Linear) else None
 

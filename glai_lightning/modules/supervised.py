@@ -227,7 +227,7 @@ def _are_names(names: object, most: int) -> TypeGuard[list[str]]:
 
 def _count_outputs(head: nn.Module) -> int:
     try:
-        return layout_of(head).output.out_features
+        return layout_of(head).num_outputs
     except ValueError as error:
         raise UserValueError(
             f"Expected `num_classes` to be given for a head whose outputs cannot be read, but got None. {error}"
