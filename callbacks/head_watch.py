@@ -10,11 +10,18 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.churn_watch import ChurnWatch
-from glai_lightning.checks import UserTypeError, expect_choice, expect_integer, expect_number
+from glai_lightning.checks import (
+    UserTypeError,
+    UserValueError,
+    expect_choice,
+    expect_flag,
+    expect_integer,
+    expect_number,
+)
 from glai_lightning.fitting.conversion import freeze_in_fit, unfreeze_in_fit
 from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.sizes import count_trainable
-from glai_lightning.fitting.solving import HeadSolve, ReadBatch
+from glai_lightning.fitting.solving import HeadSolve, KeptEpoch, ReadBatch
 from glai_lightning.heads.frozen import frozen_parameters
 from glai_lightning.heads.record import Paths
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
@@ -49,6 +56,8 @@ class FreezeSettings:
     check_every_n_steps: int | None = None
     probe_size: int = 1024
     solver: LogisticSolver | RidgeSolver | Literal["auto"] | None = None
+    stop_after_solve: bool = True
+    one_pass: bool = False
 
     def __post_init__(self) -> None:
         expect_choice("paths", self.paths, ("output", "tangent", "independent"))
@@ -66,6 +75,10 @@ class FreezeSettings:
             raise UserTypeError(
                 f"Expected `solver` to be 'auto', a `LogisticSolver` or a `RidgeSolver`, but got {self.solver!r}."
             )
+        expect_flag("one_pass", self.one_pass)
+        if self.one_pass and (self.solver is None or not self.stop_after_solve):
+            given = "solver=None" if self.solver is None else "stop_after_solve=False"
+            raise UserValueError(f"Expected a solve after which the fit stops with `one_pass=True`, but got `{given}`.")
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,7 @@ class HeadWatch:
     def __init__(self, name: str, settings: FreezeSettings) -> None:
         self.name = name
         self.settings = settings
-        self.solve = HeadSolve(settings.solver, settings.paths)
+        self.solve = HeadSolve(settings.solver, settings.paths, keeps_inputs=settings.one_pass)
         self._watch = ChurnWatch(settings.probe_size, settings.check_every_n_steps)
         self.start_over()
 
@@ -231,9 +244,9 @@ class HeadWatch:
         trainable = (before, count_trainable(slot.pl_module))
         return Frozen(self.name, reason, trainer.global_step, epoch, self.settings.paths, trainable, dropout)
 
-    def run_solve(self, trainer: Any, slot: HeadSlot, read: ReadBatch) -> Solved:
-        """Solve the frozen head."""
-        return Solved(self.name, self.solve.run(trainer, slot, read))
+    def run_solve(self, trainer: Any, slot: HeadSlot, read: ReadBatch, kept: KeptEpoch | None = None) -> Solved:
+        """Solve the frozen head, on what was kept of an epoch if it was."""
+        return Solved(self.name, self.solve.run(trainer, slot, read, kept))
 
     def revert(
         self, trainer: Any, slot: HeadSlot, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, dict[str, Any]]

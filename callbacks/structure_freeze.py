@@ -13,6 +13,7 @@ from torch import Tensor
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.head_watch import FreezeSettings, HeadWatch
 from glai_lightning.callbacks.learning_watch import LearningWatch
+from glai_lightning.callbacks.one_pass import OnePass
 from glai_lightning.callbacks.watched_heads import FreezeJudge, WatchedHeads
 from glai_lightning.checks import expect_flag
 from glai_lightning.fitting.conversion import (
@@ -22,9 +23,10 @@ from glai_lightning.fitting.conversion import (
     restore_in_fit,
 )
 from glai_lightning.fitting.first_call import read_first_call
+from glai_lightning.fitting.fit_record import OnePassRecord
 from glai_lightning.fitting.heads_in_module import HeadSlot, match_heads, stands_alone
 from glai_lightning.fitting.loss_reading import HeadBatch
-from glai_lightning.fitting.misconfiguration import as_misconfiguration
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError, as_misconfiguration
 from glai_lightning.fitting.solving import check_solvable, unwinding
 from glai_lightning.fitting.step_reading import Stage, StepReader
 from glai_lightning.fitting.support import check_launcher, check_optimizers, check_order, check_trainer
@@ -84,6 +86,11 @@ class StructureFreezeCallback(WatchedHeads):
             processes each reads its own part.
         stop_after_solve: whether the fit stops after the validation of the solved head (of several: of the last one);
             else the optimizer goes on.
+        one_pass: whether the fit runs what is before the head once over the training data. While the first epoch trains
+            as always, the head's inputs and targets are kept (see ``docs/one_pass.md``). At its end the head is trained
+            on them in passes, by the optimizer and the schedules of the fit, until its structure is to be frozen,
+            or ``max_epochs`` are over. Then it is frozen, solved, validated and saved, and the fit stops. The head's
+            inputs must be fixed.
         verbose: whether to say when and why the structure was frozen.
 
     Attributes:
@@ -93,6 +100,7 @@ class StructureFreezeCallback(WatchedHeads):
         freeze_reason: why it was frozen, in a sentence, or ``None``.
         churn_history: churn at each check until the freeze; of several heads that of the first.
         solve_report: what the solve did, or ``None``; of several heads that of the first.
+        one_pass_record: samples, passes and seconds of a fit with ``one_pass``, once it has solved; else ``None``.
         heads: every head that is watched, by its name, with ``frozen``, ``freeze_epoch``, ``freeze_reason``,
             ``churn_history`` and ``solve.report`` of its own.
 
@@ -123,6 +131,7 @@ class StructureFreezeCallback(WatchedHeads):
         probe_size: int = 1024,
         solver: LogisticSolver | RidgeSolver | Literal["auto"] | None = "auto",
         stop_after_solve: bool = True,
+        one_pass: bool = False,
         verbose: bool = True,
     ) -> None:
         self.head = list(head) if isinstance(head, tuple) else head
@@ -137,6 +146,7 @@ class StructureFreezeCallback(WatchedHeads):
         self.probe_size = probe_size
         self.solver = solver
         self.stop_after_solve = stop_after_solve
+        self.one_pass = one_pass
         with as_misconfiguration():
             expect_flag("stop_after_solve", stop_after_solve)
             expect_flag("verbose", verbose)
@@ -150,6 +160,8 @@ class StructureFreezeCallback(WatchedHeads):
         self._val_every: int | None = None
         self._told_of_moving = False
         self._unread: set[str] = set()
+        self._one_pass: OnePass | None = None
+        self.one_pass_record: OnePassRecord | None = None
 
     @property
     def state_key(self) -> str:
@@ -199,6 +211,10 @@ class StructureFreezeCallback(WatchedHeads):
         names = match_heads(pl_module, self._names)
         self.heads = {name: self.heads.get(name) or HeadWatch(name, self._settings) for name in names}
         self._judges = [other for other in trainer.callbacks if isinstance(other, FreezeJudge)]
+        if self.one_pass and self._judges:
+            raise UserMisconfigurationError(
+                f"Expected no `{type(self._judges[0]).__name__}` beside `one_pass=True`, after which the fit ends."
+            )
         watching = [other for other in trainer.callbacks if isinstance(other, StructureFreezeCallback)]
         # Heads that have a callback each are told apart in the logs too.
         match_heads(pl_module, [name for other in watching for name in match_heads(pl_module, other._names)])
@@ -261,6 +277,11 @@ class StructureFreezeCallback(WatchedHeads):
             self.say(f"The head at {names} was solved before the checkpoint, after which the fit was to stop.")
             trainer.should_stop = True
         self._restored = None
+        self._one_pass = self.one_pass_record = None
+        if self.one_pass and not self._finished:
+            own = type(self).inputs_and_targets is StructureFreezeCallback.inputs_and_targets
+            heads, read = list(self._watched(pl_module)), self.inputs_and_targets
+            self._one_pass = OnePass(trainer, pl_module, heads, read, is_own=own)
 
     @property
     def _finished(self) -> bool:
@@ -279,6 +300,8 @@ class StructureFreezeCallback(WatchedHeads):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Let checkpoints, which go by how often there is validation, find the user's own setting."""
         self._restore_val_every(trainer)
+        if self._one_pass is not None:
+            self._one_pass.before_validation()
 
     def _restore_val_every(self, trainer: Any) -> None:
         if self._val_every is not None:
@@ -305,11 +328,28 @@ class StructureFreezeCallback(WatchedHeads):
         for watch, slot in self._watched(pl_module):
             watch.before_batch(trainer, slot, batch_idx)
             others = [other.module for _, other in self._watched(pl_module) if other != slot]
+            calls, read = None if self._one_pass is None else self._one_pass.calls, self.inputs_and_targets
             if slot.name not in self._unread:
-                watch.solve.before_batch(trainer, slot, batch, batch_idx, self.inputs_and_targets, others=others)
+                watch.solve.before_batch(trainer, slot, batch, batch_idx, read, others=others, calls=calls)
+        if self._one_pass is not None:
+            self._one_pass.record_next_step(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure churn after the last batch of an epoch, before validation and its checkpoint, or every n steps."""
+        if self._one_pass is None or not trainer.is_last_batch:
+            self._after_batch(pl_module, trainer, outputs)
+            return
+        self._one_pass.complete(trainer)
+        self._after_batch(pl_module, trainer, outputs)
+        self._one_pass.train(trainer, partial(self._after_batch, pl_module))
+        for watch, slot in self._watched(pl_module):
+            if not watch.frozen:
+                self._freeze_and_solve(trainer, watch, slot, "the fit allows for no further pass")
+        self.one_pass_record = self._one_pass.finish()
+        self.say(self.one_pass_record)
+        self.stop_if_finished(trainer)
+
+    def _after_batch(self, pl_module: Any, trainer: Any, outputs: Any) -> None:
         self._learning.after_batch(outputs)
         checked = False
         for watch, slot in self._watched(pl_module):
@@ -324,18 +364,18 @@ class StructureFreezeCallback(WatchedHeads):
             self._freeze_and_solve(trainer, watch, slot)
         self.stop_if_finished(trainer)
 
-    def _freeze_and_solve(self, trainer: Any, watch: HeadWatch, slot: HeadSlot) -> None:
+    def _freeze_and_solve(self, trainer: Any, watch: HeadWatch, slot: HeadSlot, reason: str | None = None) -> None:
         """Freeze in the middle of an epoch where checks are made there, and at its end where a solve follows."""
-        reason, epoch = None, trainer.current_epoch + int(trainer.is_last_batch)
+        epoch = trainer.current_epoch + int(trainer.is_last_batch)
         within_epoch = self.check_every_n_steps is not None and not trainer.fit_loop._should_accumulate()
         if watch.solve.pending if trainer.is_last_batch else within_epoch:
-            reason = self._due_reason(trainer, watch, epoch)
+            reason = reason or self._due_reason(trainer, watch, epoch)
         solves = watch.solve.pending and (reason is not None or (watch.frozen and trainer.is_last_batch))
         with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)) if reason and solves else nullcontext():
             if reason is not None:
                 self._freeze(trainer, watch, slot, epoch, reason)
             if solves:
-                self.say(watch.run_solve(trainer, slot, self.inputs_and_targets))
+                self.say(watch.run_solve(trainer, slot, self.inputs_and_targets, self._one_pass))
 
     def _due_reason(self, trainer: Any, watch: HeadWatch, epoch: int) -> str | None:
         """Say why a head is to train frozen in an epoch; ``None`` if it is not, or is frozen already."""
@@ -364,6 +404,8 @@ class StructureFreezeCallback(WatchedHeads):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Take note of the score, by which a head that is not solved is frozen."""
+        if self._one_pass is not None:
+            self._one_pass.after_validation()
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._learning.after_validation(trainer)
 
@@ -389,12 +431,14 @@ class StructureFreezeCallback(WatchedHeads):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Stop watching; what was seen is kept for the checkpoint that other callbacks may save of the exception."""
         self._fits = False
+        if self._one_pass is not None:
+            self._one_pass.after_validation()
         for watch in self.heads.values():
             watch.detach()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Stop watching."""
-        self._fits = False
+        self._fits, self._one_pass = False, None
         self._restore_val_every(trainer)
         for watch in self.heads.values():
             watch.close()

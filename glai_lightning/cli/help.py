@@ -19,6 +19,7 @@ _COMMANDS = {
     "export": "write a model for use without this package: onnx, torch-export, mlp, safetensors",
     "solve": "solve the last layer anew, with samples added or forgotten, from statistics",
     "compare": "measure a configuration beside the same fit that is never frozen",
+    "cache": "compute the embeddings of a frozen backbone ahead; --list DIR, --prune DIR",
     "recipes": "list the shipped configurations; with a name, copy one into this folder",
 }
 _FIRST_STEP = """First step, on data that comes with it:

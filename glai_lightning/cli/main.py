@@ -94,6 +94,11 @@ def _run(arguments: list[str]) -> int:
 
         run_solve(arguments[1:])
         return 0
+    if command == "cache":
+        from glai_lightning.cli.cache import run_cache
+
+        run_cache(arguments[1:])
+        return 0
     from glai_lightning.cli.lightning_cli import GlaiCLI, complete
     from glai_lightning.cli.predict import predict_alone
 
