@@ -34,28 +34,20 @@ from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 
 class StructureFreezeCallback(WatchedHeads):
-    """Freezes the structure of an MLP head once its activation patterns settle, and converts the head in place.
+    """Freezes the structure of an MLP head once it settles, solves the head where that is possible, and stops.
 
     The callback works on any LightningModule, without a change to its code. It measures *churn*, the fraction of
-    pattern bits that flipped since the last check on the inputs that the head was last trained on. Once churn is small,
-    and small against the largest so far, the head is converted at the start of the next epoch into one that is
-    linear in what it still trains. With output paths (the default) parameters, optimizer groups and keys stay
-    what they were.
-
-    The default thresholds were compared with other rules on six data sets, see "When to freeze" in
-    ``benchmarks/README.md``. The best moment follows the learning rate: at a constant 3e-3 it came after two or three
-    epochs, where churn often does not settle (then set ``freeze_at_epoch``), at 3e-4 much later than churn settles.
+    pattern bits that flipped since the last check on the inputs that the head was last trained on. A structure has
+    settled once churn is small, also against the largest so far, the training loss has fallen clearly, and validation
+    rises no more. A head that is solved is also tried out on the way: its solve is kept, and its structure frozen,
+    once a solve validates hardly better than one at half as many optimizer steps. The head becomes one that is linear
+    in what it still trains. With output paths (the default) parameters, optimizer groups and keys stay what they were.
 
     It logs, once an epoch from the first on, ``structure/churn`` (NaN until it is measured, 0 once frozen),
-    ``structure/frozen`` (0 or 1) and ``structure/freeze_epoch`` (-1 until then).
-
-    Several heads of one module freeze independently, and ``/<name>`` is appended to the keys of what is logged. A
-    solver solves each head when it freezes, by the loss that is called on that head's outputs. A head without a loss of
-    its own, because it feeds another head, is refused on the first batch. Heads that want different arguments can have
-    a callback each.
-
-    A head need not be called in every batch. ``StructureRevert`` beside this callback takes back a freeze that
-    validates worse.
+    ``structure/frozen`` (0 or 1) and ``structure/freeze_epoch`` (-1 until then). Several heads of one module freeze
+    independently, and ``/<name>`` is appended to the keys of what is logged. A head without a loss of its own, because
+    it feeds another head, is not solved. Heads that want different arguments can have a callback each. A head need not
+    be called in every batch. ``StructureRevert`` beside this callback takes back a freeze that validates worse.
 
     Args:
         head: qualified name of the MLP head in the LightningModule, or a pattern such as ``heads.*`` that stands for
@@ -66,16 +58,16 @@ class StructureFreezeCallback(WatchedHeads):
         relative_tolerance: largest churn that counts as settled, as a fraction of the largest so far, in (0, 1].
         patience: number of checks in a row that must pass.
         min_epochs: finished epochs before which the structure is not frozen by churn.
-        min_steps: optimizer steps before which it is not. At 0 churn alone decides; else the training loss must have
-            fallen clearly, and a head that is not solved waits until validation rises no more.
+        min_steps: optimizer steps before which it is not. At 0 churn alone decides.
         freeze_at_epoch: first epoch (0-based) to train frozen, whatever the churn; ``None`` to let churn decide.
         check_every_n_steps: measure churn every so many optimizer steps instead of once an epoch, and convert between
             two steps. For data so large that the structure settles within the first epoch; ``min_epochs`` then wants
             to be 0.
         probe_size: number of inputs on which churn is measured.
-        solver: minimises the training loss over the path weights once the structure is frozen, by one pass over the
-            training data that leaves no trace in the fit. The freeze then is at the end of an epoch, so that validation
-            and checkpoint of that epoch are those of the solved head. Of several processes each reads its own part.
+        solver: minimises the training loss over the path weights, by a pass over the training data that leaves no
+            trace in the fit, at the end of an epoch. Of several processes each reads its own part. 'auto' solves where
+            the head's inputs are fixed and its loss can be solved, and says in one line why not elsewhere; ``None``
+            never solves.
         stop_after_solve: whether the fit stops after the validation of the solved head (of several: of the last one);
             else the optimizer goes on.
         one_pass: whether the fit runs what is before the head once over the training data. While the first epoch trains
@@ -348,12 +340,32 @@ class StructureFreezeCallback(WatchedHeads):
         within_epoch = self.check_every_n_steps is not None and not trainer.fit_loop._should_accumulate()
         if watch.solve.pending if trainer.is_last_batch else within_epoch:
             reason = reason or self._due_reason(trainer, watch, epoch)
+        if reason is None and trainer.is_last_batch and self._tries_solves(watch):
+            reason = self._learning.last_chance(trainer)
+            if (
+                reason is None
+                and watch.may_be_tried(trainer)
+                and self._learning.missing(trainer, by_score=False) is None
+            ):
+                self._try_solve(trainer, watch, slot, epoch)
+                return
         solves = watch.solve.pending and (reason is not None or (watch.frozen and trainer.is_last_batch))
         with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)) if reason and solves else nullcontext():
             if reason is not None:
                 self._freeze(trainer, watch, slot, epoch, reason)
             if solves:
                 self.say(watch.run_solve(trainer, slot, self.inputs_and_targets, self._one_pass))
+
+    def _tries_solves(self, watch: HeadWatch) -> bool:
+        """Tell whether solves of a head decide on its freeze, and not churn and validation alone."""
+        by_rule = self.min_steps > 0 and not self._judges and not watch.is_asked
+        return by_rule and watch.solve.pending and not watch.frozen
+
+    def _try_solve(self, trainer: Any, watch: HeadWatch, slot: HeadSlot, epoch: int) -> None:
+        solve = partial(watch.run_solve, trainer, slot, self.inputs_and_targets, self._one_pass)
+        with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)) as before:
+            for event in watch.try_solve(trainer, slot, epoch, solve, *before):
+                self.say(event)
 
     def _due_reason(self, trainer: Any, watch: HeadWatch, epoch: int) -> str | None:
         """Say why a head is to train frozen in an epoch; ``None`` if it is not, or is frozen already."""
@@ -362,7 +374,7 @@ class StructureFreezeCallback(WatchedHeads):
             return None
         if watch.is_asked:
             return reason
-        watch.waits_for = self._learning.missing(trainer, solves=watch.solve.pending)
+        watch.waits_for = self._learning.missing(trainer, by_score=not watch.solve.pending or self._tries_solves(watch))
         return reason if watch.waits_for is None else None
 
     def _freeze(self, trainer: Any, watch: HeadWatch, slot: HeadSlot, epoch: int, reason: str) -> None:
