@@ -40,10 +40,14 @@ class SolveTrials:
         """
         before, self._score = self._score, report.score
         before_step, self._step = self._step, step
-        if before is None or report.score is None:
+        if report.score is None:
             return None
-        least = _LEAST_PART_OF_ERROR * -before if report.method == "closed_form" else _LEAST_ACCURACY
-        if report.score - before > least:
+        is_accuracy = report.method != "closed_form"
+        if is_accuracy and 1.0 - report.score <= _LEAST_ACCURACY:
+            return f"solved as it is, it validates at {report.score:.4f}"
+        if before is None or report.score - before > (
+            _LEAST_ACCURACY if is_accuracy else _LEAST_PART_OF_ERROR * -before
+        ):
             return None
         return f"solved as it is, it validates at {report.score:.4f}, after {before:.4f} at step {before_step}"
 

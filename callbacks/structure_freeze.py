@@ -14,6 +14,7 @@ from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.head_watch import FreezeSettings, HeadWatch
 from glai_lightning.callbacks.learning_watch import LearningWatch
 from glai_lightning.callbacks.one_pass import OnePass
+from glai_lightning.callbacks.stopping import StopAfterSolve
 from glai_lightning.callbacks.watched_heads import FreezeJudge, WatchedHeads
 from glai_lightning.fitting.conversion import (
     check_head,
@@ -61,9 +62,8 @@ class StructureFreezeCallback(WatchedHeads):
         min_steps: optimizer steps before which it is not. At 0 churn alone decides.
         freeze_at_epoch: first epoch (0-based) to train frozen, whatever the churn; ``None`` to let churn decide.
         check_every_n_steps: measure churn every so many optimizer steps instead of once an epoch, and convert between
-            two steps. For data so large that the structure settles within the first epoch; ``min_epochs`` then wants
-            to be 0.
-        probe_size: number of inputs on which churn is measured.
+            two steps, for data so large that the structure settles in the first epoch (with ``min_epochs=0``).
+        probe_size: inputs on which churn is measured.
         solver: minimises the training loss over the path weights, by a pass over the training data that leaves no
             trace in the fit, at the end of an epoch. Of several processes each reads its own part. 'auto' solves where
             the head's inputs are fixed and its loss can be solved, and says in one line why not elsewhere; ``None``
@@ -91,8 +91,7 @@ class StructureFreezeCallback(WatchedHeads):
     Raises:
         MisconfigurationException: if an argument is out of range; at the start of a fit, if a head is not there,
             cannot be read or is not trained, a pattern matches none, one head lies inside another or has two names, or
-            if strategy, optimizers or other callbacks rule a conversion out; after the first batch, if modules in a
-            head are called, and the head is not.
+            strategy, optimizers or other callbacks rule a freeze out; after the first batch, if it is not called.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -138,8 +137,7 @@ class StructureFreezeCallback(WatchedHeads):
         self._judges: list[FreezeJudge] = []
         self._learning = LearningWatch(min_steps)
         self._restored: dict[str, Any] | None = None
-        self._is_to_stop = False
-        self._val_every: int | None = None
+        self._stopping = StopAfterSolve()
         self._told_of_moving = False
         self._one_pass: OnePass | None = None
         self.one_pass_record: OnePassRecord | None = None
@@ -248,7 +246,7 @@ class StructureFreezeCallback(WatchedHeads):
         """Start to watch."""
         for watch, slot in self._watched(pl_module):
             watch.start(trainer, slot, self._state_of(watch))
-        self._is_to_stop = self.stop_after_solve and not self._finished
+        self._stopping.wanted = self.stop_after_solve and not self._finished
         if self._restored is not None and self.stop_after_solve and self._finished:
             names = " and ".join(repr(name) for name in self.heads)
             self.say(f"The head at {names} was solved before the checkpoint, after which the fit was to stop.")
@@ -265,22 +263,14 @@ class StructureFreezeCallback(WatchedHeads):
 
     def stop_if_finished(self, trainer: Any) -> None:
         """Stop the fit if that was asked for, and the last head is solved and not judged any more."""
-        if self._is_to_stop and self._finished:
-            self._is_to_stop = False
-            trainer.should_stop = True
-            # Lightning validates before it stops, unless the epoch is one of those without validation.
-            if trainer.check_val_every_n_epoch is not None:
-                self._val_every, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, 1
+        if self._stopping.wanted and self._finished:
+            self._stopping.stop(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Let checkpoints, which go by how often there is validation, find the user's own setting."""
-        self._restore_val_every(trainer)
+        """Validate what was solved, and what was kept."""
+        self._stopping.restore(trainer)
         if self._one_pass is not None:
             self._one_pass.before_validation()
-
-    def _restore_val_every(self, trainer: Any) -> None:
-        if self._val_every is not None:
-            trainer.check_val_every_n_epoch, self._val_every = self._val_every, None
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Convert what settled in the epoch before, or was asked for this one."""
@@ -393,7 +383,7 @@ class StructureFreezeCallback(WatchedHeads):
             )
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Take note of the score, by which a head that is not solved is frozen."""
+        """Take note of the score."""
         if self._one_pass is not None:
             self._one_pass.after_validation()
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -429,7 +419,7 @@ class StructureFreezeCallback(WatchedHeads):
         """Stop watching."""
         self._fits = False
         self._end_one_pass()
-        self._restore_val_every(trainer)
+        self._stopping.restore(trainer)
         for watch in self.heads.values():
             watch.close()
 
