@@ -68,7 +68,7 @@ def check_solvable(head: nn.Module, head_name: str, paths: str) -> None:
 @contextmanager
 def unwinding(
     trainer: Any, slot: HeadSlot, revert: Callable[[dict[str, Tensor], dict[str, dict[str, Any]]], None]
-) -> Iterator[None]:
+) -> Iterator[tuple[dict[str, Tensor], dict[str, dict[str, Any]]]]:
     """Context in which a head is frozen and solved: if a solve fails, the head is as it was before the freeze.
 
     Args:
@@ -76,12 +76,15 @@ def unwinding(
         slot: the place of the head.
         revert: makes a frozen head an MLP again, from its state dict and what the optimizer remembered of its
             parameters, by their names.
+
+    Yields:
+        What ``revert`` would be given.
     """
     frozen_before = isinstance(slot.module, GLAIHead)
     weights = {name: value.detach().clone() for name, value in slot.module.state_dict().items()}
     optimizer_state = copy_state(trainer.optimizers[0], slot.module)
     try:
-        yield
+        yield weights, optimizer_state
     except Exception:
         if isinstance(slot.module, GLAIHead) and not frozen_before:
             revert(weights, optimizer_state)
