@@ -28,6 +28,18 @@ from glai_lightning.fitting.step_reading import isolated_step
 Heads = Sequence[tuple[HeadWatch, HeadSlot]]
 
 
+def check_alone(judges: Sequence[object]) -> None:
+    """Refuse callbacks that would judge the freeze by validations after it.
+
+    Raises:
+        MisconfigurationException: if there are any.
+    """
+    if judges:
+        raise UserMisconfigurationError(
+            f"Expected no `{type(judges[0]).__name__}` beside `one_pass=True`, after which the fit ends."
+        )
+
+
 class OnePass:
     """What heads are given and trained on in one epoch of a fit, and their training on it after that epoch.
 

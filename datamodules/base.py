@@ -15,6 +15,7 @@ from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
 from glai_lightning.datamodules.arrays import Standardisation, check_arrays, existing_file, read_archive, read_folder
 from glai_lightning.datamodules.loader import BatchLoader, SeededBatchSampler, fit_progress
 from glai_lightning.datamodules.splits import check_fractions, split_samples
+from glai_lightning.fitting.messages import hide_warnings, unhide_warnings
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,23 @@ class Splits(Mapping[str, Any]):
         return self[split][torch.arange(len(self[split]))]
 
 
-class BaseDataModule(pl.LightningDataModule):
+#: Lightning's warning of loaders without workers, which slicing arrays has no use for.
+_FEW_WORKERS = r"The '\w+' does not have many workers"
+
+
+class QuietDataModule(pl.LightningDataModule):
+    """A data module whose loaders need no workers: Lightning does not warn that there are none."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Hide the warning."""
+        hide_warnings(_FEW_WORKERS)
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Show such warnings again."""
+        unhide_warnings(_FEW_WORKERS)
+
+
+class BaseDataModule(QuietDataModule):
     """Resumable loaders over the splits that a subclass reads.
 
     The order of the training samples follows from (seed, epoch). A checkpoint holds the position in it, so that a fit
@@ -95,6 +112,7 @@ class BaseDataModule(pl.LightningDataModule):
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; all of them need the training samples,
                 whose statistics standardise the others.
         """
+        super().setup(stage)
         _ = self.splits
 
     @property

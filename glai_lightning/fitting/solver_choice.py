@@ -1,6 +1,5 @@
 """What the first step of a fit shows of a head: whether its inputs are fixed, and what a freeze can save at most."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,9 +10,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from glai_lightning.fitting.heads_in_module import HeadSlot
-from glai_lightning.fitting.loss_reading import HeadBatch, LossKind
+from glai_lightning.fitting.loss_reading import HeadBatch, LossKind, rows_of
 from glai_lightning.fitting.replaying import FixedCalls
-from glai_lightning.fitting.step_reading import SeenStep, rows_of
+from glai_lightning.fitting.step_reading import SeenStep
 from glai_lightning.heads.patterns import layout_of
 from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
@@ -129,8 +128,7 @@ class FirstLook:
         outside of the head the part of its parameters that is trained is taken to have a backward pass.
         """
         pl_module, head = self._slot.pl_module, self._slot.module
-        widths = layout_of(head).widths
-        products = [rows * before * after for before, after in itertools.pairwise(widths)]
+        products = [rows * product for product in layout_of(head).names.products]
         inner, last = sum(products[:-1]), products[-1]
         own = {id(parameter) for parameter in head.parameters()}
         outside = [parameter for parameter in pl_module.parameters() if id(parameter) not in own]

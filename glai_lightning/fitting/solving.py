@@ -21,8 +21,11 @@ from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.fitting.replaying import FixedCalls
 from glai_lightning.fitting.solver_choice import FirstLook, choose_solver
 from glai_lightning.fitting.step_reading import SeenStep, Stage, StepReader, isolated_step
+from glai_lightning.heads.chain import title
 from glai_lightning.heads.frozen import GLAIHead
+from glai_lightning.heads.layout import CannotBeCalledError
 from glai_lightning.heads.optimizers import copy_state, forget_state
+from glai_lightning.heads.path_kinds import IndependentPathWeights
 from glai_lightning.heads.patterns import layout_of
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
@@ -50,18 +53,22 @@ def check_solvable(head: nn.Module, head_name: str, paths: str) -> None:
             "Expected `paths` to be 'output' or 'independent' with a solver, but got 'tangent', "
             "whose weights the optimizer trains."
         )
-    acting = [module for module in layout_of(head).trailing if not isinstance(module, _DropoutNd | nn.Identity)]
-    if acting:
+    try:
+        layout = layout_of(head)
+    except CannotBeCalledError as error:
+        raise UserMisconfigurationError(f"The head at {head_name!r} cannot be solved. {error}") from error
+    acting = [module for module in layout.trailing if not isinstance(module, _DropoutNd | nn.Identity)]
+    if acting or not isinstance(layout.output, nn.Linear | IndependentPathWeights):
+        got = f"`{title(acting[0])}` after it" if acting else f"`{type(layout.output).__name__}`"
         raise UserMisconfigurationError(
-            f"Expected the head at {head_name!r} to end with its last Linear, so that it can be solved, "
-            f"but got `{type(acting[0]).__name__}` after it."
+            f"Expected the head at {head_name!r} to end with its last Linear, so that it can be solved, but got {got}."
         )
 
 
 @contextmanager
 def unwinding(
     trainer: Any, slot: HeadSlot, revert: Callable[[dict[str, Tensor], dict[str, dict[str, Any]]], None]
-) -> Iterator[None]:
+) -> Iterator[tuple[dict[str, Tensor], dict[str, dict[str, Any]]]]:
     """Context in which a head is frozen and solved: if a solve fails, the head is as it was before the freeze.
 
     Args:
@@ -69,12 +76,15 @@ def unwinding(
         slot: the place of the head.
         revert: makes a frozen head an MLP again, from its state dict and what the optimizer remembered of its
             parameters, by their names.
+
+    Yields:
+        What ``revert`` would be given.
     """
     frozen_before = isinstance(slot.module, GLAIHead)
     weights = {name: value.detach().clone() for name, value in slot.module.state_dict().items()}
     optimizer_state = copy_state(trainer.optimizers[0], slot.module)
     try:
-        yield
+        yield weights, optimizer_state
     except Exception:
         if isinstance(slot.module, GLAIHead) and not frozen_before:
             revert(weights, optimizer_state)

@@ -47,14 +47,16 @@ from glai_lightning.fitting.loss_reading import (
     head_batch,
     label_smoothing_of,
     loss_gradient,
+    outputs_of_layout,
     precision_of,
-    probing_outputs,
     read_loss,
+    rows_of,
     shows_its_loss,
 )
 from glai_lightning.fitting.step_watch import LossCall, LossReached, StepWatch
 from glai_lightning.heads.frozen import GLAIHead, frozen_parameters
-from glai_lightning.heads.patterns import apply_leading, layout_of
+from glai_lightning.heads.joined import head_at
+from glai_lightning.heads.patterns import layout_of
 
 Stage = Literal["training", "validation"]
 
@@ -132,8 +134,7 @@ class StepReader:
     @property
     def module(self) -> nn.Module:
         """The head as it is now."""
-        module: nn.Module = self.pl_module.get_submodule(self.name)
-        return module
+        return head_at(self.pl_module, self.name)
 
     def look_anew(self) -> None:
         """Read the whole step of the next batch of each stage, to see that its loss is still what it was."""
@@ -267,13 +268,7 @@ class StepReader:
                 parameter.requires_grad_(False)
 
     def _run(self, batch: Any, batch_idx: int, stage: Stage, *, stop: bool) -> tuple[StepWatch, Any]:
-        layout = layout_of(self.module)
-
-        def stand_in(inputs: Tensor) -> Tensor:
-            with torch.no_grad():
-                shape = apply_leading(layout, inputs).shape[:-1]
-            return probing_outputs((*shape, layout.output.out_features), layout.output.weight).requires_grad_()
-
+        stand_in = functools.partial(outputs_of_layout, layout_of(self.module))
         step: Any = getattr(self.pl_module, f"{stage}_step")
         while getattr(step, "is_seen", False):
             # The next step is to be seen for another head.
@@ -341,11 +336,6 @@ def _unreadable(name: str, step: str, what: str) -> LossNotReadError:
         f"Expected `{step}` to compute a loss of the outputs of the head at {name!r} that can be solved for, but it "
         f"{what}. Override `inputs_and_targets` of the callback to say what the head is to be solved for."
     )
-
-
-def rows_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-    """Return what a head was given as rows (n, D), one for each row of its outputs (..., C)."""
-    return torch.cat([x.detach().reshape(z[..., 0].numel(), -1) for x, z in zip(inputs, outputs, strict=True)])
 
 
 def _same(one: HeadBatch, other: HeadBatch) -> bool:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from glai_lightning.fitting.loss_reading import LossKind
+from glai_lightning.fitting.loss_reading import LossKind, LossNotReadError
+from glai_lightning.heads.joined import ends_of
 
 _LOSSES: dict[Callable[..., Any], LossKind] = {
     F.cross_entropy: "cross_entropy",
@@ -63,14 +64,23 @@ class StepWatch(TorchFunctionMode):
         self._passed: list[Tensor] = []
 
     def __enter__(self) -> "StepWatch":
-        self._kept = self._head.__dict__.get("forward")
-        forward = self._head.forward
+        entry, last = ends_of(self._head)
+        self._kept = [(module, module.__dict__.get("forward")) for module in (entry, last)]
+        forward, enter = last.forward, entry.forward
+        given: list[Tensor] = []
+
+        def entered(*args: Any, **kwargs: Any) -> Any:
+            given.append(args[0])
+            return enter(*args, **kwargs)
 
         @functools.wraps(forward)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if inputs is None:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            if not tensors:
                 return forward(*args, **kwargs)
+            if len(tensors) > 1 and self._replacement is not None:
+                raise LossNotReadError("Expected a head that is given one tensor, so that it can be solved.")
+            inputs = tensors[0] if entry is last else given.pop()
             outputs = forward(*args, **kwargs) if self._replacement is None else self._replacement(inputs)
             if not isinstance(outputs, Tensor):
                 return outputs
@@ -81,15 +91,17 @@ class StepWatch(TorchFunctionMode):
             self._passed.append(passed)
             return passed
 
-        self._head.__dict__["forward"] = noted
+        entry.__dict__["forward"] = entered
+        last.__dict__["forward"] = noted
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        del self._head.__dict__["forward"]
-        if self._kept is not None:
-            self._head.__dict__["forward"] = self._kept
+        for module, kept in dict(self._kept).items():
+            del module.__dict__["forward"]
+            if kept is not None:
+                module.__dict__["forward"] = kept
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

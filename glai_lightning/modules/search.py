@@ -164,7 +164,7 @@ class HeadSearchModule(LightningModule):
         # A head that is frozen cannot be described any more.
         module._described_head = self._described[self.best]
         data = getattr(self._trainer, "datamodule", None)
-        module.take_standardisation(data)
+        module.take_data(data)
         names = getattr(data, "classes", None)
         module.classes = list(names) if isinstance(names, list) else None
         return module
