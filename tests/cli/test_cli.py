@@ -366,12 +366,17 @@ def test_debug_shows_the_traceback_of_every_error():
         main(["recipes", "nothing", "--debug"])
 
 
-@pytest.mark.parametrize("command", ["export"])
-def test_commands_to_come_say_so(command, capsys):
-    assert main([command, "--config", SUPERVISED]) == 1
-    assert capsys.readouterr().err == (
-        f"error: Expected a command that is built, but got '{command}': `glai {command}` is not built yet.\n"
-    )
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["fti"], "Expected a command, demo, fit, test, validate, predict, export, compare, recipes, but got 'fti'."),
+        (["fit", "--config=rows.npz"], "Expected `--config` to be a YAML file in UTF-8, but got 'rows.npz'."),
+    ],
+)
+def test_no_command_and_no_configuration_are_answered_with_a_sentence(arguments, sentence, capsys):
+    np.savez("rows.npz", x=np.zeros(3))
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == f"error: {sentence}\n"
 
 
 def test_recipes_are_listed_with_their_first_line(capsys):
