@@ -116,6 +116,8 @@ class FitReport(FitRecorder, Callback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the plots and print the table."""
         record = self.record = self.finish(trainer, pl_module)
+        if record.one_pass is not None:
+            self._notes.append(str(record.one_pass))
         self._write_plots(trainer, record)
         _log_best(trainer, record)
         # A process that a spawning strategy made ends here, and its record with it.

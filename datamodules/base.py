@@ -143,13 +143,17 @@ class BaseDataModule(QuietDataModule):
         """Return the test samples with their targets, or no loader where there are none."""
         return self.test_dataloader()
 
+    def _rows_of(self, split: str) -> Any:
+        """Return what makes the batches of the loader of a split."""
+        return self.splits[split]
+
     def _loader(self, split: str) -> BatchLoader:
         trainer: Any = self.trainer
         # What Lightning is about to shard the sampler with; None unless the strategy is a distributed one.
         sharding = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {}
         fitting = split == "train" and trainer is not None and trainer.training
         progress = partial(fit_progress, trainer) if fitting else None
-        return BatchLoader(self.splits[split], progress=progress, **self._loader_options(split, sharding))
+        return BatchLoader(self._rows_of(split), progress=progress, **self._loader_options(split, sharding))
 
 
 class SampleDataModule(BaseDataModule):

@@ -12,7 +12,7 @@ from glai_lightning.checks import UserError, UserValueError
 from glai_lightning.cli.help import COMMANDS, class_help, command_help, overview, versions
 from glai_lightning.cli.recipes import copy_recipe, list_recipes
 
-_WITH_HELP = ("fit", "validate", "test", "predict", "export", "compare")
+_WITH_HELP = ("fit", "validate", "test", "predict", "export", "solve", "compare")
 #: What a file or a folder that the user names can cause, and a disk that is full.
 _USERS_ERRNOS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS),
@@ -94,6 +94,16 @@ def _run(arguments: list[str]) -> int:
         from glai_lightning.cli.export import run_export
 
         run_export(arguments[1:])
+        return 0
+    if command == "solve":
+        from glai_lightning.cli.solve import run_solve
+
+        run_solve(arguments[1:])
+        return 0
+    if command == "cache":
+        from glai_lightning.cli.cache import run_cache
+
+        run_cache(arguments[1:])
         return 0
     from glai_lightning.cli.lightning_cli import GlaiCLI, complete
     from glai_lightning.cli.predict import predict_alone

@@ -15,7 +15,8 @@ from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
 from glai_lightning.fitting.fit_record import Mode
 from glai_lightning.fitting.heads_in_module import find_head
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.heads.layout import HeadLayout, HiddenLayer, read_head
+from glai_lightning.heads.chain import HiddenLayer
+from glai_lightning.heads.layout import HeadLayout, read_head
 from glai_lightning.heads.paths import count_path_weights, matched_hidden_features
 from glai_lightning.heads.record import Paths
 

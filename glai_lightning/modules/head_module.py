@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLR
 from glai_lightning.checks import UserTypeError, UserValueError, expect_flag
 from glai_lightning.fitting.across_processes import process_group
 from glai_lightning.fitting.conversion import follow_in_fit
+from glai_lightning.fitting.embedded import Embedded
 from glai_lightning.fitting.messages import hide_warnings, unhide_warnings
 from glai_lightning.fitting.table_columns import TableColumns, table_of
 from glai_lightning.heads.frozen import GLAIHead
@@ -138,7 +139,7 @@ class HeadModule(LightningModule):
         if not self.freeze_backbone:
             return self.backbone(x)  # type: ignore[no-any-return]
         with torch.no_grad():
-            embeddings: Tensor = self.backbone(x)
+            embeddings: Tensor = x.values if isinstance(x, Embedded) else self.backbone(x)
             if self.standardise is None or not self.standardise_embeddings:
                 return embeddings
             if not self.standardise.is_set and self._trainer is not None and self._trainer.training:
@@ -340,6 +341,9 @@ class HeadModule(LightningModule):
 
 
 def _count_inputs(head: nn.Module) -> int | None:
+    own = getattr(head, "in_features", None)
+    if isinstance(own, int):
+        return own
     first = next((module for module in head.modules() if isinstance(module, nn.Linear | nn.Flatten)), None)
     return first.in_features if isinstance(first, nn.Linear) else None
 

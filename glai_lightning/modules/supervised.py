@@ -1,5 +1,7 @@
 """SupervisedModule: classification and regression with a head on embeddings."""
 
+import copy
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
@@ -9,11 +11,15 @@ from torchmetrics import MeanSquaredError, Metric, R2Score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from glai_lightning.checks import UserValueError, expect_choice, expect_integer
+from glai_lightning.heads.frozen import GLAIHead, freeze_in_place, unfreeze_in_place
 from glai_lightning.heads.patterns import layout_of
 from glai_lightning.modules.checkpoint_file import DESCRIPTION
 from glai_lightning.modules.deployment import predicted_outputs
+from glai_lightning.modules.description import describe
 from glai_lightning.modules.head_module import OptimizerFactory, SchedulerFactory
 from glai_lightning.modules.scored import ScoredModule
+from glai_lightning.solvers.head_weights import set_last_layer
+from glai_lightning.solvers.report import LinearSolution
 
 
 class Predictions(NamedTuple):
@@ -130,6 +136,40 @@ class SupervisedModule(ScoredModule):
             )
         self.classes = names
 
+    def feature_map(self) -> nn.Sequential:
+        """Return what makes features of inputs as they come, for ``PathStatistics``: preprocessing, backbone and head.
+
+        The head is frozen in place, with output paths, where it is not yet.
+
+        Raises:
+            ValueError: if a data module standardised what the backbone is given, which this module does not know, or
+                the head cannot be frozen.
+        """
+        if not isinstance(self.head, GLAIHead):
+            freeze_in_place(self.head)
+        parts = self.deployed()
+        return nn.Sequential(*(part for part in parts.children() if part is not None))
+
+    def set_solution(self, solution: LinearSolution, classes: Sequence[int | str] | None = None) -> None:
+        """Put solved weights into the frozen head, which gets an output for each class of the solution.
+
+        Args:
+            solution: what ``PathStatistics.solve`` returned, for features of ``feature_map``.
+            classes: labels of its outputs. They are kept as names of the classes where they are strings.
+
+        Raises:
+            TypeError: if the head is not frozen.
+            ValueError: if it has other features. The module is then as it was.
+        """
+        set_last_layer(self.head, solution)  # type: ignore[arg-type]
+        if classes is not None and isinstance(next(iter(classes), None), str):
+            self.classes = [str(label) for label in classes]
+        outputs = layout_of(self.head).num_outputs
+        if outputs != self.num_classes and outputs > 1:
+            self.num_classes = outputs
+            self._set_metrics(self._make_metrics)
+            self._described_head = describe(unfreeze_in_place(copy.deepcopy(self.head)))
+
     def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss: predictions (batch, C) and targets -> 0-d."""
         if self.task == "regression":
@@ -187,7 +227,7 @@ def _are_names(names: object, most: int) -> TypeGuard[list[str]]:
 
 def _count_outputs(head: nn.Module) -> int:
     try:
-        return layout_of(head).output.out_features
+        return layout_of(head).num_outputs
     except ValueError as error:
         raise UserValueError(
             f"Expected `num_classes` to be given for a head whose outputs cannot be read, but got None. {error}"

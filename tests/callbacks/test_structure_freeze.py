@@ -413,9 +413,9 @@ class UncalledHead(SomebodysModule):
         (SomebodysModule, "head", r"but got 'head'. Modules that can be used as a head: \['blocks.head'\]"),
         (SomebodysModule, "body", "but got `Linear` with 1 Linear"),
         (
-            lambda: SomebodysModule(nn.Sequential(nn.Linear(8, 4), nn.GELU(), nn.Linear(4, 3))),
+            lambda: SomebodysModule(nn.Sequential(nn.Linear(8, 4), nn.Softmax(-1), nn.Linear(4, 3))),
             HEAD,
-            "but got `GELU` at '1'",
+            "Expected an activation before the last Linear",
         ),
         (
             lambda: SomebodysModule(
