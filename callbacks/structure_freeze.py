@@ -39,12 +39,11 @@ from glai_lightning.solvers import LogisticSolver, RidgeSolver
 class StructureFreezeCallback(WatchedHeads):
     """Freezes the structure of an MLP head once it settles, solves the head where that is possible, and stops.
 
-    The callback works on any LightningModule, without a change to its code. It measures *churn*, the fraction of
-    pattern bits that flipped since the last check on the inputs that the head was last trained on. A structure has
-    settled once churn is small, also against the largest so far, the training loss has fallen clearly, and validation
-    rises no more. A head that is solved is also tried out on the way: its solve is kept, and its structure frozen,
-    once a solve validates hardly better than one at half as many optimizer steps. The head becomes one that is linear
-    in what it still trains. With output paths (the default) parameters, optimizer groups and keys stay what they were.
+    The callback works on any LightningModule. It measures *churn*, the fraction of pattern bits that flipped since the
+    last check on the inputs that the head was last trained on. A structure has settled once churn is small, also
+    against the largest so far, the training loss has fallen clearly, and validation rises no more. A head that can be
+    solved is also tried out on the way: a solve is kept, and the structure frozen, once it validates hardly better than
+    one at half as many optimizer steps. With output paths parameters, optimizer groups and keys stay what they were.
 
     It logs, once an epoch from the first on, ``structure/churn`` (NaN until it is measured, 0 once frozen),
     ``structure/frozen`` (0 or 1) and ``structure/freeze_epoch`` (-1 until then). Several heads of one module freeze
@@ -79,10 +78,10 @@ class StructureFreezeCallback(WatchedHeads):
         verbose: whether to say when and why the structure was frozen.
 
     Attributes:
-        frozen: whether the head is frozen; of several heads, whether all are. Where a strategy starts the processes
-            that fit (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``), this object is not told; ask the module.
-        freeze_epoch: first epoch that trained frozen, of several heads with all of them; or ``None``.
-        freeze_reason: why it was frozen, in a sentence, or ``None``.
+        frozen: whether the head is frozen; of several heads, whether all are. Where the strategy starts processes
+            (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``), this object is not told; ask the module.
+        freeze_epoch: first epoch that trained with all heads frozen, or ``None``.
+        freeze_reason: why, in a sentence, or ``None``.
         churn_history: churn at each check until the freeze; of several heads that of the first.
         solve_report: what the solve did, or ``None``; of several heads that of the first.
         one_pass_record: samples, passes and seconds of a fit with ``one_pass``, once it has solved; else ``None``.
@@ -174,8 +173,7 @@ class StructureFreezeCallback(WatchedHeads):
             head: the head, with its ``name``, its ``module``, ``pl_module`` in eval mode, and ``trainer``.
 
         Returns:
-            Head inputs (n, D), targets (n,) or (n, C), and the weights of the samples (n,) if they differ; ``None`` for
-            a batch in which the head has no part.
+            Head inputs (n, D), targets (n,) or (n, C), and weights of samples (n,) that differ; ``None`` for no part.
 
         Raises:
             MisconfigurationException: if the loss of the step is none that can be solved for.
@@ -277,8 +275,7 @@ class StructureFreezeCallback(WatchedHeads):
             self._one_pass.before_validation()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Convert what settled in the epoch before, or was asked for this one."""
-        # So the checkpoint of the epoch just ended holds the MLP, and a resume from it converts once more.
+        """Convert what settled or was asked for; after the checkpoint of the epoch before, which holds the MLP."""
         for watch, slot in self._watched(pl_module):
             reason = self._due_reason(trainer, watch, trainer.current_epoch)
             if reason is not None and slot.name not in self._unread:
@@ -410,7 +407,7 @@ class StructureFreezeCallback(WatchedHeads):
         return f"structure/{key}/{head_name}" if self._logs_names else f"structure/{key}"
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say so if a head is still an MLP."""
+        """Say which heads are still MLPs."""
         for watch in self.heads.values():
             if not watch.frozen:
                 self.say(watch.describe_unfrozen())

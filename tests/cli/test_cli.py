@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from glai_lightning import GLAIHead, SupervisedModule, mlp_head
+from glai_lightning.cli.help import COMMANDS
 from glai_lightning.cli.main import main
 from glai_lightning.cli.recipes import list_recipes
 
@@ -369,7 +370,7 @@ def test_debug_shows_the_traceback_of_every_error():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["fti"], "Expected a command, demo, fit, test, validate, predict, export, compare, recipes, but got 'fti'."),
+        (["fti"], f"Expected a command, {', '.join(COMMANDS)}, but got 'fti'."),
         (["fit", "--config=rows.npz"], "Expected `--config` to be a YAML file in UTF-8, but got 'rows.npz'."),
     ],
 )
