@@ -33,7 +33,7 @@ from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 
 class StructureFreezeCallback(WatchedHeads):
-    """Freezes the structure of an MLP head once its activation patterns settle, and converts the head in place.
+    """Freezes the structure of a head once its activation patterns settle, and converts the head in place.
 
     The callback works on any LightningModule, without a change to its code. It measures *churn*, the fraction of
     pattern bits that flipped since the last check on the inputs that the head was last trained on. Once churn is small,
@@ -57,8 +57,8 @@ class StructureFreezeCallback(WatchedHeads):
     validates worse.
 
     Args:
-        head: qualified name of the MLP head in the LightningModule, or a pattern such as ``heads.*`` that stands for
-            all MLP heads that it matches, or a list of either.
+        head: qualified name of the head in the LightningModule; or names of its layers where they lie apart, joined by
+            '+'; or a pattern such as ``heads.*`` that stands for all heads that it matches; or a list of these.
         paths: what stays trainable, see ``freeze_structure``: 'output' (last-layer training), 'tangent' (linearisation)
             or 'independent'.
         churn_tolerance: largest churn that counts as settled, in [0, 1].
