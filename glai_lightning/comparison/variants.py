@@ -275,7 +275,7 @@ def matched_head(head: nn.Module) -> nn.Sequential:
         head: an MLP head that can be read; it is not changed.
 
     Returns:
-        A head of the same layers: kinds, biases, BatchNorm, activations, and what stands before and behind them.
+        A head of the same layers: kinds, biases, BatchNorm, activations, and what stands before and after them.
 
     Raises:
         ValueError: if the head cannot be read.

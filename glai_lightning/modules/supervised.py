@@ -1,5 +1,7 @@
 """SupervisedModule: classification and regression with a head on embeddings."""
 
+import copy
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
@@ -9,11 +11,15 @@ from torchmetrics import MeanSquaredError, Metric, R2Score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from glai_lightning.checks import UserValueError, expect_choice, expect_integer
+from glai_lightning.heads.frozen import GLAIHead, freeze_in_place, unfreeze_in_place
 from glai_lightning.heads.patterns import layout_of
 from glai_lightning.modules.checkpoint_file import DESCRIPTION
 from glai_lightning.modules.deployment import predicted_outputs
+from glai_lightning.modules.description import describe
 from glai_lightning.modules.head_module import OptimizerFactory, SchedulerFactory
 from glai_lightning.modules.scored import ScoredModule
+from glai_lightning.solvers.head_weights import set_last_layer
+from glai_lightning.solvers.report import LinearSolution
 
 
 class Predictions(NamedTuple):
@@ -114,18 +120,55 @@ class SupervisedModule(ScoredModule):
             self.classes = list(names) if _are_names(names, self.num_classes) else None
 
     def description(self) -> dict[str, Any]:
-        """Return what ``load_from_checkpoint`` makes the module of, class names included."""
-        return super().description() | {"classes": self.classes}
+        """Return what ``load_from_checkpoint`` makes the module of, task and class names included."""
+        return super().description() | {"classes": self.classes, "task": self.task}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take out of a checkpoint what is known of inputs and classes."""
         super().on_load_checkpoint(checkpoint)
-        names = checkpoint.get(DESCRIPTION, {}).get("classes")
+        described = checkpoint.get(DESCRIPTION, {})
+        task, names = described.get("task", self.task), described.get("classes")
+        if task != self.task:
+            raise UserValueError(f"Expected the checkpoint of a {self.task}, but got one of a {task}.")
         if names is not None and not _are_names(names, self.num_classes):
             raise UserValueError(
                 f"Expected the checkpoint to hold at most {self.num_classes} class names, but got {names!r}."
             )
         self.classes = names
+
+    def feature_map(self) -> nn.Sequential:
+        """Return what makes features of inputs as they come, for ``PathStatistics``: preprocessing, backbone and head.
+
+        The head is frozen in place, with output paths, where it is not yet.
+
+        Raises:
+            ValueError: if a data module standardised what the backbone is given, which this module does not know, or
+                the head cannot be frozen.
+        """
+        if not isinstance(self.head, GLAIHead):
+            freeze_in_place(self.head)
+        parts = self.deployed()
+        return nn.Sequential(*(part for part in parts.children() if part is not None))
+
+    def set_solution(self, solution: LinearSolution, classes: Sequence[int | str] | None = None) -> None:
+        """Put solved weights into the frozen head, which gets an output for each class of the solution.
+
+        Args:
+            solution: what ``PathStatistics.solve`` returned, for features of ``feature_map``.
+            classes: labels of its outputs. They are kept as names of the classes where they are strings.
+
+        Raises:
+            TypeError: if the head is not frozen.
+            ValueError: if it has other features. The module is then as it was.
+        """
+        set_last_layer(self.head, solution)  # type: ignore[arg-type]
+        if classes is not None and isinstance(next(iter(classes), None), str):
+            self.classes = [str(label) for label in classes]
+        outputs = layout_of(self.head).num_outputs
+        if outputs != self.num_classes and outputs > 1:
+            self.num_classes = outputs
+            self._set_metrics(self._make_metrics)
+            self._described_head = describe(unfreeze_in_place(copy.deepcopy(self.head)))
 
     def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss: predictions (batch, C) and targets -> 0-d."""
@@ -150,8 +193,9 @@ class SupervisedModule(ScoredModule):
         """Predict from inputs as they come: rows that nothing standardised, images or texts.
 
         Args:
-            inputs: rows (N, ...), a tensor, an array or nested lists of numbers; for an image backbone a tensor
-                (N, 3, height, width) or a list of images; for a text backbone a list of strings.
+            inputs: rows (N, ...), a tensor, an array or nested lists of numbers; after a fit on a ``TableDataModule`` a
+                ``pandas.DataFrame``; for an image backbone a tensor (N, 3, height, width) or a list of images; for a
+                text backbone a list of strings.
             batch_size: inputs that are computed at once, at least 1.
 
         Returns:

@@ -63,7 +63,7 @@ class HeadSolver(ABC):
         solution = self.solve_features(
             features, weight=path_weights.weight(), bias=path_weights.bias, validation=held_out, group=group
         )
-        path_weights.set(solution)
+        path_weights.set(solution.weight, solution.bias)
         return solution.report
 
     @abstractmethod
@@ -111,7 +111,7 @@ class LinearPathWeights:
                 f"Expected the head's last layer to be a Linear to solve for it, but got "
                 f"`{type(layout.output).__name__}`."
             )
-        self._head = head
+        self.head = head
         self._parameters: list[Tensor]
         self.bias: Tensor | None
         if kind == "output":
@@ -134,20 +134,20 @@ class LinearPathWeights:
         """Return the path weights without the output bias, (C, F), in the order of the path activations."""
         return torch.cat([parameter.detach().flatten(1) for parameter in self._parameters], dim=1)
 
-    def set(self, solution: LinearSolution) -> None:
-        """Put solved weights into the head, in place."""
+    def set(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Put weights (C, F) and a bias (C,) into the head, in place."""
         with torch.no_grad():
             sizes = [parameter[0].numel() for parameter in self._parameters]
-            for parameter, part in zip(self._parameters, torch.split(solution.weight, sizes, dim=1), strict=True):
+            for parameter, part in zip(self._parameters, torch.split(weight, sizes, dim=1), strict=True):
                 parameter.copy_(part.reshape(parameter.shape))
-            if self.bias is not None and solution.bias is not None:
-                self.bias.copy_(solution.bias)
+            if self.bias is not None and bias is not None:
+                self.bias.copy_(bias)
 
     def features(
         self, inputs: Tensor | Batches, targets: Tensor | None, sample_weights: Tensor | None
     ) -> FeatureBatches:
         """Return path activations and targets: computed once for a tensor of inputs, in every pass for batches."""
-        read = FeatureBatches(inputs, targets, sample_weights, transform=self._activations)
+        read = FeatureBatches(inputs, targets, sample_weights, transform=self.activations)
         if isinstance(inputs, Tensor):
             outputs = len(self._parameters[0])
             batches = as_batches(self._held_activations(inputs), targets, sample_weights, outputs=outputs)
@@ -157,18 +157,62 @@ class LinearPathWeights:
     def _held_activations(self, inputs: Tensor) -> Tensor:
         """Return the path activations of all inputs, made of a few rows at a time in memory that is reserved once."""
         first, *others = torch.split(inputs, _ROWS_AT_A_TIME)
-        activations = self._activations(first)
+        activations = self.activations(first)
         if not others:
             return activations
         held = activations.new_empty(len(inputs), activations.shape[1])
         for rows, part in zip(torch.split(held, _ROWS_AT_A_TIME), (first, *others), strict=True):
-            rows.copy_(self._activations(part))
+            rows.copy_(self.activations(part))
         return held
 
-    def _activations(self, inputs: Tensor) -> Tensor:
-        layout = layout_of(self._head)
+    def activations(self, inputs: Tensor) -> Tensor:
+        """Return the path activations (n, F) of inputs (n, D)."""
+        layout = layout_of(self.head)
         width = layout.widths[0]
         if layout.takes_rows and inputs.shape[1] != width:
             raise UserValueError(f"Expected inputs of shape (samples, {width}), but got {tuple(inputs.shape)}.")
         with torch.no_grad():
-            return GLAIHead.path_activations(self._head, inputs.to(self._parameters[0]))
+            return GLAIHead.path_activations(self.head, inputs.to(self._parameters[0]))
+
+
+def set_last_layer(head: GLAIHead, solution: LinearSolution) -> None:
+    """Put solved weights into a frozen head, in place; where there are more outputs, its last Linear is replaced.
+
+    Args:
+        head: a head with output or independent paths. One with a single output, whose sign tells the class, takes a
+            solution for two classes.
+        solution: what ``PathStatistics.solve`` returned.
+
+    Raises:
+        TypeError: if ``head`` is not frozen.
+        ValueError: if the features are not those of the head, one of the two has a bias and the other none, or there
+            are more outputs than independent paths have. The head is then as it was.
+
+    Example:
+        >>> from glai_lightning import freeze_structure, mlp_head
+        >>> from glai_lightning.solvers import PathStatistics
+        >>> head = freeze_structure(mlp_head(4, 8, 2))
+        >>> statistics = PathStatistics(head).update(torch.randn(30, 4), torch.arange(30) % 3)
+        >>> set_last_layer(head, statistics.solve())
+        >>> head(torch.randn(5, 4)).shape
+        torch.Size([5, 3])
+    """
+    path_weights = LinearPathWeights(head)
+    (outputs, features), (weight, bias) = path_weights.weight().shape, solution[:2]
+    if weight.shape[1] != features or (bias is None) != (path_weights.bias is None):
+        raise UserValueError(
+            f"Expected a solution on {features} features {'with' if path_weights.bias is not None else 'without'} a "
+            f"bias, but got one on {weight.shape[1]} {'with' if bias is not None else 'without'}."
+        )
+    if outputs == 1 and len(weight) == 2:
+        weight, bias = weight[1:] - weight[:1], None if bias is None else bias[1:] - bias[:1]
+    elif len(weight) != outputs:
+        record, old = record_of(head), layout_of(head).output
+        if record.paths != "output":
+            raise UserValueError(
+                f"Expected `paths` to be 'output' for a solution of {len(weight)} outputs where the head has "
+                f"{outputs}, but got {record.paths!r}."
+            )
+        kept = {"dtype": old.weight.dtype, "device": old.weight.device}
+        head.set_submodule(record.names.output, nn.Linear(features, len(weight), bias is not None, **kept))
+    LinearPathWeights(head).set(weight, bias)

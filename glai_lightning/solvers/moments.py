@@ -1,99 +1,53 @@
-"""Moments of features and targets, which hold all that a least-squares solve needs to know of them."""
+"""Second moments of features and targets, which hold all that a least-squares solve needs to know of them."""
 
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from glai_lightning.checks import UserValueError
 from glai_lightning.solvers.processes import Processes
 
+#: Rows whose products are summed at a time.
+_ROWS = 2048
+#: Significant bits of the leading part of a number: products of two, summed over ``_ROWS`` rows, are exact in float64.
+_LEADING_BITS = 21
+#: The same for sums that are added up over as many processes as there may be.
+_SHARED_BITS = 40
+#: Largest feature or target, whose products with others can still be summed.
+_LARGEST = 1e150
 
-class Moments:
-    """Means and covariances of features and targets, summed in float64 batch by batch: O(F^2 + F C) memory.
 
-    Sums are taken around the first batch's means: the mean of a column may be far larger than its deviation.
+@dataclass(frozen=True)
+class Covariances:
+    """Means and covariances of features and targets, in float64; around zero, means are zero.
 
     Args:
-        num_features: F.
-        num_targets: C.
-        has_bias: whether means are to be taken out, for a bias makes up for them.
-        device: where the sums are held.
+        samples: how many samples they are of.
+        features_mean: (F,).
+        targets_mean: (C,).
+        features: covariance of the features, (F, F).
+        cross: covariance of features and targets, (F, C).
+        targets: variances of the targets, (C,).
+        resolution: how exact ``features`` is.
     """
 
-    def __init__(
-        self, num_features: int, num_targets: int, *, has_bias: bool, device: torch.device | str = "cpu"
-    ) -> None:
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.samples = 0
-        self.has_bias = has_bias
-        self._features_shift, self._targets_shift = zeros(num_features), zeros(num_targets)
-        self._features_sum, self._targets_sum = zeros(num_features), zeros(num_targets)
-        self._features_squares = zeros(num_features, num_features)
-        self._products = zeros(num_features, num_targets)
-        self._targets_squares = zeros(num_targets)
+    samples: int
+    features_mean: Tensor
+    targets_mean: Tensor
+    features: Tensor
+    cross: Tensor
+    targets: Tensor
+    resolution: float
 
-    def add(self, features: Tensor, targets: Tensor) -> None:
-        """Add features (n, F) and targets (n, C), both float64."""
-        if self.samples == 0 and self.has_bias:
-            self._features_shift, self._targets_shift = features.mean(0), targets.mean(0)
-        features = features - self._features_shift
-        targets = targets - self._targets_shift
-        self.samples += len(features)
-        self._features_sum += features.sum(0)
-        self._targets_sum += targets.sum(0)
-        self._features_squares.addmm_(features.t(), features)
-        self._products.addmm_(features.t(), targets)
-        self._targets_squares += targets.square().sum(0)
-
-    def add_up(self, processes: Processes) -> None:
-        """Add up what each process was given, so that all have the moments of everything."""
-        samples = int(processes.sum_numbers(self.samples)[0])
-        share = self.samples / max(samples, 1)
-        self._shift_to(processes.sum(self._features_shift * share), processes.sum(self._targets_shift * share))
-        for sums in (
-            self._features_sum,
-            self._targets_sum,
-            self._features_squares,
-            self._products,
-            self._targets_squares,
-        ):
-            processes.sum(sums)
-        self.samples = samples
-
-    def _shift_to(self, features_shift: Tensor, targets_shift: Tensor) -> None:
-        """Take the sums around other numbers than the first batch's means."""
-        by_feature, by_target = self._features_shift - features_shift, self._targets_shift - targets_shift
-        self._features_shift, self._targets_shift = features_shift, targets_shift
-        # Halfway sums make the corrections of second order symmetric: (x + d)^2 = x^2 + d (x + (x + d)).
-        features_sum = self._features_sum + self.samples * by_feature
-        targets_sum = self._targets_sum + self.samples * by_target
-        self._features_squares += self._features_sum.outer(by_feature) + by_feature.outer(features_sum)
-        self._products += self._features_sum.outer(by_target) + by_feature.outer(targets_sum)
-        self._targets_squares += by_target * (self._targets_sum + targets_sum)
-        self._features_sum, self._targets_sum = features_sum, targets_sum
-
-    def features_mean(self) -> Tensor:
-        """Return the means of the features, (F,); zeros without a bias."""
-        return self._features_shift + self._features_sum / self.samples * self.has_bias
-
-    def targets_mean(self) -> Tensor:
-        """Return the means of the targets, (C,); zeros without a bias."""
-        return self._targets_shift + self._targets_sum / self.samples * self.has_bias
-
-    def covariance(self) -> Tensor:
-        """Return the covariance of the features around ``features_mean``, (F, F)."""
-        mean = self._features_sum / self.samples * self.has_bias
-        return self._features_squares / self.samples - mean.outer(mean)
-
-    def cross_covariance(self) -> Tensor:
-        """Return the covariance of features and targets, (F, C)."""
-        features_mean = self._features_sum / self.samples * self.has_bias
-        return self._products / self.samples - features_mean.outer(self._targets_sum / self.samples)
-
-    def targets_variance(self) -> Tensor:
-        """Return the variances of the targets around ``targets_mean``, (C,)."""
-        mean = self._targets_sum / self.samples * self.has_bias
-        return self._targets_squares / self.samples - mean.square()
+    def difference(self) -> "Covariances":
+        """Return those of the second one-hot column minus the first: of a single target, -1 or 1."""
+        uncentred = self.targets + self.targets_mean.square()
+        mean = self.targets_mean[1:] - self.targets_mean[:1]
+        # One-hot columns are never 1 together.
+        variance = uncentred.sum(0, keepdim=True) - mean.square()
+        return replace(self, targets_mean=mean, cross=self.cross[:, 1:] - self.cross[:, :1], targets=variance)
 
     def half_squared_error(self, weight: Tensor, bias: Tensor | None) -> tuple[float, Tensor]:
         """Return half the mean over samples of the squared errors, summed over outputs, and its gradient.
@@ -105,12 +59,258 @@ class Moments:
         Returns:
             The half squared error, and its gradient (C, F), or (C, F + 1) with that by the bias last.
         """
-        cross = self.cross_covariance().t()
-        explained = weight @ self.covariance()
-        errors = self.targets_variance().sum() - 2.0 * (weight * cross).sum() + (weight * explained).sum()
+        cross = self.cross.t()
+        explained = weight @ self.features
+        errors = self.targets.sum() - 2.0 * (weight * cross).sum() + (weight * explained).sum()
         gradient = explained - cross
         if bias is not None:
-            offset = weight @ self.features_mean() + bias - self.targets_mean()
+            offset = weight @ self.features_mean + bias - self.targets_mean
             errors = errors + offset.square().sum()
-            gradient = torch.cat([gradient + offset.outer(self.features_mean()), offset.unsqueeze(1)], dim=1)
+            gradient = torch.cat([gradient + offset.outer(self.features_mean), offset.unsqueeze(1)], dim=1)
         return 0.5 * float(errors.clamp(min=0.0)), gradient
+
+
+class Moments:
+    """Sums over samples of the products of [features, 1] with [features, 1, targets]: F (F + C) numbers.
+
+    Features of up to 32 bits are summed in float64. Sums over float64 features are kept in two parts, ``high`` and
+    ``low``, with about 74 significant bits: products of the leading bits of features are exact in float64, and the rest
+    is small (the splitting of Ozaki, Ogita, Oishi and Rump 2012, with two parts). So the order and the grouping of the
+    samples do not matter to a solve, even where features are ill-conditioned.
+
+    Args:
+        num_features: F.
+        num_targets: C.
+        device: where the sums are held.
+
+    Attributes:
+        high: the sums, (F + 1, F + 1 + C); of the first F + 1 columns the upper triangle counts.
+        low: what is to be added to ``high``; 0-d where there is nothing.
+        squares: the sums of squared targets, in two parts too, (2, C).
+    """
+
+    def __init__(self, num_features: int, num_targets: int, device: torch.device | str = "cpu") -> None:
+        self.num_features = num_features
+        self.high = torch.zeros(num_features + 1, num_features + 1 + num_targets, dtype=torch.float64, device=device)
+        self.low = self.high.new_zeros(())
+        self.squares = self.high.new_zeros(2, num_targets)
+
+    @property
+    def num_targets(self) -> int:
+        """C."""
+        return self.squares.shape[1]
+
+    @property
+    def samples(self) -> int:
+        """How many samples were added."""
+        return round(float(self.high[-1, self.num_features]))
+
+    @property
+    def targets_sum(self) -> Tensor:
+        """The sums of the targets, (C,); of one-hot targets the number of samples of each class."""
+        return self.high[-1, self.num_features + 1 :]
+
+    def add(self, features: Tensor, targets: Tensor) -> None:
+        """Add features (n, F), of any floating dtype, and targets (n, C), float64, that ``check_summable`` let pass."""
+        in_parts = features.dtype == torch.float64
+        for start in range(0, len(features), _ROWS):
+            rows = features[start : start + _ROWS].to(self.high)
+            columns = torch.cat([rows, rows.new_ones(len(rows), 1), targets[start : start + _ROWS].to(rows)], dim=1)
+            if in_parts:
+                self._add_in_parts(columns)
+            else:
+                self._multiply_into(self.high, columns)
+                self.squares[0] += columns[:, self.num_features + 1 :].square().sum(0)
+
+    def _multiply_into(self, sums: Tensor, columns: Tensor) -> None:
+        """Add the products of columns (n, F + 1 + C), of which what lies below the diagonal is left out."""
+        size = self.num_features + 1
+        step = max(128, -(-size // 8))
+        for start in range(0, size, step):
+            block = slice(start, min(start + step, size))
+            sums[block, start:].addmm_(columns[:, block].t(), columns[:, start:])
+
+    def _add_in_parts(self, columns: Tensor) -> None:
+        size = self.num_features + 1
+        exponents = torch.frexp(columns.abs().amax(0))[1]
+        leading = _rounded(columns, exponents - _LEADING_BITS)
+        rest = columns - leading
+        products = torch.zeros_like(self.high)
+        self._multiply_into(products, leading)
+        self.high, errors = _two_sum(self.high, products)
+        # (a + r)' (a + r) = a'a + m'r + r'm with m = a + r / 2.
+        small = errors
+        of_rest = (leading[:, :size] + 0.5 * rest[:, :size]).t() @ rest[:, :size]
+        small[:, :size] += of_rest + of_rest.t()
+        small[:, size:] += rest[:, :size].t() @ columns[:, size:] + leading[:, :size].t() @ rest[:, size:]
+        # Not more than a rounding error of `high`.
+        self.high, self.low = _two_sum(self.high, self.low + small)
+        own, rest = leading[:, size:], rest[:, size:]
+        self.squares = torch.stack(
+            _joined(self.squares, torch.stack([own.square().sum(0), (rest * (2.0 * own + rest)).sum(0)]))
+        )
+
+    def plus(self, other: "Moments", sign: float = 1.0) -> "Moments":
+        """Return the sums over the samples of both, or with ``sign=-1`` without those of the other."""
+        together = Moments(self.num_features, 0, self.high.device)
+        theirs = other.high.to(self.high.device)
+        if self.low.ndim or other.low.ndim:
+            high, errors = _two_sum(self.high, sign * theirs)
+            together.high, together.low = _two_sum(high, errors + self.low + sign * other.low.to(high.device))
+        else:
+            together.high = self.high + sign * theirs
+        together.squares = torch.stack(_joined(self.squares, sign * other.squares.to(self.high.device)))
+        return together
+
+    def with_targets(self, count: int, positions: list[int]) -> "Moments":
+        """Return the same with ``count`` targets, among which those of now are at ``positions``."""
+        size = self.num_features + 1
+        places = torch.tensor([*range(size), *(size + position for position in positions)], device=self.high.device)
+        wider = Moments(self.num_features, count, self.high.device)
+        wider.high[:, places] = self.high
+        if self.low.ndim:
+            wider.low = torch.zeros_like(wider.high)
+            wider.low[:, places] = self.low
+        wider.squares[:, places[size:] - size] = self.squares
+        return wider
+
+    def emptied_of(self, targets: Tensor) -> "Moments":
+        """Return the same with exact zeros for one-hot targets of which no sample is left, by a mask (C,)."""
+        moments = self.plus(Moments(self.num_features, self.num_targets, self.high.device))
+        gone = torch.cat([targets.new_zeros(self.num_features + 1), targets])
+        moments.high[:, gone] = 0.0
+        if moments.low.ndim:
+            moments.low[:, gone] = 0.0
+        moments.squares[:, targets] = 0.0
+        return moments
+
+    def sum_over(self, processes: Processes, largest: Tensor, *, in_parts: bool) -> None:
+        """Add up what each process was given, in one reduction.
+
+        Args:
+            processes: those that share the samples; all call this with equal numbers of features and targets.
+            largest: the largest ``scales`` of any process.
+            in_parts: whether any process keeps its sums in two parts.
+        """
+        if not in_parts:
+            flat = torch.cat([self.high.flatten(), self.squares.flatten()])
+            processes.sum(flat)
+            self.high, self.squares = (
+                part.clone() for part in torch.split(flat, [self.high.numel(), self.squares.numel()])
+            )
+        else:
+            exponents = torch.frexp(largest)[1]
+            grid = exponents[: len(self.high)].unsqueeze(1) + exponents - _SHARED_BITS
+            # Leading bits on a common grid, whose sums are exact.
+            leading = _rounded(self.high, grid)
+            flat = torch.cat([leading.flatten(), (self.high - leading + self.low).flatten(), self.squares.flatten()])
+            processes.sum(flat)
+            high, low, self.squares = torch.split(flat, [self.high.numel(), self.high.numel(), self.squares.numel()])
+            self.high, self.low = (part.reshape(self.high.shape) for part in _two_sum(high, low))
+        self.high = self.high.reshape(self.num_features + 1, -1)
+        self.squares = self.squares.reshape(2, -1)
+
+    def scales(self) -> Tensor:
+        """Return the root of the sum of squares of each column, (F + 1 + C,): no product of columns is larger."""
+        return torch.cat([self.high.diagonal(), self.squares[0]]).clamp(min=0.0).sqrt()
+
+    def covariances(self, *, centred: bool = True) -> Covariances:
+        """Return means and covariances, or second moments around zero."""
+        size, n = self.num_features + 1, float(self.samples)
+        kept = [*range(self.num_features), *range(size, self.high.shape[1])]
+        sums = self._sums()
+        moments = self.high.new_empty(self.num_features, len(kept))
+        for start in range(0, self.num_features, _ROWS // 8):
+            rows = slice(start, min(start + _ROWS // 8, self.num_features))
+            high, low = self.high[rows, kept], self.low[rows, kept] if self.low.ndim else self.low
+            if centred:
+                left = tuple(part[rows].unsqueeze(1) for part in sums)
+                moments[rows] = _centred((high, low), left, tuple(part[kept] for part in sums), n)
+            else:
+                moments[rows] = (high + low) / n
+        features, cross = torch.split(moments, [self.num_features, self.num_targets], dim=1)
+        means = torch.split((sums[0] + sums[1])[kept], [self.num_features, self.num_targets])
+        of_targets = tuple(part[size:] for part in sums)
+        squares = self.squares[0], self.squares[1]
+        variances = _centred(squares, of_targets, of_targets, n) if centred else self.squares.sum(0) / n
+        return Covariances(
+            samples=self.samples,
+            features_mean=means[0] / n * centred,
+            targets_mean=means[1] / n * centred,
+            features=features.triu() + features.triu(1).t(),
+            cross=cross.clone(),
+            targets=variances,
+            resolution=float(self.high.diagonal()[:-1].max()) / n * (2.0**-68 if self.low.ndim else 2.0**-50),
+        )
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """Return the sums of all columns, (F + 1 + C,), in two parts."""
+        ones = self.num_features
+        high = torch.cat([self.high[:ones, ones], self.high[ones, ones:]])
+        if not self.low.ndim:
+            return high, torch.zeros_like(high)
+        return high, torch.cat([self.low[:ones, ones], self.low[ones, ones:]])
+
+
+def check_summable(name: str, values: Tensor) -> None:
+    """Check that numbers (n, K) can be multiplied and summed.
+
+    Raises:
+        ValueError: if one is not finite, or too large to be squared.
+    """
+    allowed = values.abs() <= min(_LARGEST, torch.finfo(values.dtype).max)
+    if not bool(allowed.all()):
+        row = int(allowed.all(1).logical_not().nonzero()[0])
+        raise UserValueError(
+            f"Expected {name} to be finite, and their squares too, but got {_worst(values[row])} in row {row} "
+            "(counted from 0)."
+        )
+
+
+def _worst(row: Tensor) -> str:
+    """Name the number that cannot be summed."""
+    if bool(row.isnan().any()):
+        return "NaN"
+    return "infinity" if bool(row.isinf().any()) else f"{float(row[row.abs().argmax()]):g}"
+
+
+def _rounded(values: Tensor, exponents: Tensor) -> Tensor:
+    """Round numbers to multiples of two to some powers, by the digits that a large number pushes out."""
+    large = torch.ldexp(torch.full_like(exponents, 3, dtype=values.dtype), exponents + 51)
+    return (values + large) - large
+
+
+def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rounded sum and its rounding error (Knuth)."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
+def _two_product(a: Tensor, b: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return the rounded product and its rounding error (Dekker)."""
+    b = torch.as_tensor(b, dtype=a.dtype, device=a.device)
+    product = a * b
+    (a_high, a_low), (b_high, b_low) = (tuple(_halves(value)) for value in (a, b))
+    return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+def _halves(value: Tensor) -> Iterator[Tensor]:
+    large = 134217729.0 * value
+    high = large - (large - value)
+    yield from (high, value - high)
+
+
+def _joined(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Add numbers in two parts, (2, ...) each."""
+    high, error = _two_sum(a[0], b[0])
+    return _two_sum(high, error + a[1] + b[1])
+
+
+def _centred(products: tuple[Tensor, Tensor], left: tuple[Tensor, ...], right: tuple[Tensor, ...], n: float) -> Tensor:
+    """Return (n p - s t) / n^2 for sums of products p, and sums s and t, all in two parts, rounded once."""
+    scaled, error = _two_product(products[0], n)
+    subtracted, of_sums = _two_product(left[0], right[0])
+    difference, last = _two_sum(scaled, -subtracted)
+    small = error + products[1] * n - of_sums - left[0] * right[1] - left[1] * right[0]
+    return (difference + (last + small)) / n**2

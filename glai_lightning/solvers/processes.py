@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,13 @@ class Processes:
         together[ends[rank] - len(rows) : ends[rank]] = rows
         return self.sum(together)
 
+    def all_objects(self, value: Any) -> list[Any]:
+        """Return the object of each process, which must be picklable."""
+        values: list[Any] = [value] * self.count
+        if self._group is not None:
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
     def sum_numbers(self, *numbers: float) -> list[float]:
         """Return the sum over all processes of each number, in float64."""
         summed: list[float] = self.sum(torch.tensor(numbers, dtype=torch.float64, device=self._device)).tolist()
@@ -83,9 +90,7 @@ class Processes:
         (failures,) = self.sum_numbers(float(error is not None))
         if self._group is None or not failures:
             return
-        said: list[str | None] = [None] * self.count
-        own = None if error is None else f"{type(error).__name__}: {error}"
-        dist.all_gather_object(said, own, group=self._group)
+        said = self.all_objects(None if error is None else f"{type(error).__name__}: {error}")
         if error is None:
             rank, message = next((rank, message) for rank, message in enumerate(said) if message is not None)
             raise RuntimeError(f"Process {rank} of {self.count} failed. {message}")

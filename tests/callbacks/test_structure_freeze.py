@@ -471,6 +471,10 @@ def test_strategies_that_shard_are_refused_by_name():
         ({"churn_tolerance": 1.5}, "Expected `churn_tolerance` to be a finite number in [0, 1], but got 1.5."),
         ({"churn_tolerance": float("nan")}, "Expected `churn_tolerance` to be a finite number in [0, 1], but got nan."),
         ({"relative_tolerance": 0.0}, "Expected `relative_tolerance` to be a finite number in (0, 1], but got 0.0."),
+        (
+            {"stop_after_solve": torch.zeros(3)},
+            "Expected `stop_after_solve` to be True or False, but got tensor([0., 0., 0.]).",
+        ),
         ({"patience": 0}, "Expected `patience` to be an integer of at least 1, but got 0."),
         ({"min_epochs": -1}, "Expected `min_epochs` to be an integer of at least 0, but got -1."),
         ({"freeze_at_epoch": -1}, "Expected `freeze_at_epoch` to be an integer of at least 0, but got -1."),

@@ -1,0 +1,141 @@
+"""``glai solve``: the last layer of a trained model anew, from statistics that samples are added to or taken from."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentError, ArgumentParser
+from torch import Tensor
+
+from glai_lightning.checks import UserValueError
+from glai_lightning.cli.checkpoints import check_given
+from glai_lightning.datamodules.arrays import as_tensor, read_archive
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.modules.checkpoint_file import DESCRIPTION
+from glai_lightning.modules.supervised import SupervisedModule
+from glai_lightning.solvers import PathStatistics
+
+#: Rows whose features are computed at once.
+_ROWS = 1024
+
+
+def run_solve(arguments: Sequence[str]) -> Path:
+    """Run ``glai solve``, and say what was done.
+
+    Args:
+        arguments: what follows ``glai solve`` on the command line.
+
+    Returns:
+        The checkpoint that was written.
+
+    Raises:
+        MisconfigurationException: if there is no checkpoint, or there are neither statistics nor samples.
+        ValueError: if a file is not what it has to be, or its samples do not fit the statistics. Nothing is written
+            then.
+        SystemExit: for arguments that cannot be parsed (code 2).
+    """
+    parser = argparse.ArgumentParser("glai solve", allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    for name in ("--ckpt_path", "--statistics"):
+        parser.add_argument(name, required=True)
+    for name in ("--add", "--forget", "--validation"):
+        parser.add_argument(name, action="append", default=[])
+    parser.add_argument("--l2", type=float)
+    parser.add_argument("--head", default="ridge")
+    parser.add_argument("--class_weights", choices=("balanced",))
+    parser.add_argument("--to", type=Path)
+    options = parser.parse_args(arguments)
+    check_given(options.ckpt_path, weights_only=True)
+    module = _load(options.ckpt_path, options.config)
+    statistics, file = PathStatistics(module.feature_map(), module.classes), Path(options.statistics)
+    if file.exists():
+        statistics.load(file)
+    elif not options.add:
+        raise UserMisconfigurationError(
+            f"Expected `--add` to name samples where there are no statistics yet, but got none, and no file '{file}'."
+        )
+    for data in options.add:
+        given = _read(data, module, statistics.classes)
+        statistics = statistics + given
+        print(f"Added {given.samples:,} samples of '{data}'.")
+    for data in options.forget:
+        rows = list(_batches(data, module, statistics.classes))
+        statistics.forget(rows)
+        print(f"Forgot {sum(len(targets) for _, targets in rows):,} samples of '{data}'.")
+    validation = None
+    for data in options.validation:
+        given = _read(data, module, statistics.classes)
+        validation = given if validation is None else validation + given
+    solution = statistics.solve(options.l2, validation, options.head, options.class_weights)
+    module.set_solution(solution, statistics.classes)
+    to = options.to or Path(options.ckpt_path).with_suffix(".solved.ckpt")
+    _write(module, options.ckpt_path, to)
+    if options.add or options.forget:
+        statistics.save(file)
+    print(f"Solved over {statistics.samples:,} samples with l2 = {solution.report.l2:.3g}: {to}")
+    return to
+
+
+def _read(data: str, module: SupervisedModule, classes: list[Any] | None) -> PathStatistics:
+    """Return the statistics of a file of samples, or those that another file holds."""
+    given = PathStatistics(module.feature_map(), classes)
+    return given.update(_batches(data, module, classes)) if data.endswith(".npz") else given.load(data)
+
+
+def _batches(data: str, module: SupervisedModule, classes: list[Any] | None) -> Iterator[tuple[Tensor, Any]]:
+    """Yield rows and targets of an ``.npz`` file."""
+    arrays = read_archive(data, required=(), optional=("x", "y", "x_train", "y_train"))
+    pair = ("x", "y") if "x" in arrays else ("x_train", "y_train")
+    missing = [key for key in pair if key not in arrays]
+    if missing or len(arrays[pair[0]]) != len(arrays[pair[1]]):
+        raise UserValueError(
+            f"Expected '{data}' to hold as many targets `y` as rows `x` (or `y_train` and `x_train`), but got "
+            f"{'no `' + missing[0] + '`' if missing else 'other numbers of them'}."
+        )
+    rows, targets = (arrays[key] for key in pair)
+    width = None if module.backbone is not None or module.standardise is None else module.standardise.scale.numel()
+    if width is not None and rows[:1].size not in (0, width):
+        raise UserValueError(f"Expected rows of {width} numbers in '{data}', but got {rows[:1].size}.")
+    # Names, or numbers that are the names of classes.
+    named = targets.dtype.kind in "US" or (
+        targets.dtype.kind in "iu" and classes is not None and set(np.unique(targets).astype(str)) <= set(classes)
+    )
+    for start in range(0, len(rows), _ROWS):
+        part = targets[start : start + _ROWS]
+        yield (
+            as_tensor(pair[0], rows[start : start + _ROWS]),
+            part.astype(str).tolist() if named else as_tensor(pair[1], part),
+        )
+
+
+def _load(checkpoint: str, configuration: Path | None) -> SupervisedModule:
+    """Make the module of a checkpoint: as it describes itself, or as a configuration says."""
+    if configuration is None:
+        return SupervisedModule.load_from_checkpoint(checkpoint, map_location="cpu")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(SupervisedModule, "model", required=True)
+    try:
+        model = yaml.safe_load(configuration.read_text(encoding="utf-8"))["model"]
+        module: SupervisedModule = parser.instantiate_classes(parser.parse_object({"model": model}))["model"]
+    except (ArgumentError, KeyError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserValueError(
+            f"Expected '{configuration}' to configure a `SupervisedModule` as `model`, but: {error}"
+        ) from error
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    module.on_load_checkpoint(saved)
+    module.load_state_dict(saved["state_dict"])
+    return module
+
+
+def _write(module: SupervisedModule, checkpoint: str, to: Path) -> None:
+    """Write a checkpoint with the weights and the description of a module, and nothing of the fit that went before."""
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    saved |= {"state_dict": module.state_dict(), DESCRIPTION: module.description(), "callbacks": {}}
+    saved |= {"optimizer_states": [], "lr_schedulers": []}
+    if saved.get("hyper_parameters", {}).get("num_classes") is not None:
+        saved["hyper_parameters"]["num_classes"] = module.num_classes
+    torch.save(saved, to)
