@@ -33,7 +33,7 @@ class PathStatistics:
 
     Kept are the Gram matrix of the features, their products with the targets, and counts, sums and squares of the
     targets, in float64: what was added in portions, by several parties or in several processes has the solution of all
-    samples together, and what is forgotten leaves no trace. The sums over float64 features have about 74 significant
+    samples together, and what is forgotten leaves no trace. The sums over float64 features have about 73 significant
     bits, see ``docs/statistics.md`` for what is exact.
 
     Integer targets are class labels. Without ``classes`` they are the labels themselves, and labels that are new are
