@@ -259,8 +259,8 @@ class Moments:
         return high, torch.cat([self.low[:ones, ones], self.low[ones, ones:]])
 
 
-def check_summable(name: str, values: Tensor) -> None:
-    """Check that numbers (n, K) can be multiplied and summed.
+def check_summable(name: str, values: Tensor, first_row: int = 0) -> None:
+    """Check that numbers (n, K), the first of them of a row that messages count from, can be multiplied and summed.
 
     Raises:
         ValueError: if one is not finite, or too large to be squared.
@@ -269,8 +269,8 @@ def check_summable(name: str, values: Tensor) -> None:
     if not bool(allowed.all()):
         row = int(allowed.all(1).logical_not().nonzero()[0])
         raise UserValueError(
-            f"Expected {name} to be finite, and their squares too, but got {_worst(values[row])} in row {row} "
-            "(counted from 0)."
+            f"Expected {name} to be finite, and their squares too, but got {_worst(values[row])} in row "
+            f"{first_row + row} (counted from 0)."
         )
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Which linear model is made of statistics.
 LinearHead = Literal["ridge", "lda", "prototypes"]
+#: Rows whose features are held at once.
+_ROWS = 4096
 
 
 class PathStatistics:
@@ -109,23 +111,28 @@ class PathStatistics:
             ValueError: if there are no samples, shapes or dtypes disagree, a number is not finite, or the feature map
                 has changed. Nothing is added then.
         """
-        if targets is not None:
+        rows = inputs.split(_ROWS) if isinstance(inputs, Tensor) and isinstance(targets, Tensor | list | tuple) else ()
+        if targets is not None and (len(rows) < 2 or len(inputs) != len(targets)):
             self._add(inputs, targets)
             return self
         fresh = self._empty()
-        for batch in inputs:
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise UserTypeError(
-                    f"Expected every batch to be a pair (inputs, targets), but got `{type(batch).__name__}`."
-                )
-            fresh._add(*batch)
+        if targets is not None:
+            for number, part in enumerate(rows):
+                fresh._add(part, targets[number * _ROWS : (number + 1) * _ROWS], first_row=number * _ROWS)
+        else:
+            for batch in inputs:
+                if not isinstance(batch, tuple | list) or len(batch) != 2:
+                    raise UserTypeError(
+                        f"Expected every batch to be a pair (inputs, targets), but got `{type(batch).__name__}`."
+                    )
+                fresh._add(*batch)
         if fresh._moments is None:
             raise UserValueError("Expected at least one sample, but got none.")
         together = self + fresh
         self._kind, self._moments = together._kind, together._moments
         return self
 
-    def _add(self, inputs: Any, targets: Any) -> None:
+    def _add(self, inputs: Any, targets: Any, *, first_row: int = 0) -> None:
         if self._map is None:
             raise UserValueError("Expected a feature map to make features of inputs, but got None.")
         features = self._map(inputs)
@@ -138,8 +145,8 @@ class PathStatistics:
         of_features = Kind(self._map.fingerprint(), str(features.dtype).removeprefix("torch."), features.shape[1])
         joined = kind.joined(of_features).joined(of_targets)
         encoded = joined.encode(read, of_targets).to(features.device)
-        check_summable("features", features)
-        check_summable("targets", encoded)
+        check_summable("features", features, first_row)
+        check_summable("targets", encoded, first_row)
         moments = Moments(features.shape[1], 0, features.device) if self._moments is None else self._moments
         if moments.num_targets != joined.num_targets:
             moments = moments.with_targets(joined.num_targets, list(range(moments.num_targets)))
@@ -199,6 +206,10 @@ class PathStatistics:
         parts = [one._aligned(merged._kind) for one in (self, other) if one._moments is not None]
         merged._moments = reduce(Moments.plus, parts) if parts else None
         return merged
+
+    def __radd__(self, other: object) -> "PathStatistics":
+        """Let ``sum`` start from 0."""
+        return self + self._empty() if other == 0 else NotImplemented
 
     def all_reduce(self, group: "ProcessGroup | None") -> Self:
         """Add up what the processes of a group hold, in one reduction, so that all hold the statistics of everything.
