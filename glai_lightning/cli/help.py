@@ -114,7 +114,7 @@ def command_help(command: str) -> str:
         command: 'fit', 'validate', 'test', 'predict', 'solve' or 'compare'.
     """
     if command == "solve":
-        usage = "usage: glai solve --ckpt_path CKPT --statistics FILE [--add DATA] [--forget DATA]"
+        usage = "usage: glai solve --ckpt_path CKPT --statistics FILE [options]"
         return "\n".join([usage, "", *textwrap.wrap(_ABOUT[command], _WIDTH), "", "Options:", *_listed(_SOLVED)])
     options = {"fit": {}, "predict": _PREDICTED, "compare": _COMPARED}.get(command, {})
     if command != "compare":

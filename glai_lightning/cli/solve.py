@@ -11,11 +11,10 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
-from glai_lightning.checks import UserValueError
-from glai_lightning.cli.checkpoints import check_given
+from glai_lightning.checks import UserValueError, expect_file
 from glai_lightning.datamodules.arrays import as_tensor, read_archive
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.modules.checkpoint_file import DESCRIPTION
+from glai_lightning.modules.checkpoint_file import DESCRIPTION, check_checkpoint
 from glai_lightning.modules.supervised import SupervisedModule
 from glai_lightning.solvers import PathStatistics
 
@@ -49,7 +48,11 @@ def run_solve(arguments: Sequence[str]) -> Path:
     parser.add_argument("--class_weights", choices=("balanced",))
     parser.add_argument("--to", type=Path)
     options = parser.parse_args(arguments)
-    check_given(options.ckpt_path, weights_only=True)
+    check_checkpoint(expect_file("--ckpt_path", options.ckpt_path))
+    to = options.to or Path(options.ckpt_path).with_suffix(".solved.ckpt")
+    for name, path in (("--to", to), ("--statistics", Path(options.statistics))):
+        if not path.parent.is_dir():
+            raise UserValueError(f"Expected `{name}` to be in a folder that is there, but got '{path}'.")
     module = _load(options.ckpt_path, options.config)
     statistics, file = PathStatistics(module.feature_map(), module.classes), Path(options.statistics)
     if file.exists():
@@ -72,7 +75,6 @@ def run_solve(arguments: Sequence[str]) -> Path:
         validation = given if validation is None else validation + given
     solution = statistics.solve(options.l2, validation, options.head, options.class_weights)
     module.set_solution(solution, statistics.classes)
-    to = options.to or Path(options.ckpt_path).with_suffix(".solved.ckpt")
     _write(module, options.ckpt_path, to)
     if options.add or options.forget:
         statistics.save(file)

@@ -1,9 +1,11 @@
 """Statistics of features and targets that add up: over portions, sites and classes, and back without some samples."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
@@ -258,7 +260,7 @@ class PathStatistics:
     def solve(
         self,
         l2: float | list[float] | None = None,
-        validation: "PathStatistics | tuple[Any, Any] | None" = None,
+        validation: Any = None,
         head: LinearHead = "ridge",
         class_weights: Literal["balanced"] | Sequence[float] | Mapping[Label, float] | None = None,
     ) -> LinearSolution:
@@ -267,9 +269,9 @@ class PathStatistics:
         Args:
             l2: strength of the penalty, or several to choose from; ``None`` for 17 strengths relative to the mean
                 variance of the features. All are solved from one eigendecomposition.
-            validation: statistics of other samples, or (inputs, targets); the strength with the smallest squared error
-                on them is taken. ``None`` chooses by generalised cross-validation, which needs no other samples.
-                ``RidgeSolver`` keeps rows, and chooses by leaving each one out.
+            validation: statistics of other samples, or (inputs, targets), or batches of them; the strength with the
+                smallest squared error on them is taken. ``None`` chooses by generalised cross-validation, which needs
+                no other samples. ``RidgeSolver`` keeps rows, and chooses by leaving each one out.
             head: ``"ridge"``; ``"lda"``, linear discriminant analysis, with ``l2`` added to the variances within
                 classes; or ``"prototypes"``, the nearest mean of a class. The last two are for class labels.
             class_weights: how much the samples of each class count: one number a class, numbers by label, or
@@ -324,10 +326,9 @@ class PathStatistics:
             began=began,
         )
 
-    def _validation(self, given: "PathStatistics | tuple[Any, Any]") -> "PathStatistics":
+    def _validation(self, given: Any) -> "PathStatistics":
         if not isinstance(given, PathStatistics):
-            inputs, targets = given
-            given = self._empty().update(inputs, targets)
+            given = self._empty().update(*given if isinstance(given, tuple) else (given,))
         kind = self._kind.joined(given._kind)
         if kind.classes != self._kind.classes:
             new = next(label for label in kind.classes or () if label not in (self._kind.classes or ()))
@@ -385,12 +386,14 @@ class PathStatistics:
         return self._load(check_state(state, "the state"))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the statistics to a file of tensors and primitives.
+        """Write the statistics to a file of tensors and primitives, whole or not at all.
 
         Raises:
             ValueError: if nothing was added yet.
         """
-        torch.save(self.state_dict(), path)
+        part = Path(f"{os.fspath(path)}.part")
+        torch.save(self.state_dict(), part)
+        part.replace(path)
 
     def load(self, path: str | PathLike[str]) -> Self:
         """Read the statistics from a file, in place of what there was; nothing in it is executed.

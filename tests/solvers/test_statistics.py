@@ -98,7 +98,8 @@ def test_a_strength_is_chosen_by_statistics_of_validation_data():
     assert chosen.report.l2 == pytest.approx(min(errors, key=errors.get))
     for l2, score in chosen.report.tried:
         assert score == pytest.approx(-errors[l2], rel=1e-9)
-    assert torch.equal(training.solve(strengths, validation=held_out).weight, chosen.weight)
+    for other in (held_out, [held_out]):
+        assert torch.equal(training.solve(strengths, validation=other).weight, chosen.weight)
 
 
 def test_without_validation_the_generalised_cross_validation_score_chooses():
