@@ -8,10 +8,12 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -
 
 # Installs what the demo needs (1.1 GB with a CPU build of torch), and fits a head twice: about a minute.
 demo: $(VENV)/installed
+	@echo 'Fitting a head twice, never frozen and frozen and solved: half a minute.'
 	$(BIN)/glai demo
 
 # Lint, types and all tests on two cores: about eight minutes, and a minute more where the tools are to be installed.
 test: $(VENV)/installed-for-tests lint types
+	@echo 'Running all tests on two cores: about eight minutes.'
 	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/installed-for-tests
@@ -26,6 +28,7 @@ types: $(VENV)/installed-for-tests
 	python=$$(cd $(BIN) && pwd)/python && cd build/typed && "$$python" -m mypy --config-file ../../pyproject.toml -p glai_lightning
 
 $(VENV)/bin/python:
+	@echo 'Installing into $(VENV): a minute or two, and more where torch comes with CUDA.'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt tests/torchvision_operators.py

@@ -49,7 +49,7 @@ def interleave(
     times: dict[str, list[Seconds]] = {name: [] for name in candidates}
     names = list(candidates)
     for turn in range(warmups + repeats):
-        # In another order every time: what runs behind a neighbour finds that neighbour's data in the caches.
+        # In another order every time: what runs after a neighbour finds that neighbour's data in the caches.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             seconds = measure(candidates[name])
             if turn >= warmups:

@@ -124,19 +124,16 @@ class ChurnWatch:
         # Right after a check there is nothing to keep: the snapshot then is the head itself.
         if self._probe is None or not self._probe.seen:
             return {}
-        return {"snapshot": [units.tensors() for units in self._probe.snapshot]}
+        return {"snapshot": dict(self._probe.snapshot)}
 
     def resume(self, slot: HeadSlot, state: dict[str, Any]) -> None:
         """Go on from the snapshot of a checkpoint, once started."""
         if self._probe is None or "snapshot" not in state:
             return
         holder = f"the churn of the head at {slot.name!r}"
-        check_state(state, {"snapshot": list}, holder)
-        for tensors in state["snapshot"]:
-            check_state(tensors, dict.fromkeys(self._probe.snapshot[0].tensors(), Tensor), holder)
-        device = self._probe.snapshot[0].weight.device
-        snapshot = [{name: value.to(device) for name, value in tensors.items()} for tensors in state["snapshot"]]
-        self._probe.resume(snapshot)
+        check_state(state, {"snapshot": dict}, holder)
+        check_state(state["snapshot"], dict.fromkeys(self._probe.snapshot, Tensor), holder)
+        self._probe.resume(state["snapshot"])
 
     def __getstate__(self) -> dict[str, Any]:
         # What a probe watches belongs to one process.
@@ -151,7 +148,7 @@ def measure_churn(trainer: Any, probe: ChurnProbe) -> float | None:
         input since the last measurement.
     """
     finite = probe.is_finite()
-    device = probe.snapshot[0].weight.device
+    device = next(iter(probe.snapshot.values())).device
     flipped, bits = probe.measure() if probe.has_inputs else (torch.zeros((), device=device), 0)
     if not finite:
         # Added up like any count, because running statistics may diverge in one process alone.

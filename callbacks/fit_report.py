@@ -18,6 +18,7 @@ from glai_lightning.checks import MissingLibraryError
 from glai_lightning.fitting.fit_record import EpochRecord, FitRecord, SolveRecord
 from glai_lightning.fitting.fit_recorder import FitRecorder
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.heads.patterns import layout_of
 from glai_lightning.optional import import_optional
 
 _STATE = {
@@ -97,6 +98,16 @@ class FitReport(FitRecorder, Callback):
         if not self._score_given and monitoring:
             self.score, self.mode = monitoring[0].monitor, monitoring[0].mode
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Give the loggers what the fit is made of, for TensorBoard's table of hyper-parameters."""
+        # Before Lightning's own, which follows: TensorBoard reads the first of a run.
+        entries = {
+            **(getattr(pl_module, "hparams_initial", None) or {}),
+            **_hyperparameters(self.freeze, trainer, pl_module),
+        }
+        for logger in trainer.loggers:
+            logger.log_hyperparams({name: value for name, value in entries.items() if not name.startswith("_")})
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin a record, or continue that of the fit that is resumed."""
         super().on_train_start(trainer, pl_module)
@@ -105,7 +116,10 @@ class FitReport(FitRecorder, Callback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the plots and print the table."""
         record = self.record = self.finish(trainer, pl_module)
+        if record.one_pass is not None:
+            self._notes.append(str(record.one_pass))
         self._write_plots(trainer, record)
+        _log_best(trainer, record)
         # A process that a spawning strategy made ends here, and its record with it.
         if self.prints_at_fit_end or multiprocessing.parent_process() is not None:
             self.print_table()
@@ -117,6 +131,7 @@ class FitReport(FitRecorder, Callback):
         weights = os.path.basename(trainer.ckpt_path) if trainer.ckpt_path else "the weights at the end of the fit"
         scores = {name: float(score) for name, score in trainer.callback_metrics.items()}
         self.record = replace(self.record, tested=weights, test_scores=scores)
+        _log_best(trainer, self.record)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for the start of training.
@@ -167,6 +182,31 @@ class FitReport(FitRecorder, Callback):
                     )
         if folder is None:
             self._notes.append("no plots were written, because the trainer has no logger with a folder")
+
+
+def _log_best(trainer: Any, record: FitRecord) -> None:
+    """Log the best score as what TensorBoard's table shows beside the hyper-parameters; every run resets it to -1."""
+    best = record.best
+    for logger in trainer.loggers:
+        if best is not None and hasattr(logger.experiment, "add_scalar"):
+            logger.experiment.add_scalar("hp_metric", best.val_score, trainer.global_step)
+
+
+def _hyperparameters(freeze: StructureFreezeCallback, trainer: Any, pl_module: Any) -> dict[str, Any]:
+    """Return what a fit is made of: its rate, the widths of its heads, and when and how they are frozen."""
+    entries: dict[str, Any] = {}
+    for optimizer in trainer.optimizers[:1]:
+        group = optimizer.param_groups[0]
+        rate = next(group[name] for name in ("max_lr", "initial_lr", "lr") if name in group)
+        entries |= {"optimizer": type(optimizer).__name__, "learning_rate": float(rate)}
+    for name in freeze.heads:
+        key = "widths" if len(freeze.heads) == 1 else f"widths/{name}"
+        entries[key] = "-".join(map(str, layout_of(pl_module.get_submodule(name)).widths))
+    settings = ("paths", "churn_tolerance", "relative_tolerance", "patience", "min_epochs", "min_steps")
+    entries |= {name: getattr(freeze, name) for name in (*settings, "freeze_at_epoch", "stop_after_solve")}
+    return entries | {
+        "solver": freeze.solver if isinstance(freeze.solver, str | None) else type(freeze.solver).__name__
+    }
 
 
 def _only(kinds: dict[str, Any], entries: dict[str, Any] | None) -> dict[str, Any] | None:

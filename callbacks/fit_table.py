@@ -137,7 +137,10 @@ def _sentence(record: FitRecord) -> str:
         seconds, solve = record.solve.collecting_seconds + record.solve.seconds, record.solve
         took = f"The solve took {seconds:.2f} s, collecting included"
         if solve.start_score is not None and solve.score is not None:
-            took += f", and changed the validation score from {solve.start_score:.4f} to {solve.score:.4f}"
+            before_it, after_it = f"{solve.start_score:.4f}", f"{solve.score:.4f}"
+            kept = before_it == after_it
+            took += ", and left the validation score at " if kept else ", and changed the validation score from "
+            took += after_it if kept else f"{before_it} to {after_it}"
         return f"{took}. {ended}."
     choose = max if record.mode == "max" else min
     scores = [[row.val_score for row in rows if row.val_score is not None] for rows in (before, after)]

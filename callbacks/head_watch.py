@@ -1,8 +1,8 @@
 """One head that a ``StructureFreezeCallback`` watches: its churn, its freeze, its solve, its state."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -10,11 +10,19 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.churn_watch import ChurnWatch
-from glai_lightning.checks import UserTypeError, expect_choice, expect_integer, expect_number
+from glai_lightning.callbacks.solve_trials import SolveTrials
+from glai_lightning.checks import (
+    UserTypeError,
+    UserValueError,
+    expect_choice,
+    expect_flag,
+    expect_integer,
+    expect_number,
+)
 from glai_lightning.fitting.conversion import freeze_in_fit, unfreeze_in_fit
 from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.sizes import count_trainable
-from glai_lightning.fitting.solving import HeadSolve, ReadBatch
+from glai_lightning.fitting.solving import HeadSolve, KeptEpoch, ReadBatch
 from glai_lightning.heads.frozen import frozen_parameters
 from glai_lightning.heads.record import Paths
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
@@ -27,6 +35,7 @@ _STATE = {
     "settled": bool,
     "solved": bool,
     "reverted_at_check": int | None,
+    "trials": dict,
 }
 
 
@@ -49,6 +58,8 @@ class FreezeSettings:
     check_every_n_steps: int | None = None
     probe_size: int = 1024
     solver: LogisticSolver | RidgeSolver | Literal["auto"] | None = None
+    stop_after_solve: bool = True
+    one_pass: bool = False
 
     def __post_init__(self) -> None:
         expect_choice("paths", self.paths, ("output", "tangent", "independent"))
@@ -66,6 +77,10 @@ class FreezeSettings:
             raise UserTypeError(
                 f"Expected `solver` to be 'auto', a `LogisticSolver` or a `RidgeSolver`, but got {self.solver!r}."
             )
+        expect_flag("one_pass", self.one_pass)
+        if self.one_pass and (self.solver is None or not self.stop_after_solve):
+            given = "solver=None" if self.solver is None else "stop_after_solve=False"
+            raise UserValueError(f"Expected a solve after which the fit stops with `one_pass=True`, but got `{given}`.")
 
 
 @dataclass(frozen=True)
@@ -112,12 +127,7 @@ class Solved:
     report: SolveReport
 
     def __str__(self) -> str:
-        report = self.report
-        return (
-            f"Solved for the path weights of {self.head!r} in {report.passes} passes and {report.seconds:.2f} s "
-            f"({report.reason}): loss {report.start_loss:.4g} before, {report.loss:.4g} now"
-            + ("." if report.score is None else f"; validation score {report.start_score:.4f}, {report.score:.4f}.")
-        )
+        return f"Solved for the path weights of {self.head!r}: {self.report}"
 
 
 class HeadWatch:
@@ -133,18 +143,21 @@ class HeadWatch:
         freeze_reason: why it was frozen, in a sentence, or ``None``.
         churn_history: churn at each check until the freeze.
         solve: the solve of the head, with its ``report``.
+        trials: the solves of the head that were tried and taken back.
     """
 
     def __init__(self, name: str, settings: FreezeSettings) -> None:
         self.name = name
         self.settings = settings
-        self.solve = HeadSolve(settings.solver, settings.paths)
+        self.solve = HeadSolve(settings.solver, settings.paths, keeps_inputs=settings.one_pass)
+        self.trials = SolveTrials()
         self._watch = ChurnWatch(settings.probe_size, settings.check_every_n_steps)
         self.start_over()
 
     def start_over(self) -> None:
         """Be a head of which nothing is known yet."""
         self.churn_history: list[float] = []
+        self.trials.start_over()
         self._reverted_at_check: int | None = None
         self._just_reverted = False
         self._now_an_mlp()
@@ -236,9 +249,9 @@ class HeadWatch:
         trainable = (before, count_trainable(slot.pl_module))
         return Frozen(self.name, reason, trainer.global_step, epoch, self.settings.paths, trainable, dropout)
 
-    def run_solve(self, trainer: Any, slot: HeadSlot, read: ReadBatch) -> Solved:
-        """Solve the frozen head."""
-        return Solved(self.name, self.solve.run(trainer, slot, read))
+    def run_solve(self, trainer: Any, slot: HeadSlot, read: ReadBatch, kept: KeptEpoch | None = None) -> Solved:
+        """Solve the frozen head, on what was kept of an epoch if it was."""
+        return Solved(self.name, self.solve.run(trainer, slot, read, kept))
 
     def revert(
         self, trainer: Any, slot: HeadSlot, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, dict[str, Any]]
@@ -259,9 +272,55 @@ class HeadWatch:
     def unwind(
         self, trainer: Any, slot: HeadSlot, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, dict[str, Any]]
     ) -> None:
-        """Make the frozen head the MLP that it was before, because its solve failed."""
+        """Make the frozen head the MLP that it was before, because its solve failed or was tried."""
         unfreeze_in_fit(trainer, slot, weights, optimizer_state)
         self._now_an_mlp()
+
+    def may_be_tried(self, trainer: Any) -> bool:
+        """Tell whether a solve of the head may be tried at the end of an epoch, for all that this head knows."""
+        return (
+            self.solve.pending
+            and not self.frozen
+            and self.settings.freeze_at_epoch is None
+            and trainer.current_epoch + 1 >= self.settings.min_epochs
+            and bool(self.churn_history)
+            and self.churn_history[-1] <= self.settings.churn_tolerance
+            and self.trials.is_due(trainer.global_step)
+        )
+
+    def try_solve(
+        self,
+        trainer: Any,
+        slot: HeadSlot,
+        epoch: int,
+        solve: Callable[[], Solved],
+        weights: Mapping[str, Tensor],
+        optimizer_state: Mapping[str, dict[str, Any]],
+    ) -> tuple[object, ...]:
+        """Freeze and solve the head, and leave it so if that is not worth putting off; else it is the MLP again.
+
+        Args:
+            trainer: the Trainer of the fit.
+            slot: the place of the head.
+            epoch: first epoch that would train frozen.
+            solve: solves the frozen head.
+            weights: state dict of the MLP.
+            optimizer_state: what the optimizer remembers of its parameters, by their names.
+
+        Returns:
+            What is to be said of it.
+        """
+        frozen = self.freeze(trainer, slot, epoch, "a trial")
+        solved = solve()
+        reason = self.trials.why_settled(trainer.global_step, solved.report)
+        if reason is not None:
+            self.freeze_reason = reason
+            return replace(frozen, reason=reason), solved
+        self.unwind(trainer, slot, weights, optimizer_state)
+        # The modes of what was frozen.
+        slot.module.train(slot.module.training)
+        self._watch.start(trainer, slot)
+        return (f"Tried a solve of {self.name!r} at step {trainer.global_step}: {self.trials.describe()}.",)
 
     def metrics(self) -> dict[str, float]:
         """Return what is logged of the head at the end of an epoch."""
@@ -298,6 +357,7 @@ class HeadWatch:
             "settled": self._settled,
             "solved": self.solve.solved,
             "reverted_at_check": self._reverted_at_check,
+            "trials": self.trials.state_dict(),
             **self._watch.state_dict(),
         }
 
@@ -309,6 +369,7 @@ class HeadWatch:
             MisconfigurationException: otherwise.
         """
         check_state(state, _STATE, f"the head at {name!r}")
+        SolveTrials.check_state(state["trials"], name)  # type: ignore[index]
         history: list[Any] = state["churn_history"]  # type: ignore[index]
         kinds = {f"churn {number}": float for number in range(len(history))}
         check_state(dict(zip(kinds, history, strict=True)), kinds, f"the churn history of {name!r}")
@@ -321,4 +382,5 @@ class HeadWatch:
         self.churn_history = list(state["churn_history"])
         self._settled = state["settled"]
         self._reverted_at_check = state["reverted_at_check"]
+        self.trials.load_state_dict(state["trials"])
         self.solve.solved = state["solved"]

@@ -31,8 +31,8 @@ class LearningWatch:
     """Watches the training loss and the validation score of a fit.
 
     A structure may be frozen once the optimizer has made ``min_steps`` steps and the training loss lies clearly below
-    where it started. A head that will be frozen and not solved goes on for as long as validation rises, too: from its
-    freeze on it learns less.
+    where it started, and validation rises no more: a frozen head learns less. A head that is solved may be frozen
+    before that, once solves of it that are tried on the way gain no more (``SolveTrials``).
 
     The validation score is the metric that the first callback with a ``monitor`` goes by, ModelCheckpoint or
     EarlyStopping for one. Without such a callback the training loss takes its place.
@@ -89,15 +89,21 @@ class LearningWatch:
         else:
             self._without_rise += 1
 
-    def missing(self, trainer: Any, *, solves: bool) -> str | None:
+    def missing(self, trainer: Any, *, by_score: bool) -> str | None:
         """Say what a freeze still waits for, ``None`` for nothing; all processes must ask together.
 
         Args:
             trainer: the Trainer of the fit.
-            solves: whether the head is solved once it is frozen.
+            by_score: whether it waits until validation rises no more.
         """
         if self.min_steps == 0:
             return None
+        if by_score and self._without_rise < _VALIDATIONS_WITHOUT_RISE:
+            return self.has_learned(trainer) or "validation still rises"
+        return self.has_learned(trainer)
+
+    def has_learned(self, trainer: Any) -> str | None:
+        """Say what is missing for the module to have learned, ``None`` for nothing; all processes must ask together."""
         if trainer.global_step < self.min_steps:
             return f"the optimizer has made {trainer.global_step} of {self.min_steps} steps (`min_steps`)"
         start, _ = self._start.over_processes(trainer)
@@ -106,9 +112,12 @@ class LearningWatch:
             fall = max(_SMALLEST_FALL * abs(start), _STANDARD_ERRORS * error)
             if not start - recent > fall:
                 return f"the training loss, {recent:.4g}, is not clearly below where it started, {start:.4g}"
-        if not solves and self._without_rise < _VALIDATIONS_WITHOUT_RISE:
-            return "validation still rises"
         return None
+
+    def last_chance(self, trainer: Any) -> str | None:
+        """Say, in the last epoch of a fit that has learned, that it is the last; ``None`` in others."""
+        is_last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+        return "the fit ends with this epoch" if is_last and self.has_learned(trainer) is None else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs, in primitives."""

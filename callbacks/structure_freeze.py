@@ -13,13 +13,18 @@ from torch import Tensor
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.head_watch import FreezeSettings, HeadWatch
 from glai_lightning.callbacks.learning_watch import LearningWatch
+from glai_lightning.callbacks.one_pass import OnePass, check_alone
+from glai_lightning.callbacks.stopping import StopAfterSolve
 from glai_lightning.callbacks.watched_heads import FreezeJudge, WatchedHeads
+from glai_lightning.checks import expect_flag
 from glai_lightning.fitting.conversion import (
     check_head,
     frozen_head,
     load_as_mlp,
     restore_in_fit,
 )
+from glai_lightning.fitting.first_call import read_first_call
+from glai_lightning.fitting.fit_record import OnePassRecord
 from glai_lightning.fitting.heads_in_module import HeadSlot, match_heads, stands_alone
 from glai_lightning.fitting.loss_reading import HeadBatch
 from glai_lightning.fitting.misconfiguration import as_misconfiguration
@@ -32,28 +37,19 @@ from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 
 class StructureFreezeCallback(WatchedHeads):
-    """Freezes the structure of an MLP head once its activation patterns settle, and converts the head in place.
+    """Freezes the structure of an MLP head once it settles, solves the head where that is possible, and stops.
 
-    The callback works on any LightningModule, without a change to its code. It measures *churn*, the fraction of
-    pattern bits that flipped since the last check on the inputs that the head was last trained on. Once churn is small,
-    and small against the largest so far, the head is converted at the start of the next epoch into one that is
-    linear in what it still trains. With output paths (the default) parameters, optimizer groups and keys stay
-    what they were.
-
-    The default thresholds were compared with other rules on six data sets, see "When to freeze" in
-    ``benchmarks/README.md``. The best moment follows the learning rate: at a constant 3e-3 it came after two or three
-    epochs, where churn often does not settle (then set ``freeze_at_epoch``), at 3e-4 much later than churn settles.
+    The callback works on any LightningModule. It measures *churn*, the fraction of pattern bits that flipped since the
+    last check on the inputs that the head was last trained on. A structure has settled once churn is small, also
+    against the largest so far, the training loss has fallen clearly, and validation rises no more. A head that can be
+    solved is also tried out on the way: a solve is kept, and the structure frozen, once it validates hardly better than
+    one at half as many optimizer steps. With output paths parameters, optimizer groups and keys stay what they were.
 
     It logs, once an epoch from the first on, ``structure/churn`` (NaN until it is measured, 0 once frozen),
-    ``structure/frozen`` (0 or 1) and ``structure/freeze_epoch`` (-1 until then).
-
-    Several heads of one module freeze independently, and ``/<name>`` is appended to the keys of what is logged. A
-    solver solves each head when it freezes, by the loss that is called on that head's outputs. A head without a loss of
-    its own, because it feeds another head, is refused on the first batch. Heads that want different arguments can have
-    a callback each.
-
-    A head need not be called in every batch. ``StructureRevert`` beside this callback takes back a freeze that
-    validates worse.
+    ``structure/frozen`` (0 or 1) and ``structure/freeze_epoch`` (-1 until then). Several heads of one module freeze
+    independently, and ``/<name>`` is appended to the keys of what is logged. A head without a loss of its own, because
+    it feeds another head, is not solved. Heads that want different arguments can have a callback each.
+    ``StructureRevert`` beside this callback takes back a freeze that validates worse.
 
     Args:
         head: qualified name of the MLP head in the LightningModule, or a pattern such as ``heads.*`` that stands for
@@ -64,35 +60,36 @@ class StructureFreezeCallback(WatchedHeads):
         relative_tolerance: largest churn that counts as settled, as a fraction of the largest so far, in (0, 1].
         patience: number of checks in a row that must pass.
         min_epochs: finished epochs before which the structure is not frozen by churn.
-        min_steps: optimizer steps before which it is not. At 0 churn alone decides; else the training loss must have
-            fallen clearly, and a head that is not solved waits until validation rises no more.
+        min_steps: optimizer steps before which it is not. At 0 churn alone decides.
         freeze_at_epoch: first epoch (0-based) to train frozen, whatever the churn; ``None`` to let churn decide.
         check_every_n_steps: measure churn every so many optimizer steps instead of once an epoch, and convert between
-            two steps. For data so large that the structure settles within the first epoch; ``min_epochs`` then wants
-            to be 0.
-        probe_size: number of inputs on which churn is measured.
-        solver: minimises the training loss over the path weights once the structure is frozen, by one pass over the
-            training data that leaves no trace in the fit. The freeze then is at the end of an epoch, so that validation
-            and checkpoint of that epoch are those of the solved head. Of several processes each reads its own part.
+            two steps, for data so large that the structure settles in the first epoch (with ``min_epochs=0``).
+        probe_size: inputs on which churn is measured.
+        solver: minimises the training loss over the path weights, by a pass over the training data that leaves no
+            trace in the fit, at the end of an epoch. Of several processes each reads its own part. 'auto' chooses it by
+            the loss of the first step; it chooses none, and says why, where layers before the head are trained, the
+            data is augmented at random, or the loss cannot be solved. A solver of your own raises an error there.
+            ``None`` never solves.
         stop_after_solve: whether the fit stops after the validation of the solved head (of several: of the last one);
             else the optimizer goes on.
+        one_pass: whether the frozen backbone reads the training data once: the head's inputs, which must be fixed, are
+            kept in the first epoch. At its end the head is trained on them in passes, as the fit would have, until it
+            is frozen and solved, and the fit stops. See ``docs/one_pass.md``.
         verbose: whether to say when and why the structure was frozen.
 
     Attributes:
-        frozen: whether the head is frozen; of several heads, whether all are. Where a strategy starts the processes
-            that fit (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``), this object is not told; ask the module.
-        freeze_epoch: first epoch that trained frozen, of several heads with all of them; or ``None``.
-        freeze_reason: why it was frozen, in a sentence, or ``None``.
+        frozen: whether the head is frozen; of several heads, whether all are. Where the strategy starts processes
+            (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``), this object is not told; ask the module.
+        freeze_epoch: first epoch that trained with all heads frozen, or ``None``.
+        freeze_reason: why, in a sentence, or ``None``.
         churn_history: churn at each check until the freeze; of several heads that of the first.
         solve_report: what the solve did, or ``None``; of several heads that of the first.
-        heads: every head that is watched, by its name, with ``frozen``, ``freeze_epoch``, ``freeze_reason``,
-            ``churn_history`` and ``solve.report`` of its own.
+        one_pass_record: samples, passes and seconds of a fit with ``one_pass``, once it has solved; else ``None``.
+        heads: every head, by its name, with the same attributes, and ``solve.report``.
 
     Raises:
-        MisconfigurationException: if an argument is out of range; at the start of a fit, if a head is not there,
-            cannot be read or is not trained, a pattern matches none, one head lies inside another or has two names, or
-            if strategy, optimizers or other callbacks rule a conversion out; after the first batch, if modules in a
-            head are called, and the head is not.
+        MisconfigurationException: if an argument is out of range; at the start of a fit or on its first batch, if a
+            head is not there or cannot be frozen, or if strategy, optimizers or other callbacks rule a freeze out.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -115,6 +112,7 @@ class StructureFreezeCallback(WatchedHeads):
         probe_size: int = 1024,
         solver: LogisticSolver | RidgeSolver | Literal["auto"] | None = "auto",
         stop_after_solve: bool = True,
+        one_pass: bool = False,
         verbose: bool = True,
     ) -> None:
         self.head = list(head) if isinstance(head, tuple) else head
@@ -129,16 +127,21 @@ class StructureFreezeCallback(WatchedHeads):
         self.probe_size = probe_size
         self.solver = solver
         self.stop_after_solve = stop_after_solve
+        self.one_pass = one_pass
         with as_misconfiguration():
+            expect_flag("stop_after_solve", stop_after_solve)
+            expect_flag("verbose", verbose)
             settings = FreezeSettings(**{field.name: getattr(self, field.name) for field in fields(FreezeSettings)})
         super().__init__(head, settings, verbose)
         self._logs_names = not stands_alone(self._names)
         self._judges: list[FreezeJudge] = []
         self._learning = LearningWatch(min_steps)
         self._restored: dict[str, Any] | None = None
-        self._is_to_stop = False
-        self._val_every: int | None = None
+        self._stopping = StopAfterSolve()
         self._told_of_moving = False
+        self._unread: set[str] = set()
+        self._one_pass: OnePass | None = None
+        self.one_pass_record: OnePassRecord | None = None
 
     @property
     def state_key(self) -> str:
@@ -161,9 +164,7 @@ class StructureFreezeCallback(WatchedHeads):
     def inputs_and_targets(
         self, batch: Any, batch_idx: int, stage: Stage, head: StepReader
     ) -> HeadBatch | tuple[Tensor, ...] | None:
-        """Return what a head is given for a batch, and what it is to be solved for; override where it cannot be seen.
-
-        By default the step of the module is run, and the loss that it returns says it.
+        """Return what a head is given for a batch, and what it is to be solved for; by default its step is read.
 
         Args:
             batch: a batch on the device of the module.
@@ -172,8 +173,7 @@ class StructureFreezeCallback(WatchedHeads):
             head: the head, with its ``name``, its ``module``, ``pl_module`` in eval mode, and ``trainer``.
 
         Returns:
-            Head inputs (n, D), targets (n,) or (n, C), and the weights of the samples (n,) if they differ; ``None`` for
-            a batch in which the head has no part.
+            Head inputs (n, D), targets (n,) or (n, C), and weights of samples (n,) that differ; ``None`` for no part.
 
         Raises:
             MisconfigurationException: if the loss of the step is none that can be solved for.
@@ -188,6 +188,8 @@ class StructureFreezeCallback(WatchedHeads):
         names = match_heads(pl_module, self._names)
         self.heads = {name: self.heads.get(name) or HeadWatch(name, self._settings) for name in names}
         self._judges = [other for other in trainer.callbacks if isinstance(other, FreezeJudge)]
+        if self.one_pass:
+            check_alone(self._judges)
         watching = [other for other in trainer.callbacks if isinstance(other, StructureFreezeCallback)]
         # Heads that have a callback each are told apart in the logs too.
         match_heads(pl_module, [name for other in watching for name in match_heads(pl_module, other._names)])
@@ -202,11 +204,7 @@ class StructureFreezeCallback(WatchedHeads):
         """Check the heads, and freeze those again that were frozen where the fit resumes from."""
         # Weights are restored by now and optimizer state is not: the only place where both the user's
         # configure_optimizers has met the MLP and the optimizer can still follow a conversion before its state is read.
-        for _, slot in self._watched(pl_module):
-            check_head(slot, self.paths)
-            check_optimizers(trainer, slot, self.paths)
-            if self.solver not in (None, "auto"):
-                check_solvable(slot.module, slot.name, self.paths)
+        self._unread = {slot.name for _, slot in self._watched(pl_module) if not self._check(trainer, slot)}
         continues = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         self._fits = True
@@ -225,6 +223,14 @@ class StructureFreezeCallback(WatchedHeads):
             elif watch.frozen:
                 watch.start_over()
 
+    def _check(self, trainer: Any, slot: HeadSlot) -> bool:
+        if not check_head(slot, self.paths):
+            return False
+        check_optimizers(trainer, slot, self.paths)
+        if self.solver not in (None, "auto"):
+            check_solvable(slot.module, slot.name, self.paths)
+        return True
+
     def _find_frozen(self, watch: HeadWatch, slot: HeadSlot) -> None:
         head = frozen_head(slot)
         if not watch.frozen:
@@ -240,12 +246,17 @@ class StructureFreezeCallback(WatchedHeads):
         """Start to watch."""
         for watch, slot in self._watched(pl_module):
             watch.start(trainer, slot, self._state_of(watch))
-        self._is_to_stop = self.stop_after_solve and not self._finished
+        self._stopping.wanted = self.stop_after_solve and not self._finished
         if self._restored is not None and self.stop_after_solve and self._finished:
             names = " and ".join(repr(name) for name in self.heads)
             self.say(f"The head at {names} was solved before the checkpoint, after which the fit was to stop.")
             trainer.should_stop = True
         self._restored = None
+        self._one_pass = self.one_pass_record = None
+        if self.one_pass and not self._finished:
+            own = type(self).inputs_and_targets is StructureFreezeCallback.inputs_and_targets
+            heads = list(self._watched(pl_module))
+            self._one_pass = OnePass(trainer, pl_module, heads, self.inputs_and_targets, is_own=own)
 
     @property
     def _finished(self) -> bool:
@@ -254,42 +265,56 @@ class StructureFreezeCallback(WatchedHeads):
 
     def stop_if_finished(self, trainer: Any) -> None:
         """Stop the fit if that was asked for, and the last head is solved and not judged any more."""
-        if self._is_to_stop and self._finished:
-            self._is_to_stop = False
-            trainer.should_stop = True
-            # Lightning validates before it stops, unless the epoch is one of those without validation.
-            if trainer.check_val_every_n_epoch is not None:
-                self._val_every, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, 1
+        if self._stopping.wanted and self._finished:
+            self._stopping.stop(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Let checkpoints, which go by how often there is validation, find the user's own setting."""
-        self._restore_val_every(trainer)
-
-    def _restore_val_every(self, trainer: Any) -> None:
-        if self._val_every is not None:
-            trainer.check_val_every_n_epoch, self._val_every = self._val_every, None
+        """Validate what was solved, and what was kept."""
+        self._stopping.restore(trainer)
+        if self._one_pass is not None:
+            self._one_pass.before_validation()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Convert what settled in the epoch before, or was asked for this one."""
-        # At the start of an epoch, so that the checkpoint of the epoch just ended holds the MLP, and a resume from it
-        # converts once more, to the same weights.
+        """Convert what settled or was asked for; after the checkpoint of the epoch before, which holds the MLP."""
         for watch, slot in self._watched(pl_module):
             reason = self._due_reason(trainer, watch, trainer.current_epoch)
-            if reason is not None:
+            if reason is not None and slot.name not in self._unread:
                 self._freeze(trainer, watch, slot, trainer.current_epoch, reason)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep the inputs of the last batches before a check; see, on the first batch, that the loss can be solved."""
+        for _, slot in self._watched(pl_module):
+            if slot.name in self._unread and read_first_call(trainer, slot, batch, batch_idx, self.paths):
+                self._check(trainer, slot)
+                self._unread.remove(slot.name)
         if batch_idx == 0:
             # Where a fit resumes from its save after an epoch's last batch, Lightning starts no new epoch.
             self.on_train_epoch_start(trainer, pl_module)
         for watch, slot in self._watched(pl_module):
             watch.before_batch(trainer, slot, batch_idx)
             others = [other.module for _, other in self._watched(pl_module) if other != slot]
-            watch.solve.before_batch(trainer, slot, batch, batch_idx, self.inputs_and_targets, others=others)
+            calls, read = None if self._one_pass is None else self._one_pass.calls, self.inputs_and_targets
+            if slot.name not in self._unread:
+                watch.solve.before_batch(trainer, slot, batch, batch_idx, read, others=others, calls=calls)
+        if self._one_pass is not None:
+            self._one_pass.record_next_step(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure churn after the last batch of an epoch, before validation and its checkpoint, or every n steps."""
+        if self._one_pass is None or not trainer.is_last_batch:
+            self._after_batch(pl_module, trainer, outputs)
+            return
+        self._one_pass.complete(trainer)
+        self._after_batch(pl_module, trainer, outputs)
+        self._one_pass.train(trainer, partial(self._after_batch, pl_module))
+        for watch, slot in self._watched(pl_module):
+            if not watch.frozen:
+                self._freeze_and_solve(trainer, watch, slot, "the fit allows for no further pass")
+        self.one_pass_record = self._one_pass.finish()
+        self.say(self.one_pass_record)
+        self.stop_if_finished(trainer)
+
+    def _after_batch(self, pl_module: Any, trainer: Any, outputs: Any) -> None:
         self._learning.after_batch(outputs)
         checked = False
         for watch, slot in self._watched(pl_module):
@@ -304,18 +329,38 @@ class StructureFreezeCallback(WatchedHeads):
             self._freeze_and_solve(trainer, watch, slot)
         self.stop_if_finished(trainer)
 
-    def _freeze_and_solve(self, trainer: Any, watch: HeadWatch, slot: HeadSlot) -> None:
+    def _freeze_and_solve(self, trainer: Any, watch: HeadWatch, slot: HeadSlot, reason: str | None = None) -> None:
         """Freeze in the middle of an epoch where checks are made there, and at its end where a solve follows."""
-        reason, epoch = None, trainer.current_epoch + int(trainer.is_last_batch)
+        epoch = trainer.current_epoch + int(trainer.is_last_batch)
         within_epoch = self.check_every_n_steps is not None and not trainer.fit_loop._should_accumulate()
         if watch.solve.pending if trainer.is_last_batch else within_epoch:
-            reason = self._due_reason(trainer, watch, epoch)
+            reason = reason or self._due_reason(trainer, watch, epoch)
+        if reason is None and trainer.is_last_batch and self._tries_solves(watch):
+            reason = self._learning.last_chance(trainer)
+            if (
+                reason is None
+                and watch.may_be_tried(trainer)
+                and self._learning.missing(trainer, by_score=False) is None
+            ):
+                self._try_solve(trainer, watch, slot, epoch)
+                return
         solves = watch.solve.pending and (reason is not None or (watch.frozen and trainer.is_last_batch))
         with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)) if reason and solves else nullcontext():
             if reason is not None:
                 self._freeze(trainer, watch, slot, epoch, reason)
             if solves:
-                self.say(watch.run_solve(trainer, slot, self.inputs_and_targets))
+                self.say(watch.run_solve(trainer, slot, self.inputs_and_targets, self._one_pass))
+
+    def _tries_solves(self, watch: HeadWatch) -> bool:
+        """Tell whether solves of a head decide on its freeze, and not churn and validation alone."""
+        by_rule = self.min_steps > 0 and not self._judges and not watch.is_asked
+        return by_rule and watch.solve.pending and not watch.frozen
+
+    def _try_solve(self, trainer: Any, watch: HeadWatch, slot: HeadSlot, epoch: int) -> None:
+        solve = partial(watch.run_solve, trainer, slot, self.inputs_and_targets, self._one_pass)
+        with unwinding(trainer, slot, partial(watch.unwind, trainer, slot)) as before:
+            for event in watch.try_solve(trainer, slot, epoch, solve, *before):
+                self.say(event)
 
     def _due_reason(self, trainer: Any, watch: HeadWatch, epoch: int) -> str | None:
         """Say why a head is to train frozen in an epoch; ``None`` if it is not, or is frozen already."""
@@ -324,7 +369,7 @@ class StructureFreezeCallback(WatchedHeads):
             return None
         if watch.is_asked:
             return reason
-        watch.waits_for = self._learning.missing(trainer, solves=watch.solve.pending)
+        watch.waits_for = self._learning.missing(trainer, by_score=not watch.solve.pending or self._tries_solves(watch))
         return reason if watch.waits_for is None else None
 
     def _freeze(self, trainer: Any, watch: HeadWatch, slot: HeadSlot, epoch: int, reason: str) -> None:
@@ -343,16 +388,18 @@ class StructureFreezeCallback(WatchedHeads):
             )
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Take note of the score, by which a head that is not solved is frozen."""
+        """Take note of the score."""
+        if self._one_pass is not None:
+            self._one_pass.after_validation()
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._learning.after_validation(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log churn and whether the head is frozen."""
         self._learning.after_epoch(trainer)
+        # All ranks have the same numbers, and Lightning warns of values that are not synchronised.
         for name, watch in self.heads.items():
             for key, value in watch.metrics().items():
-                # All ranks have the same numbers, and Lightning warns of values that are not synchronised.
                 pl_module.log(self.log_key(key, name), value, prog_bar=key == "churn", sync_dist=True)
 
     def log_key(self, key: str, head_name: str) -> str:
@@ -360,7 +407,7 @@ class StructureFreezeCallback(WatchedHeads):
         return f"structure/{key}/{head_name}" if self._logs_names else f"structure/{key}"
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say so if a head is still an MLP."""
+        """Say which heads are still MLPs."""
         for watch in self.heads.values():
             if not watch.frozen:
                 self.say(watch.describe_unfrozen())
@@ -369,13 +416,15 @@ class StructureFreezeCallback(WatchedHeads):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Stop watching; what was seen is kept for the checkpoint that other callbacks may save of the exception."""
         self._fits = False
+        if self._one_pass is not None:
+            self._one_pass.after_validation()
         for watch in self.heads.values():
             watch.detach()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Stop watching."""
-        self._fits = False
-        self._restore_val_every(trainer)
+        self._fits, self._one_pass = False, None
+        self._stopping.restore(trainer)
         for watch in self.heads.values():
             watch.close()
 

@@ -18,6 +18,7 @@ from glai_lightning.fitting.heads_in_module import (
 )
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError, as_misconfiguration
 from glai_lightning.heads.churn import ChurnProbe
+from glai_lightning.heads.joined import head_at
 
 
 class StructureMonitor(Callback):
@@ -59,7 +60,7 @@ class StructureMonitor(Callback):
         """Start to watch."""
         self._close()
         for name in match_heads(pl_module, self.modules, "modules"):
-            self._probes[name] = ChurnProbe(pl_module.get_submodule(name), self.probe_size)
+            self._probes[name] = ChurnProbe(head_at(pl_module, name), self.probe_size)
             self.churn_history.setdefault(name, [])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -90,13 +91,14 @@ class StructureMonitor(Callback):
         self._close()
 
     def _check_module(self, pl_module: Any, name: str) -> None:
-        module = dict(pl_module.named_modules()).get(name)
-        if module is None:
+        named = dict(pl_module.named_modules())
+        if not all(part in named for part in name.split("+")):
             raise UserMisconfigurationError(
                 f"Expected `modules` to name a module of `{type(pl_module).__name__}`, but got {name!r}. "
                 f"{name_heads(pl_module)}"
             )
-        reason = why_no_head(module)
+        with as_misconfiguration():
+            reason = why_no_head(head_at(pl_module, name))
         if reason is not None:
             raise UserMisconfigurationError(f"The structure of {name!r} cannot be watched. {reason}")
 

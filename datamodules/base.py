@@ -15,6 +15,7 @@ from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
 from glai_lightning.datamodules.arrays import Standardisation, check_arrays, existing_file, read_archive, read_folder
 from glai_lightning.datamodules.loader import BatchLoader, SeededBatchSampler, fit_progress
 from glai_lightning.datamodules.splits import check_fractions, split_samples
+from glai_lightning.fitting.messages import hide_warnings, unhide_warnings
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,23 @@ class Splits(Mapping[str, Any]):
         return self[split][torch.arange(len(self[split]))]
 
 
-class BaseDataModule(pl.LightningDataModule):
+#: Lightning's warning of loaders without workers, which slicing arrays has no use for.
+_FEW_WORKERS = r"The '\w+' does not have many workers"
+
+
+class QuietDataModule(pl.LightningDataModule):
+    """A data module whose loaders need no workers: Lightning does not warn that there are none."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Hide the warning."""
+        hide_warnings(_FEW_WORKERS)
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Show such warnings again."""
+        unhide_warnings(_FEW_WORKERS)
+
+
+class BaseDataModule(QuietDataModule):
     """Resumable loaders over the splits that a subclass reads.
 
     The order of the training samples follows from (seed, epoch). A checkpoint holds the position in it, so that a fit
@@ -95,6 +112,7 @@ class BaseDataModule(pl.LightningDataModule):
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; all of them need the training samples,
                 whose statistics standardise the others.
         """
+        super().setup(stage)
         _ = self.splits
 
     @property
@@ -125,13 +143,17 @@ class BaseDataModule(pl.LightningDataModule):
         """Return the test samples with their targets, or no loader where there are none."""
         return self.test_dataloader()
 
+    def _rows_of(self, split: str) -> Any:
+        """Return what makes the batches of the loader of a split."""
+        return self.splits[split]
+
     def _loader(self, split: str) -> BatchLoader:
         trainer: Any = self.trainer
         # What Lightning is about to shard the sampler with; None unless the strategy is a distributed one.
         sharding = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {}
         fitting = split == "train" and trainer is not None and trainer.training
         progress = partial(fit_progress, trainer) if fitting else None
-        return BatchLoader(self.splits[split], progress=progress, **self._loader_options(split, sharding))
+        return BatchLoader(self._rows_of(split), progress=progress, **self._loader_options(split, sharding))
 
 
 class SampleDataModule(BaseDataModule):

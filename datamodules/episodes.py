@@ -83,7 +83,8 @@ class EpisodesDataModule(BaseDataModule):
         self,
         path: str | PathLike[str] | None = None,
         arrays: Mapping[str, Any] | None = None,
-        dataset: Dataset[Any] | None = None,
+        # Without its parameter, because jsonargparse takes no subclass of a generic alias.
+        dataset: Dataset | None = None,  # type: ignore[type-arg]
         ways: int = 5,
         shots: int = 1,
         queries: int = 15,

@@ -8,7 +8,7 @@ import re
 import types
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from os import PathLike
 from pathlib import Path
@@ -62,7 +62,18 @@ def fill_cache(
         for split, reader in readers.items():
             _check_draws(split, reader, backbone, views=views if split == "train" else 1)
         _fill(folder, parts, readers, backbone, progress_bar)
+    with suppress(OSError):
+        # When it was last used, for pruning.
+        os.utime(folder)
     return folder
+
+
+def is_cache(path: Path) -> bool:
+    """Whether a folder is one that ``fill_cache`` made, complete or not."""
+    if not path.is_dir() or re.fullmatch(r"[0-9a-f]{32}", path.name) is None:
+        return False
+    names = [file.name for file in path.iterdir()]
+    return all(name == _MANIFEST or ".npy" in name or name.startswith(f".{_MANIFEST}.") for name in names)
 
 
 @contextmanager

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from glai_lightning.checks import UserValueError, expect_choice
 from glai_lightning.datamodules.arrays import existing_folder, listed
-from glai_lightning.datamodules.base import SampleDataModule, Splits, expect_callable
+from glai_lightning.datamodules.base import Splits, expect_callable
+from glai_lightning.datamodules.cached import CachingDataModule
 from glai_lightning.datamodules.splits import SPLITS
 from glai_lightning.datamodules.views import AugmentedViews
 from glai_lightning.optional import import_optional
 
 
-class ImageFolderDataModule(SampleDataModule):
+class ImageFolderDataModule(CachingDataModule):
     """Batches ``(images, labels)`` out of torchvision's ``ImageFolder``: ``root/train/cat/1.jpg`` is of class 'cat'.
 
     Where there is no ``root/val`` or no ``root/test``, images of ``root/train`` are set apart for it. Images are read,
@@ -37,6 +38,8 @@ class ImageFolderDataModule(SampleDataModule):
         num_workers: processes that read images ahead; 0 for none.
         on_error: 'raise' an error where an image cannot be read; or 'skip' such images, which reads all of them once
             beforehand, and names them in one warning.
+        cache: folder for the embeddings of the module's frozen backbone, which then sees each image once, whatever the
+            number of epochs and fits, see ``docs/one_pass.md``; ``None`` for none.
 
     Raises:
         ModuleNotFoundError: If torchvision is not installed.
@@ -56,8 +59,10 @@ class ImageFolderDataModule(SampleDataModule):
         seed: int = 0,
         num_workers: int = 0,
         on_error: Literal["raise", "skip"] = "raise",
+        cache: str | PathLike[str] | None = None,
     ) -> None:
         super().__init__(
+            cache=cache,
             batch_size=batch_size,
             val_fraction=val_fraction,
             test_fraction=test_fraction,

@@ -1,19 +1,18 @@
 """Tables with named columns, numbers and categories, for heads that read numbers."""
 
-import warnings
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_choice
-from glai_lightning.datamodules.arrays import Rows, existing_file, listed
+from glai_lightning.datamodules.arrays import Rows, Standardisation, existing_file, listed
 from glai_lightning.datamodules.base import SampleDataModule, Splits, expect_one
 from glai_lightning.datamodules.features import FeatureRows
 from glai_lightning.datamodules.targets import Targets, Task
+from glai_lightning.fitting.table_columns import TableColumns, require_columns
 from glai_lightning.optional import import_optional
 
 #: Categories of a column beyond which the rarest share an input.
@@ -93,16 +92,22 @@ class TableDataModule(SampleDataModule):
         self.categorical = categorical
         self.on_missing = on_missing
         self.task = task
-        self._numbers: list[str] = []
-        self._categories: list[str] = []
-        self._parts: list[Any] = []
+        self._table: TableColumns | None = None
+
+    @property
+    def table(self) -> TableColumns:
+        """The columns, and how their rows become inputs; they travel in the checkpoint of a ``HeadModule``."""
+        self.setup()
+        assert self._table is not None
+        return self._table
 
     @property
     def feature_names(self) -> list[str]:
         """Names of the inputs: columns of numbers, and columns with each of their categories."""
-        self.setup()
-        encoded = self._parts[-1].steps[-1][1].get_feature_names_out(self._categories) if self._categories else ()
-        return [*map(str, self._numbers), *map(str, encoded)]
+        names = list(self.table.numbers)
+        for column, known, rare in zip(self.table.categories, self.table.known, self.table.rare, strict=True):
+            names += [f"{column}_{category}" for category in (*known, *(["rare"] if rare else ()))]
+        return names
 
     def transform(self, frame: Any) -> Tensor:
         """Return the inputs (N, D), float32, of the rows of a ``pandas.DataFrame``, as a fit is given them.
@@ -113,13 +118,14 @@ class TableDataModule(SampleDataModule):
         Raises:
             ValueError: If a column is missing, or values are, and they are not imputed, or are not finite.
         """
-        self.setup()
-        return self._transformed(self._cleaned(frame, "`frame`"))
+        standardise = self.splits.standardisation
+        assert standardise is not None
+        return standardise(self.table.encode(frame, "`frame`"))
 
     def _read(self) -> Splits:
         frame: Any = self.frame if self.path is None else _read_table(self.path)
         source = "`frame`" if self.path is None else f"'{self.path}'"
-        _require_columns(frame, [*self.target, *(self.columns or ()), *(self.categorical or ())], source)
+        require_columns(frame, [*self.target, *(self.columns or ()), *(self.categorical or ())], source)
         if len(frame) == 0:
             raise UserValueError(f"Expected {source} to hold rows, but it has none.")
         names = [name for name in frame.columns if name not in self.target] if self.columns is None else self.columns
@@ -134,75 +140,37 @@ class TableDataModule(SampleDataModule):
 
         is_numeric = _imported("pandas").api.types.is_numeric_dtype
         chosen_as_categories = self.categorical or ()
-        self._numbers = [n for n in names if is_numeric(frame[n].dtype) and n not in chosen_as_categories]
-        self._categories = [name for name in names if name not in self._numbers]
-        cleaned = self._cleaned(frame, source)
-        train = rows["train"].numpy()
-        self._parts = [part.fit(values[train]) for part, values in zip(self._make_parts(), cleaned, strict=True)]
-        inputs = self._transformed(cleaned)
-        sources = {
-            split: FeatureRows((Rows([inputs]), None), of_split[split], chosen) for split, chosen in rows.items()
-        }
-        return Splits(sources, inputs.shape[1], targets.num_classes, targets.classes)
+        numbers = [n for n in names if is_numeric(frame[n].dtype) and n not in chosen_as_categories]
+        self._table = self._fit(frame, numbers, [name for name in names if name not in numbers], rows["train"], source)
+        inputs = self._table.encode(frame, source)
+        standardise = Standardisation.fit(inputs, rows["train"])
+        standardise.mean[len(numbers) :], standardise.scale[len(numbers) :] = 0.0, 1.0
+        prepared = Rows([standardise(inputs)])
+        sources = {split: FeatureRows((prepared, None), of_split[split], chosen) for split, chosen in rows.items()}
+        return Splits(sources, inputs.shape[1], targets.num_classes, targets.classes, standardise)
 
-    def _make_parts(self) -> list[Any]:
-        """Return what makes inputs of the columns of numbers, where there are some, and of those of categories."""
-        impute, pipeline, preprocessing = (
-            _imported(f"sklearn.{module}") for module in ("impute", "pipeline", "preprocessing")
-        )
-        encode = preprocessing.OneHotEncoder(
-            handle_unknown="infrequent_if_exist", max_categories=_MOST_CATEGORIES, sparse_output=False
-        )
-        parts = []
-        if self._numbers:
-            fill = impute.SimpleImputer(strategy="median", keep_empty_features=True)
-            parts.append(pipeline.make_pipeline(fill, preprocessing.StandardScaler()))
-        if self._categories:
-            fill = impute.SimpleImputer(strategy="most_frequent", keep_empty_features=True)
-            parts.append(pipeline.make_pipeline(fill, encode))
-        return parts
-
-    def _transformed(self, cleaned: list[np.ndarray]) -> Tensor:
-        with warnings.catch_warnings():
-            # Categories that no training row has become zeros: that is documented.
-            warnings.filterwarnings("ignore", "Found unknown categories")
-            inputs = [part.transform(values) for part, values in zip(self._parts, cleaned, strict=True)]
-        return torch.from_numpy(np.hstack(inputs).astype(np.float32))
-
-    def _cleaned(self, frame: Any, source: str) -> list[np.ndarray]:
-        """Return the columns of numbers, where there are some, as float64, and those of categories as strings."""
-        _require_columns(frame, [*self._numbers, *self._categories], source)
-        absent = {name: int(frame[name].isna().sum()) for name in (*self._numbers, *self._categories)}
-        lacking = [f"{name!r} ({number})" for name, number in absent.items() if number]
-        if lacking and self.on_missing == "raise":
-            raise UserValueError(
-                f"Expected a value in every row of {source}, but got missing ones in the columns {listed(lacking)}. "
-                "With `on_missing='impute'` they are imputed."
-            )
-        numbers = [_as_numbers(frame[name], source) for name in self._numbers]
-        categories = [_as_categories(frame[name], source) for name in self._categories]
-        return [np.stack(columns, axis=1) for columns in (numbers, categories) if columns]
-
-
-def _as_numbers(column: Any, source: str) -> np.ndarray:
-    try:
-        values: np.ndarray = column.to_numpy(dtype=np.float64, na_value=np.nan)
-    except (TypeError, ValueError) as error:
-        raise UserValueError(f"Expected the column {column.name!r} of {source} to hold numbers: {error}.") from None
-    if np.isinf(values).any():
-        raise UserValueError(f"Expected the column {column.name!r} of {source} to hold finite numbers.")
-    return values
-
-
-def _as_categories(column: Any, source: str) -> np.ndarray:
-    if column.dtype.kind in "mMc":
-        raise UserTypeError(
-            f"Expected the column {column.name!r} of {source} to hold numbers or categories, but got {column.dtype}: "
-            "make numbers of it, or leave it out of `columns`."
-        )
-    values = np.array([str(value) for value in column], dtype=object)
-    values[column.isna().to_numpy()] = np.nan
-    return values
+    def _fit(self, frame: Any, numbers: list[str], categories: list[str], train: Tensor, source: str) -> TableColumns:
+        """Learn of the training rows what fills missing values, and which categories there are."""
+        imputes = self.on_missing == "impute"
+        cleaned = TableColumns(numbers, categories, imputes).cleaned(frame, source)
+        impute, preprocessing = _imported("sklearn.impute"), _imported("sklearn.preprocessing")
+        fills: list[float | str] = []
+        known, rare = [], []
+        for values in (column[train.numpy(), None] for column in cleaned):
+            is_number = values.dtype != object
+            missing = {"missing_values": np.nan if is_number else None, "keep_empty_features": True}
+            filler = impute.SimpleImputer(strategy="median" if is_number else "most_frequent", **missing)
+            filled = filler.fit_transform(values)
+            fill = filler.statistics_[0]
+            fills.append(float(fill) if is_number else str(fill))
+            if not is_number:
+                encoder = preprocessing.OneHotEncoder(
+                    handle_unknown="infrequent_if_exist", max_categories=_MOST_CATEGORIES
+                ).fit(filled.astype(str))
+                shared = encoder.infrequent_categories_[0]
+                rare.append([] if shared is None else list(map(str, shared)))
+                known.append([name for name in map(str, encoder.categories_[0]) if name not in set(rare[-1])])
+        return TableColumns(numbers, categories, imputes, fills, known, rare)
 
 
 def _target_values(frame: Any, target: list[str], source: str) -> np.ndarray:
@@ -235,19 +203,6 @@ def _read_table(path: Path) -> Any:
     except (ValueError, OSError) as error:
         kind = "a parquet file" if is_parquet else "a CSV file in UTF-8 with a header"
         raise UserValueError(f"Expected `path` to be {kind}, but got '{path}': {error}.") from None
-
-
-def _require_columns(frame: Any, names: list[str], source: str) -> None:
-    columns = list(frame.columns)
-    missing = [name for name in names if name not in columns]
-    if missing:
-        raise UserValueError(
-            f"Expected {source} to have the columns {listed(map(repr, missing))}, but got "
-            f"{listed(map(repr, columns)) or 'none'}."
-        )
-    twice = sorted({name for name in names if columns.count(name) > 1})
-    if twice:
-        raise UserValueError(f"Expected {source} to have each column once, but got {listed(map(repr, twice))} twice.")
 
 
 def _expect_names(name: str, names: Any) -> None:

@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 
 from glai_lightning.checks import UserTypeError, UserValueError
 from glai_lightning.datamodules.arrays import existing_file, listed
-from glai_lightning.datamodules.base import SampleDataModule, Splits
+from glai_lightning.datamodules.base import Splits
+from glai_lightning.datamodules.cached import CachingDataModule
 
 
 class TextRows(Dataset[tuple[list[str], Tensor]]):
@@ -33,7 +34,7 @@ class TextRows(Dataset[tuple[list[str], Tensor]]):
         return [self.texts[row] for row in index.tolist()], self.labels.index_select(0, index)
 
 
-class TextsDataModule(SampleDataModule):
+class TextsDataModule(CachingDataModule):
     r"""Batches ``(texts, labels)`` out of a CSV file with a header: a list of strings, and labels (batch,), int64.
 
     Labels may be any strings; they are numbered in sorted order, and ``classes`` lists them. All texts are held in
@@ -47,6 +48,8 @@ class TextsDataModule(SampleDataModule):
         val_fraction: part of the rows to validate on, in (0, 1), rounded to whole rows.
         test_fraction: part of the rows to test on, in [0, 1 - ``val_fraction``), 0 for no test.
         seed: of the splits and of the order, at least 0.
+        cache: folder for the embeddings of the module's frozen backbone, which then sees each text once, whatever the
+            number of epochs and fits, see ``docs/one_pass.md``; ``None`` for none.
 
     Raises:
         TypeError: If ``batch_size`` or ``seed`` is no int.
@@ -74,8 +77,11 @@ class TextsDataModule(SampleDataModule):
         val_fraction: float = 0.2,
         test_fraction: float = 0.2,
         seed: int = 0,
+        cache: str | PathLike[str] | None = None,
     ) -> None:
-        super().__init__(batch_size=batch_size, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
+        super().__init__(
+            cache=cache, batch_size=batch_size, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed
+        )
         self.path = existing_file(path)
         for name, column in (("text_column", text_column), ("label_column", label_column)):
             if not isinstance(column, str):

@@ -6,26 +6,29 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
 from glai_lightning.datamodules.arrays import as_tensor, check_finite, read_archive
-from glai_lightning.datamodules.base import expect_callable
+from glai_lightning.datamodules.base import QuietDataModule, expect_callable
 from glai_lightning.datamodules.images import ToTensor, read_image
+from glai_lightning.fitting.table_columns import table_of
+from glai_lightning.optional import import_optional
 
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_TABLES = (".csv", ".parquet")
 
 
-class UnlabelledDataModule(pl.LightningDataModule):
+class UnlabelledDataModule(QuietDataModule):
     r"""Batches of inputs without labels for ``Trainer.predict``, from one file or folder.
 
     An ``.npz`` file holds rows as ``x``. A CSV file holds rows of numbers, with a header or without one, or a column of
-    texts. Of a folder all images are read, those of its subfolders too, in the order of their names. Rows are flattened
-    for a module without a backbone, and standardised by the statistics that the module keeps of its fit. A batch of
-    rows or images is a tensor; a batch of texts is a list with the list of texts in it.
+    texts. For a module that was fitted on a ``TableDataModule``, a CSV or parquet file holds the columns of that table.
+    Of a folder all images are read, those of its subfolders too, in the order of their names. Rows are flattened for a
+    module without a backbone, and standardised by the statistics that the module keeps of its fit. A batch of rows or
+    images is a tensor; a batch of texts is a list with the list of texts in it.
 
     Args:
         path: the file or folder.
@@ -80,25 +83,43 @@ class UnlabelledDataModule(pl.LightningDataModule):
         return self._inputs[0].numel() if isinstance(self._inputs, Tensor) else None
 
     def setup(self, stage: str | None = None) -> None:
-        """Read rows and texts, and list images."""
-        if self._inputs is None:
-            self._inputs = self._read()
-        if len(self._inputs) == 0:
-            raise UserValueError(f"Expected inputs in '{self.path}', but got none.")
-        self.names = list(map(str, self._inputs)) if self.path.is_dir() else list(range(len(self._inputs)))
+        """Read what needs no module to be read: not the rows of a table."""
+        super().setup(stage)
+        if self._inputs is None and self.path.suffix not in _TABLES:
+            self._set(self._read())
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the inputs, in their order."""
+        if self.path.suffix in _TABLES:
+            # By now the module has loaded its checkpoint, and knows which columns it was fitted to.
+            table = table_of(self._module)
+            self._set(self._read_csv() if table is None else table.encode(_read_frame(self.path), f"'{self.path}'"))
         return DataLoader(_Batches(self._batch, len(self._inputs), self.batch_size), batch_size=None)
+
+    def _set(self, inputs: Any) -> None:
+        if len(inputs) == 0:
+            raise UserValueError(f"Expected inputs in '{self.path}', but got none.")
+        self._inputs = inputs
+        self.names = list(map(str, inputs)) if self.path.is_dir() else list(range(len(inputs)))
+
+    @property
+    def _module(self) -> Any:
+        return None if self.trainer is None else self.trainer.lightning_module
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Flatten and standardise the rows of a module without a backbone."""
-        module: Any = None if self.trainer is None else self.trainer.lightning_module
+        module = self._module
         if not isinstance(batch, Tensor) or module is None or getattr(module, "backbone", None) is not None:
             return batch
-        standardise = getattr(module, "standardise", None)
-        rows = batch.flatten(1).float()
-        return rows if standardise is None else standardise(rows)
+        standardise, rows = getattr(module, "standardise", None), batch.flatten(1)
+        if standardise is None:
+            return rows.float()
+        if rows.shape[1] != len(standardise.scale):
+            raise UserValueError(
+                f"Expected rows of the {len(standardise.scale)} numbers that the head takes in '{self.path}', but got "
+                f"{rows.shape[1]}."
+            )
+        return standardise(rows).float()
 
     def _batch(self, rows: slice) -> Any:
         inputs = self._inputs[rows]
@@ -118,13 +139,13 @@ class UnlabelledDataModule(pl.LightningDataModule):
         if self.path.is_dir():
             found = (file for file in self.path.rglob("*") if file.suffix.lower() in _IMAGES)
             return sorted(file.relative_to(self.path) for file in found)
-        if self.path.suffix == ".csv":
-            return self._read_csv()
         inputs = as_tensor("x", read_archive(self.path, required=("x",))["x"])
         check_finite("x", inputs)
         return inputs
 
     def _read_csv(self) -> Any:
+        if self.path.suffix != ".csv":
+            raise UserValueError(f"Expected a checkpoint of a fit on a `TableDataModule` for '{self.path}'.")
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
                 lines = [line for line in csv.reader(file, strict=True) if line]
@@ -141,6 +162,14 @@ class UnlabelledDataModule(pl.LightningDataModule):
                     f"{self.text_column!r} of texts, but got {line!r} in row {number}."
                 )
         return torch.tensor([list(map(float, line)) for line in lines[first:]])
+
+
+def _read_frame(path: Path) -> Any:
+    pandas = import_optional("pandas", needed_for=f"the columns of '{path}'", extra="table")
+    try:
+        return pandas.read_csv(path) if path.suffix == ".csv" else pandas.read_parquet(path)
+    except (ValueError, OSError) as error:
+        raise UserValueError(f"Expected a table in '{path}', but it cannot be read: {error}") from None
 
 
 class _Batches(Dataset[Any]):

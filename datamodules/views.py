@@ -86,7 +86,8 @@ class ViewsDataModule(SampleDataModule):
         self,
         path: str | PathLike[str] | None = None,
         arrays: Mapping[str, Any] | None = None,
-        dataset: Dataset[Any] | None = None,
+        # Without its parameter, because jsonargparse takes no subclass of a generic alias.
+        dataset: Dataset | None = None,  # type: ignore[type-arg]
         transform: Callable[[Any], Any] | None = None,
         batch_size: int = 256,
         num_views: int = 2,

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from glai_lightning._clone import find_parts_beside
 from glai_lightning.heads.churn import ChurnProbe, pattern_churn, structure_settled
+from glai_lightning.heads.finding import FoundHead, find_heads
 from glai_lightning.heads.frozen import GLAIHead, freeze_structure
+from glai_lightning.heads.gated import glu_head, polyglu_head
 from glai_lightning.heads.mlp import mlp_head
 from glai_lightning.heads.paths import matched_hidden_features
 from glai_lightning.heads.patterns import activation_patterns
+from glai_lightning.heads.random_features import eugen_head, random_feature_head
+from glai_lightning.solvers.refit import distil_eugen, rectify
 
 find_parts_beside()
 
@@ -25,16 +29,24 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ChurnProbe",
+    "FoundHead",
     "GLAIHead",
     "HeadModule",
     "PrototypicalModule",
     "SimCLRModule",
     "SupervisedModule",
     "activation_patterns",
+    "distil_eugen",
+    "eugen_head",
+    "find_heads",
     "freeze_structure",
+    "glu_head",
     "matched_hidden_features",
     "mlp_head",
     "pattern_churn",
+    "polyglu_head",
+    "random_feature_head",
+    "rectify",
     "structure_settled",
 ]
 

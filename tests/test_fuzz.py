@@ -212,7 +212,9 @@ def test_all_that_is_public_is_fuzzed():
 layers = st.one_of(
     st.builds(nn.Linear, st.sampled_from([5, 8]), st.sampled_from([3, 8]), bias=st.booleans()),
     st.builds(nn.BatchNorm1d, st.sampled_from([3, 8]), affine=st.booleans(), track_running_stats=st.booleans()),
-    st.sampled_from([nn.ReLU, nn.GELU, nn.LeakyReLU, nn.PReLU, nn.Flatten, nn.Identity, nn.Dropout]).map(lambda k: k()),
+    st.sampled_from([nn.ReLU, nn.GELU, nn.LeakyReLU, nn.PReLU, nn.Flatten, nn.Identity, nn.Dropout, nn.Softmax]).map(
+        lambda k: k()
+    ),
     st.builds(nn.PReLU, st.sampled_from([3, 8])),
     st.sampled_from([lambda: nn.LazyLinear(8), lambda: nn.Linear(8, 8, dtype=torch.complex64)]).map(
         lambda make: make()

@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import Callback
 
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.modules.checkpoint_file import check_checkpoint
+from glai_lightning.modules.checkpoint_file import DESCRIPTION, check_checkpoint
+from glai_lightning.modules.head_module import HeadModule, shipped_module
 
 
 def check_given(path: str, *, weights_only: bool) -> None:
@@ -34,17 +35,17 @@ def check_given(path: str, *, weights_only: bool) -> None:
         check_checkpoint(path)
 
 
-def find_checkpoint(name: str, trainer: Any) -> str | None:
-    """Return the checkpoint that earlier fits of the same configuration left behind.
+def find_checkpoint(name: str, roots: Iterable[Path]) -> str | None:
+    """Return the checkpoint that earlier fits left behind.
 
     Args:
         name: 'best', of the latest fit by the score that it monitored, or 'last', the file that was written last.
-        trainer: where the configuration writes checkpoints to.
+        roots: folders below which there may be checkpoints.
 
     Returns:
         The path; ``None`` where there is none.
     """
-    files = [file for folder in _checkpoint_folders(trainer) for file in folder.glob("*.ckpt")]
+    files = [file for folder in _checkpoint_folders(roots) for file in folder.glob("*.ckpt")]
     if not files:
         return None
     latest = max(files, key=lambda file: file.stat().st_mtime)
@@ -56,6 +57,29 @@ def find_checkpoint(name: str, trainer: Any) -> str | None:
             if candidate.is_file():
                 return str(candidate)
     return None
+
+
+def checked_checkpoint(given: str) -> str:
+    """Return the file that ``--ckpt_path`` names, 'best' and 'last' those of the latest fit in ``runs``.
+
+    Raises:
+        MisconfigurationException: if there is no such file.
+        ValueError: if it is no checkpoint.
+    """
+    if given in ("best", "last"):
+        given = find_named(given, [Path("runs"), *Path("runs").glob("*")])
+    check_given(given, weights_only=True)
+    return given
+
+
+def described_module(checkpoint: str) -> HeadModule | None:
+    """Make the module of a checkpoint as it describes itself; ``None`` if it does not, or is one of the user's own."""
+    described = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(DESCRIPTION, {})
+    kind = shipped_module(described.get("module"))
+    parts = ("head", "backbone") if described.get("has_backbone") else ("head",)
+    if kind is None or any(described.get(part) is None for part in parts):
+        return None
+    return kind.load_from_checkpoint(checkpoint, map_location="cpu")
 
 
 def checkpoint_roots(trainer: Any) -> list[Path]:
@@ -80,8 +104,24 @@ def saved_configuration(checkpoint: str) -> Path | None:
     return beside if beside.is_file() else None
 
 
-def _checkpoint_folders(trainer: Any) -> Iterable[Path]:
-    for root in checkpoint_roots(trainer):
+def find_named(name: str, roots: Iterable[Path]) -> str:
+    """Return the checkpoint that ``find_checkpoint`` finds.
+
+    Raises:
+        MisconfigurationException: if there is none.
+    """
+    roots = list(roots)
+    found = find_checkpoint(name, roots)
+    if found is None:
+        raise UserMisconfigurationError(
+            f"Expected the {name} checkpoint of an earlier fit in {' or '.join(f'{str(r)!r}' for r in roots)}, but "
+            "found none. Name its file with `--ckpt_path`."
+        )
+    return found
+
+
+def _checkpoint_folders(roots: Iterable[Path]) -> Iterable[Path]:
+    for root in roots:
         yield from (root, root / "checkpoints", *root.glob("version_*/checkpoints"))
 
 

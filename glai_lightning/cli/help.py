@@ -16,8 +16,10 @@ _COMMANDS = {
     "test": "test a checkpoint: glai test --ckpt_path CKPT",
     "validate": "validate a checkpoint",
     "predict": "predict for rows, images or texts: glai predict --ckpt_path CKPT --data FILE",
+    "export": "write a model for use without this package: onnx, torch-export, mlp, safetensors",
     "solve": "solve the last layer anew, with samples added or forgotten, from statistics",
     "compare": "measure a configuration beside the same fit that is never frozen",
+    "cache": "compute the embeddings of a frozen backbone ahead; --list DIR, --prune DIR",
     "recipes": "list the shipped configurations; with a name, copy one into this folder",
 }
 _FIRST_STEP = """First step, on data that comes with it:
@@ -49,9 +51,17 @@ _PREDICTED = {
     "--data FILE": "an .npz file with `x`, a CSV file, or a folder of images, all without labels",
     "--to FILE": "where to write, .csv or .npz (default: predictions.csv)",
 }
+_EXPORTED = {
+    "--ckpt_path FILE": "the checkpoint; 'best' and 'last' stand for those of the latest fit in runs/",
+    "--to FORMAT": "onnx or torch-export: the model with its preprocessing, for any batch size; mlp: what follows the "
+    "backbone, as layers of torch.nn; safetensors: the weights and a description",
+    "--output FILE": "the file to write (default: model.onnx, model.pt2, model.pt, model.safetensors)",
+    "--shape SIZES": "of one input, as in 3,32,32; only for a backbone of your own",
+    "--config FILE": "configuration of the fit, for a module of your own (default: the one beside the checkpoint)",
+}
 _SOLVED = {
     "--ckpt_path FILE": "the checkpoint of the fit, which describes its module",
-    "--config FILE": "configuration of the fit, for a head or a backbone of your own",
+    "--config FILE": "configuration of the fit, for a module of your own (default: the one beside the checkpoint)",
     "--statistics FILE": "sums over the samples; read if it is there, and written if samples are added or forgotten",
     "--add DATA": "an .npz file with rows `x` and targets `y` (or `x_train` and `y_train`), or statistics of others; "
     "may be given several times",
@@ -61,6 +71,10 @@ _SOLVED = {
     "--head NAME": "ridge, lda or prototypes (default: ridge)",
     "--class_weights balanced": "count all classes alike",
     "--to FILE": "the checkpoint to write (default: beside that of the fit, ending with .solved.ckpt)",
+}
+_SHORT = {
+    "export": ("usage: glai export --ckpt_path CKPT --to FORMAT [--output FILE]", _EXPORTED),
+    "solve": ("usage: glai solve --ckpt_path CKPT --statistics FILE [options]", _SOLVED),
 }
 _COMPARED = {
     "--variants A,B": "what to compare, with commas between, of the variants below",
@@ -79,6 +93,8 @@ _ABOUT = {
     "validate": "Validate a checkpoint.",
     "test": "Test a checkpoint. Its configuration is that of its fit, unless another is given.",
     "predict": "Write predictions. The configuration is that of the fit, unless another is given.",
+    "export": "Write the model of a checkpoint to a file for use without this package. A frozen head is written as a "
+    "plain MLP where it can be. Install what it needs with the extra `export`.",
     "solve": "Solve the last layer of a trained model anew, in closed form. Samples are added to the statistics, or "
     "taken out of them; the samples of before are not needed. The checkpoint that is written loads as any other.",
     "compare": "Measure, on the fit that a configuration describes, freezing the structure of the head against never "
@@ -111,11 +127,11 @@ def command_help(command: str) -> str:
     """Return the options of a command, and the classes that it takes, each with a sentence.
 
     Args:
-        command: 'fit', 'validate', 'test', 'predict', 'solve' or 'compare'.
+        command: 'fit', 'validate', 'test', 'predict', 'export', 'solve' or 'compare'.
     """
-    if command == "solve":
-        usage = "usage: glai solve --ckpt_path CKPT --statistics FILE [options]"
-        return "\n".join([usage, "", *textwrap.wrap(_ABOUT[command], _WIDTH), "", "Options:", *_listed(_SOLVED)])
+    if command in _SHORT:
+        usage, listed = _SHORT[command]
+        return "\n".join([usage, "", *textwrap.wrap(_ABOUT[command], _WIDTH), "", "Options:", *_listed(listed)])
     options = {"fit": {}, "predict": _PREDICTED, "compare": _COMPARED}.get(command, {})
     if command != "compare":
         options = {**_CHECKPOINT, **options}

@@ -16,13 +16,12 @@ from glai_lightning.cli.checkpoints import (
     check_given,
     checkpoint_roots,
     find_checkpoint,
+    find_named,
     saved_configuration,
 )
-from glai_lightning.cli.predict import PredictionWriter
-from glai_lightning.datamodules import UnlabelledDataModule
-from glai_lightning.datamodules.base import BaseDataModule
+from glai_lightning.cli.predict import PredictionWriter, is_inputs
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.modules.head_module import HeadModule, has_test, steps_per_batch
+from glai_lightning.modules.head_module import has_test, steps_per_batch
 
 
 class GlaiCLI(LightningCLI):
@@ -98,7 +97,10 @@ class GlaiCLI(LightningCLI):
         arguments = self.config_init[self.subcommand]
         given = arguments.get("ckpt_path")
         if given in ("best", "last"):
-            arguments["ckpt_path"] = self._find_checkpoint(given)
+            roots = checkpoint_roots(self.trainer)
+            # As in Lightning, `fit --ckpt_path=last` may be given before there is anything to resume.
+            may_be_none = self.subcommand == "fit" and given == "last"
+            arguments["ckpt_path"] = (find_checkpoint if may_be_none else find_named)(given, roots)
         if self.subcommand != "fit":
             # They would leave a folder for each call, with nothing in it.
             self.trainer.loggers = []
@@ -116,10 +118,6 @@ class GlaiCLI(LightningCLI):
         expected = [r"Checkpoint directory .* exists and is not empty", r"Couldn't infer the batch indices"]
         # The best one of a fit that is resumed is kept, see `KeepsBest`.
         expected.append(r"The dirpath has changed")
-        if isinstance(self.model, HeadModule):
-            expected.append(r"Found \d+ module\(s\) in eval mode")
-        if isinstance(self.datamodule, BaseDataModule | UnlabelledDataModule):
-            expected.append(r"The '\w+' does not have many workers")
         for message in expected:
             warnings.filterwarnings("ignore", message=message)
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")
@@ -138,17 +136,6 @@ class GlaiCLI(LightningCLI):
     def after_predict(self) -> None:
         """Say where the predictions are."""
         print(f"Predictions of {self.predictions.num_inputs:,} inputs: {self.predictions.to}")
-
-    def _find_checkpoint(self, name: str) -> str | None:
-        found = find_checkpoint(name, self.trainer)
-        # As in Lightning, `fit --ckpt_path=last` may be given before there is anything to resume.
-        if found is None and not (self.subcommand == "fit" and name == "last"):
-            roots = " or ".join(f"'{root}'" for root in checkpoint_roots(self.trainer))
-            raise UserMisconfigurationError(
-                f"Expected the {name} checkpoint of an earlier fit in {roots}, but found none. Name its file with "
-                "`--ckpt_path`."
-            )
-        return found
 
     @staticmethod
     def configure_optimizers(
@@ -212,7 +199,7 @@ def complete(arguments: list[str]) -> list[str]:
             )
         print(f"Configuration of the fit: {saved}")
         rest = ["--config", str(saved), *rest]
-    if command == "predict" and data is not None and (os.path.exists(data) or Path(data).suffix in (".npz", ".csv")):
+    if command == "predict" and data is not None and is_inputs(data):
         at = next(n for n, argument in enumerate(rest) if argument.split("=")[0] == "--data")
         rest[at : at + (1 if "=" in rest[at] else 2)] = [
             "--data=glai_lightning.datamodules.UnlabelledDataModule",

@@ -1,4 +1,4 @@
-"""The ``glai`` command: fits, validates, tests, predicts and compares from YAML, shows a demo, and copies recipes."""
+"""The ``glai`` command: fits, validates, tests, predicts, exports and compares, shows a demo, and copies recipes."""
 
 import argparse
 import errno
@@ -8,12 +8,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from glai_lightning.checks import UserError, UserValueError
+from glai_lightning.checks import UserError
 from glai_lightning.cli.help import class_help, command_help, overview, versions
 from glai_lightning.cli.recipes import copy_recipe, list_recipes
 
-_NOT_BUILT_YET = ("export",)
-_WITH_HELP = ("fit", "validate", "test", "predict", "solve", "compare")
+_WITH_HELP = ("fit", "validate", "test", "predict", "export", "solve", "compare")
 #: What a file or a folder that the user names can cause, and a disk that is full.
 _USERS_ERRNOS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS),
@@ -74,10 +73,6 @@ def _run(arguments: list[str]) -> int:
     if command in _WITH_HELP and arguments[1:] and arguments[1] in ("--help", "-h"):
         print(class_help(arguments[2]) if arguments[2:] else command_help(command))
         return 0
-    if command in _NOT_BUILT_YET:
-        raise UserValueError(
-            f"Expected a command that is built, but got '{command}': `glai {command}` is not built yet."
-        )
     if command == "recipes":
         _recipes(arguments[1:])
         return 0
@@ -89,16 +84,41 @@ def _run(arguments: list[str]) -> int:
         from glai_lightning.cli.compare import run_comparison
 
         return run_comparison(arguments[1:])
+    if command == "export":
+        from glai_lightning.cli.export import run_export
+
+        run_export(arguments[1:])
+        return 0
     if command == "solve":
         from glai_lightning.cli.solve import run_solve
 
         run_solve(arguments[1:])
         return 0
+    if command == "cache":
+        from glai_lightning.cli.cache import run_cache
+
+        run_cache(arguments[1:])
+        return 0
     from glai_lightning.cli.lightning_cli import GlaiCLI, complete
+    from glai_lightning.cli.predict import predict_alone
 
     with warnings.catch_warnings():
-        GlaiCLI(complete(arguments))
+        options = dict(option.removeprefix("--").split("=", 1) for option in _joined(arguments[1:]))
+        alone = command == "predict" and {"ckpt_path", "data"} <= options.keys() <= {"ckpt_path", "data", "to"}
+        if not (alone and predict_alone(options["ckpt_path"], options["data"], options.get("to", "predictions.csv"))):
+            GlaiCLI(complete(arguments))
     return 0
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """Return options as ``--name=value``, those without a value with an empty one."""
+    joined: list[str] = []
+    for argument in arguments:
+        if argument.startswith("-") or not joined or not joined[-1].endswith("="):
+            joined.append(argument if "=" in argument else f"{argument}=")
+        else:
+            joined[-1] += argument
+    return joined
 
 
 def _recipes(arguments: list[str]) -> None:

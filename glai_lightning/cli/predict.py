@@ -1,14 +1,19 @@
 """What ``glai predict`` makes of the outputs of a module: a file with a line for each input."""
 
 import csv
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from glai_lightning.cli.checkpoints import checked_checkpoint, described_module
+from glai_lightning.datamodules import UnlabelledDataModule
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 
 _FORMATS = (".csv", ".npz")
@@ -62,6 +67,35 @@ class PredictionWriter(BasePredictionWriter):
             with self.to.open("w", encoding="utf-8", newline="") as file:
                 _write_csv(csv.writer(file), columns)
         self.num_inputs = len(outputs)
+
+
+def is_inputs(data: str) -> bool:
+    """Tell whether ``--data`` names a file or folder, and not a data module."""
+    return os.path.exists(data) or Path(data).suffix in (".npz", ".csv", ".parquet")
+
+
+def predict_alone(checkpoint: str, data: str, to: str) -> bool:
+    """Write predictions of a checkpoint that describes its module, for which no configuration is needed.
+
+    Args:
+        checkpoint: a checkpoint, or 'best' or 'last'.
+        data: an ``.npz`` file, a CSV or parquet file, or a folder of images.
+        to: the file to write.
+
+    Returns:
+        Whether ``data`` is such, and the checkpoint describes its module.
+    """
+    if not is_inputs(data):
+        return False
+    writer = PredictionWriter(Path(to))
+    inputs = UnlabelledDataModule(data)
+    module = described_module(checked_checkpoint(checkpoint))
+    if module is None:
+        return False
+    warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
+    Trainer(logger=False, callbacks=[writer], enable_checkpointing=False, devices=1).predict(module, inputs)
+    print(f"Predictions of {writer.num_inputs:,} inputs: {writer.to}")
+    return True
 
 
 def _names(trainer: Any, number: int) -> list[Any]:

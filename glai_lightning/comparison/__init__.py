@@ -1,4 +1,4 @@
-"""Comparing a head whose structure is frozen with one that never is, on somebody's own task."""
+"""Comparing a head whose structure is frozen with one that never is, on a task of your own."""
 
 from glai_lightning.comparison.protocol import compare
 from glai_lightning.comparison.report import markdown_report, text_report

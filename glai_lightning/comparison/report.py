@@ -56,16 +56,34 @@ def _check_comparison(comparison: object) -> None:
 
 
 def _rivals(comparison: Comparison) -> list[str]:
-    """Write how the variant that is judged does beside the baselines that a reviewer asks for first."""
+    """Write when the MLP was as good as the variant that is judged, and how that does beside simple baselines."""
     variant, margin = comparison.verdict.variant, comparison.verdict.margin
-    lines = []
+    lines = [_overtaking(comparison)]
     for rival in ("annealed", "linear", "random"):
         if rival in comparison.summary and rival != variant:
             faster, difference = comparison.beside(variant, rival)
             assert faster is not None
             score = comparison.test_score or comparison.score
             lines.append(f"Beside {rival}: {times(faster)} as fast; {score} {signed(difference, margin=margin)}.")
-    return ["\n".join(lines)] if lines else []
+    return ["\n".join(lines)]
+
+
+def _overtaking(comparison: Comparison) -> str:
+    variant = comparison.verdict.variant
+    summary, runs = comparison.summary[variant], comparison.of(variant)
+    finished = _number(_mean(runs, lambda run: getattr(run, f"finished_{comparison.clock}")), ".3g")
+    ends = f"{variant} had finished after {finished} s."
+    if summary.mlp_reached_seconds is None:
+        return f"The MLP never reached the best {comparison.score} of {variant}; {ends}"
+    seeds = (
+        ""
+        if summary.mlp_reached_runs == summary.num_runs
+        else (f", in {summary.mlp_reached_runs} of {summary.num_runs} seeds")
+    )
+    return (
+        f"The MLP reached the best {comparison.score} of {variant} after {summary.mlp_reached_seconds:.3g} s{seeds}; "
+        f"{ends}"
+    )
 
 
 def _heading(comparison: Comparison) -> str:

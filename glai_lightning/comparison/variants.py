@@ -15,7 +15,8 @@ from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
 from glai_lightning.fitting.fit_record import Mode
 from glai_lightning.fitting.heads_in_module import find_head
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.heads.layout import HeadLayout, HiddenLayer, read_head
+from glai_lightning.heads.chain import HiddenLayer
+from glai_lightning.heads.layout import HeadLayout, read_head
 from glai_lightning.heads.paths import count_path_weights, matched_hidden_features
 from glai_lightning.heads.record import Paths
 
@@ -274,7 +275,7 @@ def matched_head(head: nn.Module) -> nn.Sequential:
         head: an MLP head that can be read; it is not changed.
 
     Returns:
-        A head of the same layers: kinds, biases, BatchNorm, activations, and what stands before and behind them.
+        A head of the same layers: kinds, biases, BatchNorm, activations, and what stands before and after them.
 
     Raises:
         ValueError: if the head cannot be read.

@@ -10,24 +10,37 @@ from glai_lightning.checks import UserError, UserValueError
 from glai_lightning.fitting.heads_in_module import HeadSlot, find_head
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.heads.frozen import GLAIHead, check_freezable, freeze_in_place, unfreeze_in_place
+from glai_lightning.heads.joined import JoinedHead
+from glai_lightning.heads.layout import CannotBeCalledError
 from glai_lightning.heads.optimizers import replace_parameters, restore_parameters
 from glai_lightning.heads.record import Paths
 from glai_lightning.heads.restoring import HeadRestorer
 
 
-def check_head(slot: HeadSlot, paths: str) -> None:
+def check_head(slot: HeadSlot, paths: str) -> bool:
     """Check that there is a head in a slot, and that it can be frozen or is frozen already.
+
+    Returns:
+        Whether it could be read; ``False`` for one that is to be read when a step calls it, see ``read_first_call``.
 
     Raises:
         MisconfigurationException: otherwise.
     """
     head = find_head(slot.pl_module, slot.name)
     if isinstance(head, GLAIHead):
-        return
+        return True
+    if isinstance(head, JoinedHead) and paths != "output":
+        raise UserMisconfigurationError(
+            f"Expected `paths` to be 'output' for the head {slot.name!r}, whose layers another module calls, but got "
+            f"{paths!r}."
+        )
     try:
         check_freezable(head, paths=paths)
+    except CannotBeCalledError:
+        return False
     except UserError as error:
         raise UserMisconfigurationError(f"The head at {slot.name!r} cannot be frozen. {error}") from error
+    return True
 
 
 def frozen_head(slot: HeadSlot) -> GLAIHead:

@@ -87,6 +87,31 @@ class SolveRecord:
 
 
 @dataclass(frozen=True)
+class OnePassRecord:
+    """A fit that read its training data once.
+
+    Args:
+        samples: training samples that went through the backbone.
+        passes: over the kept inputs of the heads, after the epoch that kept them.
+        backbone_seconds: wall-clock seconds of the training batches of that epoch.
+        head_seconds: wall-clock seconds of the passes, the freeze and the solve, for which the backbone also reads the
+            validation data.
+    """
+
+    samples: int
+    passes: int
+    backbone_seconds: float
+    head_seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"One pass: {self.samples:,} training samples went through the backbone in {self.backbone_seconds:.2f} s; "
+            f"{self.passes} passes over the kept inputs of the head, its freeze and its solve took "
+            f"{self.head_seconds:.2f} s."
+        )
+
+
+@dataclass(frozen=True)
 class Parameters:
     """Sizes of a module at the end of its fit.
 
@@ -122,6 +147,7 @@ class FitRecord:
         max_epochs: how many epochs the fit was to have at most; ``None`` where that is not said.
         mlp_parameters: numbers that required gradients before the first step, where the structure was not frozen yet.
         solve: the solve, if there was one.
+        one_pass: what it took to read the training data once, where the fit did that.
         finished_seconds: wall-clock seconds until the end of the fit.
         finished_cpu_seconds: CPU seconds until then.
         bookkeeping_cpu_seconds: what the recorder did meanwhile, which no other figure counts.
@@ -144,6 +170,7 @@ class FitRecord:
     max_epochs: int | None = None
     mlp_parameters: int | None = None
     solve: SolveRecord | None = None
+    one_pass: OnePassRecord | None = None
     finished_seconds: float = 0.0
     finished_cpu_seconds: float = 0.0
     bookkeeping_cpu_seconds: float = 0.0

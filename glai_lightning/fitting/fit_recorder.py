@@ -148,6 +148,7 @@ class FitRecorder:
             max_epochs=trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None,
             mlp_parameters=self._mlp_parameters,
             solve=self._solve,
+            one_pass=None if freeze is None else freeze.one_pass_record,
             finished_seconds=finished.wall,
             finished_cpu_seconds=finished.cpu,
             bookkeeping_cpu_seconds=self._bookkeeping.cpu,

@@ -80,7 +80,7 @@ class HeadPass:
                 return None
         if rows is None:
             return None
-        return HeadBatch(rows.together(), _joined_targets(targets), _joined_weights(weights, targets))
+        return HeadBatch(rows.together(), joined_targets(targets), joined_weights(weights, targets))
 
 
 @contextmanager
@@ -121,7 +121,7 @@ class _Rows:
         return self._held[: self._count]
 
 
-def _joined_targets(targets: list[Tensor]) -> Tensor:
+def joined_targets(targets: list[Tensor]) -> Tensor:
     """Put targets together; where some are labels and some are probabilities, all as probabilities."""
     wide = next((part for part in targets if part.ndim == 2), None)
     if wide is not None:
@@ -134,7 +134,8 @@ def _as_probabilities(labels: Tensor, classes: int) -> Tensor:
     return labels.unsqueeze(1) if classes == 1 else F.one_hot(labels, classes)
 
 
-def _joined_weights(weights: list[Tensor | None], targets: list[Tensor]) -> Tensor | None:
+def joined_weights(weights: list[Tensor | None], targets: list[Tensor]) -> Tensor | None:
+    """Put weights together, 1 for each sample of a batch without; ``None`` if no batch has any."""
     given = next((part for part in weights if part is not None), None)
     if given is None:
         return None

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError, as_misconfiguration
 from glai_lightning.heads.frozen import GLAIHead
+from glai_lightning.heads.joined import head_at
 from glai_lightning.heads.layout import read_head
 
 
@@ -33,8 +34,7 @@ class HeadSlot:
     @property
     def module(self) -> nn.Module:
         """The head, frozen or not."""
-        module: nn.Module = self.pl_module.get_submodule(self.name)
-        return module
+        return head_at(self.pl_module, self.name)
 
     @property
     def is_frozen(self) -> bool:
@@ -82,13 +82,15 @@ def match_heads(pl_module: nn.Module, names: Sequence[str], argument: str = "hea
     """
     matched = [(name, given) for given in names for name in _match(pl_module, given, argument)]
     for (one, one_given), (other, other_given) in itertools.combinations(matched, 2):
-        inner, outer = sorted((one, other), key=len, reverse=True)
         if one == other:
             given = repr(one_given) if one_given == other_given else f"{one_given!r} and {other_given!r}"
             raise UserMisconfigurationError(
                 f"Expected `{argument}` to name every head once, but got {one!r} twice, by {given}."
             )
-        if inner.startswith(f"{outer}."):
+        parts = [(a, b) for a in one.split("+") for b in other.split("+")]
+        overlap = next((sorted(pair, key=len) for pair in parts if _lies_inside(*sorted(pair, key=len))), None)
+        if overlap is not None:
+            outer, inner = overlap
             raise UserMisconfigurationError(
                 f"Expected the heads in `{argument}` to lie apart, but got {inner!r} inside {outer!r}."
             )
@@ -96,6 +98,8 @@ def match_heads(pl_module: nn.Module, names: Sequence[str], argument: str = "hea
 
 
 def _match(pl_module: nn.Module, given: str, argument: str) -> list[str]:
+    if "+" in given:
+        return _match_joined(pl_module, given.split("+"), argument)
     if not is_pattern(given):
         return [given]
     matching = [name for name in list_heads(pl_module) if fnmatch.fnmatchcase(name, given)]
@@ -106,6 +110,26 @@ def _match(pl_module: nn.Module, given: str, argument: str) -> list[str]:
             f"{name_heads(pl_module)} What `configure_model` makes can be named, and not matched."
         )
     return heads
+
+
+def _lies_inside(outer: str, inner: str) -> bool:
+    return inner == outer or inner.startswith(f"{outer}.")
+
+
+def _match_joined(pl_module: nn.Module, parts: list[str], argument: str) -> list[str]:
+    """Return the joined heads that a chain of names means: the later ones may be relative to where the first lies."""
+    modules = dict(pl_module.named_modules())
+    firsts = [name for name in modules if name and fnmatch.fnmatchcase(name, parts[0])]
+    if not firsts:
+        raise UserMisconfigurationError(
+            f"Expected `{argument}` to name modules of `{type(pl_module).__name__}`, but got {parts[0]!r}. "
+            f"{name_heads(pl_module)}"
+        )
+    beside = [first.rpartition(".")[0] for first in firsts]
+    return [
+        "+".join([first, *(part if part in modules else f"{parent}.{part}".lstrip(".") for part in parts[1:])])
+        for first, parent in zip(firsts, beside, strict=True)
+    ]
 
 
 def find_head(pl_module: nn.Module, head_name: str) -> nn.Module:
@@ -121,6 +145,9 @@ def find_head(pl_module: nn.Module, head_name: str) -> nn.Module:
     """
     named: dict[str, nn.Module] = dict(pl_module.named_modules(remove_duplicate=False))
     head = named.get(head_name)
+    if head_name and all(part in named for part in head_name.split("+")):
+        with as_misconfiguration():
+            head = head_at(pl_module, head_name)
     if head is None or not head_name:
         raise UserMisconfigurationError(
             f"Expected `head` to name a module of `{type(pl_module).__name__}`, but got {head_name!r}. "
@@ -131,10 +158,11 @@ def find_head(pl_module: nn.Module, head_name: str) -> nn.Module:
             f"Expected the head at {head_name!r} to be a plain module, but got one wrapped by `torch.compile(head)`. "
             f"Call `head.compile()` instead, which compiles in place."
         )
+    own = {id(parameter) for parameter in head.parameters()}
     names: dict[int, str] = {}
     for name, parameter in pl_module.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(parameter), name)
-        if first != name and any(one.startswith(f"{head_name}.") for one in (first, name)):
+        if first != name and id(parameter) in own:
             raise UserMisconfigurationError(
                 f"Expected every parameter of the head at {head_name!r} to have one name, but got {first!r} "
                 f"under {name!r} as well, where it would be frozen too."

@@ -24,7 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError, as_misconfiguration
+from glai_lightning.heads.layout import HeadLayout
+from glai_lightning.heads.patterns import sample_shape
 
 LossKind = Literal["cross_entropy", "binary_cross_entropy", "mse"]
 
@@ -84,6 +86,17 @@ class LossReading:
 def precision_of(outputs: Iterable[Tensor]) -> float:
     """Return how far numbers that are computed from outputs of this dtype may be from what they are to be."""
     return max(1e-4 if tensor.dtype in (torch.float32, torch.float64) else 5e-2 for tensor in outputs)
+
+
+def outputs_of_layout(layout: HeadLayout, inputs: Tensor) -> Tensor:
+    """Return probing outputs, with a gradient, of the shape of those of a head for the inputs given.
+
+    Raises:
+        MisconfigurationException: for inputs whose outputs may have any shape.
+    """
+    with torch.no_grad(), as_misconfiguration():
+        shape = sample_shape(layout, inputs)
+    return probing_outputs((*shape, layout.num_outputs), layout.output.weight).requires_grad_()
 
 
 def probing_outputs(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -274,3 +287,8 @@ _TERMS: dict[LossKind, Callable[[Tensor, Tensor], _Terms]] = {
     "binary_cross_entropy": _binary_cross_entropy,
     "mse": _squared_error,
 }
+
+
+def rows_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
+    """Return what a head was given as rows (n, D), one for each row of its outputs (..., C)."""
+    return torch.cat([x.detach().reshape(z[..., 0].numel(), -1) for x, z in zip(inputs, outputs, strict=True)])

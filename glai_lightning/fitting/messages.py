@@ -4,6 +4,7 @@ import logging
 import shutil
 import sys
 import textwrap
+import warnings
 
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -32,3 +33,20 @@ def say(message: object) -> None:
         message: what is logged as information by the logger ``glai_lightning``.
     """
     _LOGGER.info("%s", message)
+
+
+def hide_warnings(*patterns: str) -> None:
+    """Hide warnings about what is done on purpose, until ``unhide_warnings`` is given the same patterns.
+
+    Args:
+        patterns: regular expressions that their messages begin with.
+    """
+    for pattern in patterns:
+        warnings.filterwarnings("ignore", message=pattern)
+
+
+def unhide_warnings(*patterns: str) -> None:
+    """Show again what ``hide_warnings`` hid."""
+    for entry in list(warnings.filters):
+        if entry[0] == "ignore" and getattr(entry[1], "pattern", None) in patterns:
+            warnings.filters.remove(entry)  # type: ignore[attr-defined]

@@ -1,17 +1,18 @@
 """What the first step of a fit shows of a head: whether its inputs are fixed, and what a freeze can save at most."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from glai_lightning.fitting.heads_in_module import HeadSlot
-from glai_lightning.fitting.loss_reading import HeadBatch, LossKind
-from glai_lightning.fitting.step_reading import SeenStep, rows_of
+from glai_lightning.fitting.loss_reading import HeadBatch, LossKind, rows_of
+from glai_lightning.fitting.replaying import FixedCalls
+from glai_lightning.fitting.step_reading import SeenStep
 from glai_lightning.heads.patterns import layout_of
 from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
@@ -41,11 +42,13 @@ class FirstLook:
     Attributes:
         batch: what was read of the first batch, in eval mode.
         random: whether the data loader draws at random.
+        calls: what modules before the head returned in the first step, where that is not run again.
     """
 
     def __init__(self, slot: HeadSlot, others: Sequence[nn.Module]) -> None:
         self.batch: HeadBatch | None = None
         self.random = False
+        self.calls: FixedCalls | None = None
         self._slot = slot
         self._others = others
         self._differs = False
@@ -80,6 +83,12 @@ class FirstLook:
             )
         if any(isinstance(module, _DropoutNd) and module.p > 0 and module.training for module in outside):
             reasons.append(("there is dropout outside the head", "the solve is for embeddings without it"))
+        elif self.calls is not None and any(map(_normalises_by_batch, outside)):
+            reasons.append(
+                ("there is normalisation by the batch outside the head", "the solve is for embeddings of one reading")
+            )
+        elif self.calls is not None and self.calls.random:
+            reasons.append(("a module outside the head draws at random", "the solve is for one draw"))
         elif self._differs:
             reasons.append(
                 (
@@ -119,8 +128,7 @@ class FirstLook:
         outside of the head the part of its parameters that is trained is taken to have a backward pass.
         """
         pl_module, head = self._slot.pl_module, self._slot.module
-        widths = layout_of(head).widths
-        products = [rows * before * after for before, after in itertools.pairwise(widths)]
+        products = [rows * product for product in layout_of(head).names.products]
         inner, last = sum(products[:-1]), products[-1]
         own = {id(parameter) for parameter in head.parameters()}
         outside = [parameter for parameter in pl_module.parameters() if id(parameter) not in own]
@@ -130,3 +138,7 @@ class FirstLook:
         step = 3 * (inner + last) - (0 if trained else products[0]) + multiply_adds_outside * (1 + 2 * part)
         frozen = sum(parameter.numel() for parameter in layout_of(head).structure_parameters())
         return saved / step, frozen / (trained + sum(parameter.numel() for parameter in head.parameters()))
+
+
+def _normalises_by_batch(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)

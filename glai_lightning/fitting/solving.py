@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -13,14 +13,19 @@ from torch.nn.modules.dropout import _DropoutNd
 from glai_lightning.fitting.across_processes import process_group, processes_of, share_buffers
 from glai_lightning.fitting.head_data import HeadPass
 from glai_lightning.fitting.heads_in_module import HeadSlot
+from glai_lightning.fitting.kept_inputs import KeptInputs
 from glai_lightning.fitting.loaders import draws_at_random, on_device, single_loader, validation_loader
 from glai_lightning.fitting.loss_reading import HeadBatch, LossNotReadError
 from glai_lightning.fitting.messages import say
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.fitting.replaying import FixedCalls
 from glai_lightning.fitting.solver_choice import FirstLook, choose_solver
 from glai_lightning.fitting.step_reading import SeenStep, Stage, StepReader, isolated_step
+from glai_lightning.heads.chain import title
 from glai_lightning.heads.frozen import GLAIHead
+from glai_lightning.heads.layout import CannotBeCalledError
 from glai_lightning.heads.optimizers import copy_state, forget_state
+from glai_lightning.heads.path_kinds import IndependentPathWeights
 from glai_lightning.heads.patterns import layout_of
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
@@ -28,6 +33,13 @@ Solver = LogisticSolver | RidgeSolver
 #: Returns what a head is given and trained on, from (batch, batch_idx, stage, head): inputs (n, D), targets, and the
 #: weights of samples (n,) if they differ; ``None`` for a batch in which the head has no part.
 ReadBatch = Callable[[Any, int, Stage, StepReader], HeadBatch | tuple[Tensor, ...] | None]
+
+
+class KeptEpoch(Protocol):
+    """What was kept of an epoch: what heads were given, by their names, and a record of the modules before them."""
+
+    calls: FixedCalls
+    kept: dict[str, KeptInputs]
 
 
 def check_solvable(head: nn.Module, head_name: str, paths: str) -> None:
@@ -41,18 +53,22 @@ def check_solvable(head: nn.Module, head_name: str, paths: str) -> None:
             "Expected `paths` to be 'output' or 'independent' with a solver, but got 'tangent', "
             "whose weights the optimizer trains."
         )
-    acting = [module for module in layout_of(head).trailing if not isinstance(module, _DropoutNd | nn.Identity)]
-    if acting:
+    try:
+        layout = layout_of(head)
+    except CannotBeCalledError as error:
+        raise UserMisconfigurationError(f"The head at {head_name!r} cannot be solved. {error}") from error
+    acting = [module for module in layout.trailing if not isinstance(module, _DropoutNd | nn.Identity)]
+    if acting or not isinstance(layout.output, nn.Linear | IndependentPathWeights):
+        got = f"`{title(acting[0])}` after it" if acting else f"`{type(layout.output).__name__}`"
         raise UserMisconfigurationError(
-            f"Expected the head at {head_name!r} to end with its last Linear, so that it can be solved, "
-            f"but got `{type(acting[0]).__name__}` after it."
+            f"Expected the head at {head_name!r} to end with its last Linear, so that it can be solved, but got {got}."
         )
 
 
 @contextmanager
 def unwinding(
     trainer: Any, slot: HeadSlot, revert: Callable[[dict[str, Tensor], dict[str, dict[str, Any]]], None]
-) -> Iterator[None]:
+) -> Iterator[tuple[dict[str, Tensor], dict[str, dict[str, Any]]]]:
     """Context in which a head is frozen and solved: if a solve fails, the head is as it was before the freeze.
 
     Args:
@@ -60,12 +76,15 @@ def unwinding(
         slot: the place of the head.
         revert: makes a frozen head an MLP again, from its state dict and what the optimizer remembered of its
             parameters, by their names.
+
+    Yields:
+        What ``revert`` would be given.
     """
     frozen_before = isinstance(slot.module, GLAIHead)
     weights = {name: value.detach().clone() for name, value in slot.module.state_dict().items()}
     optimizer_state = copy_state(trainer.optimizers[0], slot.module)
     try:
-        yield
+        yield weights, optimizer_state
     except Exception:
         if isinstance(slot.module, GLAIHead) and not frozen_before:
             revert(weights, optimizer_state)
@@ -82,15 +101,20 @@ class HeadSolve:
     Args:
         solver: what to solve with; "auto" to choose by that first step, see ``choose_solver``; ``None`` for no solve.
         paths: what stays trainable of the head.
+        keeps_inputs: whether the inputs of the head are kept from an epoch: they must be fixed, and there must be a
+            solve.
 
     Attributes:
         solved: whether the head is solved.
         report: what the solve did, or ``None``.
     """
 
-    def __init__(self, solver: Solver | Literal["auto"] | None, paths: str = "output") -> None:
+    def __init__(
+        self, solver: Solver | Literal["auto"] | None, paths: str = "output", *, keeps_inputs: bool = False
+    ) -> None:
         self.solver = solver
         self.paths = paths
+        self.keeps_inputs = keeps_inputs
         self.solved = False
         self.report: SolveReport | None = None
         self.start()
@@ -106,6 +130,7 @@ class HeadSolve:
         self._solver: Solver | None = None
         self._declined = False
         self._news: str | None = None
+        self._after_step: Callable[[], None] | None = None
 
     def start_over(self) -> None:
         """Forget the solve that was, because its head is an MLP again."""
@@ -126,6 +151,7 @@ class HeadSolve:
         read: ReadBatch,
         *,
         others: Sequence[nn.Module] = (),
+        calls: FixedCalls | None = None,
     ) -> None:
         """See, on the first batch of a fit and of an epoch, that the loss can be solved.
 
@@ -136,6 +162,8 @@ class HeadSolve:
             batch_idx: its index.
             read: reads a batch.
             others: other heads with a loss of their own, which are beside this one and not before it.
+            calls: what modules before the heads return in the next step, if that is recorded. The batch then is read
+                by ``after_step``, without running them again.
 
         Raises:
             MisconfigurationException: if there are several data loaders, or the loss cannot be solved; with "auto" that
@@ -148,6 +176,7 @@ class HeadSolve:
                 self._reader.see_next_step(partial(self._check_again, trainer))
             return
         look = FirstLook(slot, others)
+        look.calls = calls
         reader = StepReader(trainer, slot.pl_module, slot.name)
         with self._deciding(trainer, look):
             check_solvable(slot.module, slot.name, self.paths)
@@ -155,18 +184,46 @@ class HeadSolve:
                 single_loader(trainer.train_dataloader, "training"), partial(on_device, trainer)
             )
             validation_loader(trainer)
-            counted = look.counting() if self.solver == "auto" else nullcontext()
-            with counted, isolated_step(slot.pl_module):
-                look.batch = _as_head_batch(read(batch, batch_idx, "training", reader))
+        first_look = partial(self._look, trainer, look, reader, lambda: read(batch, batch_idx, "training", reader))
+        if calls is not None:
+            seen: list[SeenStep] = []
+            reader.see_next_step(seen.append)
+            self._after_step = partial(self._look_and_check, trainer, look, first_look, seen)
+        elif not self._declined and first_look() and reader.kind is not None:
+            reader.see_next_step(partial(self._check_first, trainer, look))
+
+    def _look(
+        self,
+        trainer: Any,
+        look: FirstLook,
+        reader: StepReader,
+        read: Callable[[], HeadBatch | tuple[Tensor, ...] | None],
+    ) -> bool:
+        """Read the batch; tell whether the head is called by it, and may be solved."""
+        with self._deciding(trainer, look):
+            quietly = look.counting() if self.solver == "auto" and look.calls is None else nullcontext()
+            with quietly if look.calls is None else look.calls.replaying(), isolated_step(reader.pl_module):
+                look.batch = _as_head_batch(read())
         if self._declined or not trainer.strategy.reduce_boolean_decision(look.batch is not None):
             # A head that this batch does not call is looked at in the next.
-            return
+            return False
         self._reader = reader
         if reader.kind is None:
             # An override said what the head is trained on, and its step was not looked at.
             self._decide(trainer, look)
-        else:
-            reader.see_next_step(partial(self._check_first, trainer, look))
+        return True
+
+    def after_step(self) -> None:
+        """Read the step that was recorded, if it is the first that is looked at, once it has run."""
+        after_step, self._after_step = self._after_step, None
+        if after_step is not None:
+            after_step()
+
+    def _look_and_check(
+        self, trainer: Any, look: FirstLook, first_look: Callable[[], bool], seen: list[SeenStep]
+    ) -> None:
+        if first_look() and self._reader is not None and self._reader.kind is not None:
+            self._check_first(trainer, look, seen[0])
 
     def _check_first(self, trainer: Any, look: FirstLook, seen: SeenStep) -> None:
         assert self._reader is not None
@@ -186,6 +243,11 @@ class HeadSolve:
         assert look.batch is not None
         moving = look.moving_inputs()
         with self._deciding(trainer, look):
+            if moving and self.keeps_inputs:
+                raise UserMisconfigurationError(
+                    f"Expected inputs of the head at {self._reader.name!r} that are fixed with `one_pass=True`, but "
+                    f"{moving[0][0]}."
+                )
             if self.solver == "auto":
                 if moving:
                     raise UserMisconfigurationError(moving[0][0])
@@ -205,14 +267,36 @@ class HeadSolve:
             try:
                 yield
             except UserMisconfigurationError as error:
-                if self.solver != "auto":
+                if self.solver != "auto" or self.keeps_inputs:
                     raise
                 obstacle = str(error)
-        if self.solver == "auto" and not trainer.strategy.reduce_boolean_decision(obstacle is None):
+        if (
+            self.solver == "auto"
+            and not self.keeps_inputs
+            and not trainer.strategy.reduce_boolean_decision(obstacle is None)
+        ):
             self._declined, self._solver = True, None
             self._news = look.describe_freeze(obstacle or "another process found that it cannot be", self.paths)
 
-    def run(self, trainer: Any, slot: HeadSlot, read: ReadBatch) -> SolveReport:
+    @property
+    def reader(self) -> StepReader | None:
+        """What reads the steps of the fit, once it has read the first that calls the head."""
+        return self._reader
+
+    @property
+    def chosen(self) -> Solver:
+        """The solver, once it is chosen."""
+        assert self._solver is not None
+        return self._solver
+
+    def collect(self, trainer: Any, read: ReadBatch) -> HeadPass:
+        """Return what the head is given and trained on over the training data, to be read from its loader."""
+        loader = single_loader(trainer.train_dataloader, "training")
+        assert self._reader is not None
+        read_training = _read_in("training", read, self._reader)
+        return HeadPass(trainer, loader, _batches_to_read(trainer), "training", read_training)
+
+    def run(self, trainer: Any, slot: HeadSlot, read: ReadBatch, kept: KeptEpoch | None = None) -> SolveReport:
         """Solve for the path weights over the training data of the fit, and set them.
 
         Each process of the fit reads its own part of the data; all of them must call this together.
@@ -225,6 +309,7 @@ class HeadSolve:
             trainer: the Trainer of the fit.
             slot: the place of the frozen head.
             read: reads a batch.
+            kept: what the head was given and trained on in an epoch, if that was kept.
 
         Returns:
             What the solve did.
@@ -243,18 +328,19 @@ class HeadSolve:
         share_buffers(trainer, slot.pl_module)
         reader = self._reader
         reader.look_anew()
-        loader = single_loader(trainer.train_dataloader, "training")
-        training = HeadPass(trainer, loader, _batches_to_read(trainer), "training", _read_in("training", read, reader))
+        source = self.collect(trainer, read) if kept is None else kept.kept[slot.name]
         with processes.failing_together():
-            data = training.held()
-        validation = _read_validation(trainer, read, reader)
+            data = source.held()
+        # The fit validates next, on what the modules before the head return here.
+        with nullcontext() if kept is None else kept.calls.keeping():
+            validation = _read_validation(trainer, read, reader)
         if processes.sum_numbers(data is None) != [0.0]:
             data = None
-        weighted = processes.sum_numbers(training.weighted) != [0.0]
+        weighted = processes.sum_numbers(source.weighted) != [0.0]
         solver = _solver_for(self._solver, reader, weighted=weighted)
         options: dict[str, Any] = {"validation": validation, "group": process_group(trainer)}
         if data is None:
-            report = solver.solve(head, training, **options)
+            report = solver.solve(head, source, **options)
         else:
             inputs, targets, weights = data
             if weighted:

@@ -27,16 +27,14 @@ import inspect
 import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
 from glai_lightning.fitting.loss_reading import (
@@ -49,22 +47,20 @@ from glai_lightning.fitting.loss_reading import (
     head_batch,
     label_smoothing_of,
     loss_gradient,
+    outputs_of_layout,
     precision_of,
-    probing_outputs,
     read_loss,
+    rows_of,
     shows_its_loss,
 )
+from glai_lightning.fitting.step_watch import LossCall, LossReached, StepWatch
 from glai_lightning.heads.frozen import GLAIHead, frozen_parameters
-from glai_lightning.heads.patterns import apply_leading, layout_of
+from glai_lightning.heads.joined import head_at
+from glai_lightning.heads.patterns import layout_of
 
 Stage = Literal["training", "validation"]
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
-_LOSSES: dict[Callable[..., Any], LossKind] = {
-    F.cross_entropy: "cross_entropy",
-    F.binary_cross_entropy_with_logits: "binary_cross_entropy",
-    F.mse_loss: "mse",
-}
 
 
 @contextmanager
@@ -111,110 +107,6 @@ def _log_nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-class _LossReached(BaseException):
-    """Ends a step at the loss call that was looked for; not an error, and not for user code to catch."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A plain call of a known loss function on what the head returned: a mean over samples, with hard targets."""
-
-    kind: LossKind
-    place: int
-    targets: Tensor
-    label_smoothing: float
-    ignore_index: int
-
-
-class _StepWatch(TorchFunctionMode):
-    """Context that notes what a head is given and returns, and what becomes of it.
-
-    Args:
-        head: the head.
-        outputs: what the head returns instead of running, from its inputs; ``None`` to let it run.
-        stop: whether to end the step, by raising ``_LossReached``, at the first plain loss call.
-
-    Attributes:
-        inputs: what the head was given, call by call.
-        outputs: what it returned, call by call; before any change that is made to it in place.
-        calls: plain loss calls on what it returned.
-        numbers: all numbers with a gradient that were computed.
-    """
-
-    def __init__(
-        self, head: nn.Module, outputs: Callable[[Tensor], Tensor] | None = None, *, stop: bool = False
-    ) -> None:
-        super().__init__()
-        self.inputs: list[Tensor] = []
-        self.outputs: list[Tensor] = []
-        self.calls: list[_Call] = []
-        self.numbers: list[Tensor] = []
-        self._head = head
-        self._replacement = outputs
-        self._stop = stop
-        self._passed: list[Tensor] = []
-
-    def __enter__(self) -> "_StepWatch":
-        self._kept = self._head.__dict__.get("forward")
-        forward = self._head.forward
-
-        @functools.wraps(forward)
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if inputs is None:
-                return forward(*args, **kwargs)
-            outputs = forward(*args, **kwargs) if self._replacement is None else self._replacement(inputs)
-            if not isinstance(outputs, Tensor):
-                return outputs
-            # What follows may change the copy in place; the gradient is asked for by the original.
-            passed = outputs.clone()
-            self.inputs.append(inputs)
-            self.outputs.append(outputs)
-            self._passed.append(passed)
-            return passed
-
-        self._head.__dict__["forward"] = noted
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        del self._head.__dict__["forward"]
-        if self._kept is not None:
-            self._head.__dict__["forward"] = self._kept
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run a torch function, and note what is of interest."""
-        kwargs = kwargs or {}
-        if func in _LOSSES and self._passed:
-            call = self._plain_call(_LOSSES[func], inspect.signature(func).bind(*args, **kwargs))
-            if call is not None:
-                self.calls.append(call)
-                if self._stop:
-                    raise _LossReached
-        result = func(*args, **kwargs)
-        if self._passed and isinstance(result, Tensor) and result.ndim == 0 and result.requires_grad:
-            self.numbers.append(result)
-        return result
-
-    def _plain_call(self, kind: LossKind, bound: inspect.BoundArguments) -> _Call | None:
-        bound.apply_defaults()
-        arguments = bound.arguments
-        scored, targets = arguments["input"], arguments["target"]
-        weighted = any(arguments.get(name) is not None for name in ("weight", "pos_weight"))
-        hard = kind != "cross_entropy" or not targets.is_floating_point()
-        if arguments["reduction"] != "mean" or weighted or not hard:
-            return None
-        for place, passed in enumerate(self._passed):
-            whole = scored.numel() == passed.numel() and scored.is_contiguous() and passed.is_contiguous()
-            if whole and scored.untyped_storage().data_ptr() == passed.untyped_storage().data_ptr():
-                smoothing, ignored = arguments.get("label_smoothing", 0.0), arguments.get("ignore_index", -100)
-                return _Call(kind, place, targets.detach(), float(smoothing), ignored)
-        return None
-
-
 class StepReader:
     """Reads off the steps of a module what one of its heads is given, and what it is trained on.
 
@@ -226,6 +118,7 @@ class StepReader:
     Attributes:
         kind: which loss the head is trained on; ``None`` until a batch was read.
         label_smoothing: of a cross-entropy with labels, in [0, 1).
+        scale: the sum of the weights of the samples of a training batch in its loss, 1 for a mean of cross-entropies.
     """
 
     def __init__(self, trainer: Any, pl_module: Any, name: str) -> None:
@@ -234,14 +127,14 @@ class StepReader:
         self.name = name
         self.kind: LossKind | None = None
         self.label_smoothing = 0.0
+        self.scale = 1.0
         self._stops: dict[Stage, bool] = {}
         self._seen: tuple[LossReading, Tensor] | None = None
 
     @property
     def module(self) -> nn.Module:
         """The head as it is now."""
-        module: nn.Module = self.pl_module.get_submodule(self.name)
-        return module
+        return head_at(self.pl_module, self.name)
 
     def look_anew(self) -> None:
         """Read the whole step of the next batch of each stage, to see that its loss is still what it was."""
@@ -279,11 +172,33 @@ class StepReader:
             # What the next step of the fit is compared with; the batches of a solve are none of its steps.
             self._seen = (reading, inputs) if self.kind is None else None
             self.label_smoothing = smoothing
+            self.scale = float(reading.weights.sum())
         self.kind = reading.kind
         read = head_batch(reading, inputs, smoothing)
         if first:
             self._stops[stage] = bool(watch.calls) and _same(self._from_call(watch, watch.calls[0]), read)
         return read
+
+    @property
+    def stops_at_loss(self) -> bool:
+        """Whether the first batch showed that one plain loss call in ``training_step`` is the whole loss."""
+        return self._stops.get("training", False)
+
+    def watched(self) -> AbstractContextManager["StepWatch"]:
+        """Return a context in which a step of the fit runs as always, to be read by ``read_watched``."""
+        return StepWatch(self.module)
+
+    def read_watched(self, watch: "StepWatch") -> HeadBatch | None:
+        """Read the batch of a step that was watched; ``None`` if it does not call the head.
+
+        Raises:
+            MisconfigurationException: if the loss was not called as in the first batch.
+        """
+        if not watch.outputs:
+            return None
+        if not watch.calls:
+            raise _unreadable(self.name, "training_step", "does not call the loss function of the first batch")
+        return self._from_call(watch, watch.calls[0])
 
     def see_next_step(self, check: Callable[["SeenStep"], None]) -> None:
         """Let the next training step of the fit be seen while it runs as always.
@@ -299,7 +214,7 @@ class StepReader:
             del pl_module.__dict__["training_step"]
             if replaced is not None:
                 pl_module.__dict__["training_step"] = replaced
-            with torch.compiler.set_stance("force_eager"), _StepWatch(self.module) as watch:
+            with torch.compiler.set_stance("force_eager"), StepWatch(self.module) as watch:
                 returned = step(*args, **kwargs)
             check(SeenStep(watch.inputs, watch.outputs, _loss_of(returned)))
             return returned
@@ -352,26 +267,20 @@ class StepReader:
             for parameter in parameters:
                 parameter.requires_grad_(False)
 
-    def _run(self, batch: Any, batch_idx: int, stage: Stage, *, stop: bool) -> tuple[_StepWatch, Any]:
-        layout = layout_of(self.module)
-
-        def stand_in(inputs: Tensor) -> Tensor:
-            with torch.no_grad():
-                shape = apply_leading(layout, inputs).shape[:-1]
-            return probing_outputs((*shape, layout.output.out_features), layout.output.weight).requires_grad_()
-
+    def _run(self, batch: Any, batch_idx: int, stage: Stage, *, stop: bool) -> tuple[StepWatch, Any]:
+        stand_in = functools.partial(outputs_of_layout, layout_of(self.module))
         step: Any = getattr(self.pl_module, f"{stage}_step")
         while getattr(step, "is_seen", False):
             # The next step is to be seen for another head.
             step = step.__wrapped__
         arguments = (batch, batch_idx) if len(inspect.signature(step).parameters) > 1 else (batch,)
-        watch, returned = _StepWatch(self.module, stand_in, stop=stop), None
-        with torch.enable_grad(), self.trainer.precision_plugin.forward_context(), suppress(_LossReached), watch:
+        watch, returned = StepWatch(self.module, stand_in, stop=stop), None
+        with torch.enable_grad(), self.trainer.precision_plugin.forward_context(), suppress(LossReached), watch:
             returned = step(*arguments)
         return watch, returned
 
     def _read_loss(
-        self, watch: _StepWatch, returned: Any, stage: Stage, parameters: Sequence[nn.Parameter]
+        self, watch: StepWatch, returned: Any, stage: Stage, parameters: Sequence[nn.Parameter]
     ) -> LossReading | None:
         if stage == "validation":
             return self._read_any(watch)
@@ -388,7 +297,7 @@ class StepReader:
                 )
         return read_loss(loss, watch.outputs)
 
-    def _read_any(self, watch: _StepWatch) -> LossReading:
+    def _read_any(self, watch: StepWatch) -> LossReading:
         """Read the first number of a validation step that is a loss of the kind that the head is trained on."""
         for number in watch.numbers:
             with suppress(LossNotReadError):
@@ -397,7 +306,7 @@ class StepReader:
                     return reading
         raise _unreadable(self.name, "validation_step", "computes none")
 
-    def _from_call(self, watch: _StepWatch, call: _Call) -> HeadBatch:
+    def _from_call(self, watch: StepWatch, call: LossCall) -> HeadBatch:
         inputs = rows_of([watch.inputs[call.place]], [watch.outputs[call.place]])
         targets = call.targets
         if call.kind == "cross_entropy":
@@ -427,11 +336,6 @@ def _unreadable(name: str, step: str, what: str) -> LossNotReadError:
         f"Expected `{step}` to compute a loss of the outputs of the head at {name!r} that can be solved for, but it "
         f"{what}. Override `inputs_and_targets` of the callback to say what the head is to be solved for."
     )
-
-
-def rows_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-    """Return what a head was given as rows (n, D), one for each row of its outputs (..., C)."""
-    return torch.cat([x.detach().reshape(z[..., 0].numel(), -1) for x, z in zip(inputs, outputs, strict=True)])
 
 
 def _same(one: HeadBatch, other: HeadBatch) -> bool:

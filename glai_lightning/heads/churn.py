@@ -2,15 +2,19 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_integer, expect_number
-from glai_lightning.heads.layout import HeadLayout, in_mode
-from glai_lightning.heads.patterns import apply_leading, hidden_units, layout_of, patterns_of
+from glai_lightning.heads.joined import ends_of
+from glai_lightning.heads.layout import CannotBeCalledError, HeadLayout, read_head
+from glai_lightning.heads.patterns import layout_of, patterns_of
 
 
 def pattern_churn(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
@@ -114,17 +118,17 @@ def structure_settled(
 class ChurnProbe:
     """Measures the churn of a head on the inputs that it was last trained on.
 
-    It keeps a snapshot of the hidden layers and references to the last inputs seen in training mode with gradients
-    enabled (nothing is copied), and compares snapshot and head on those same inputs. That makes churn independent of
-    shuffling, of augmentation, of a moving backbone, and of whether there is validation at all.
+    It keeps a snapshot of the feature map's weights and references to the last inputs seen in training mode with
+    gradients enabled (nothing is copied), and compares snapshot and head on those same inputs. That makes churn
+    independent of shuffling, of augmentation, of a moving backbone, and of whether there is validation at all.
 
     Args:
-        head: an MLP head or a ``GLAIHead``.
+        head: a head or a ``GLAIHead``.
         probe_size: number of inputs to compare on, at least 1.
 
     Raises:
         TypeError: if ``head`` is not a module, or ``probe_size`` not an integer.
-        ValueError: if ``head`` is not an MLP of piecewise-linear layers, or ``probe_size`` is below 1.
+        ValueError: if ``head`` has no activation before a last Linear, or ``probe_size`` is below 1.
 
     Example:
         >>> import torch
@@ -142,32 +146,50 @@ class ChurnProbe:
         expect_integer("probe_size", probe_size, least=1)
         self.head = head
         self.probe_size = probe_size
-        self._names = layout_of(head).names
-        self.snapshot = [units.snapshot() for units in hidden_units(self.layout)]
+        self._layout: HeadLayout | None = None
+        with suppress(CannotBeCalledError):
+            self._layout = layout_of(head)
+        self.snapshot = self._copied()
         self.inputs: deque[Tensor] = deque()
+        #: What else the head was given, call by call.
+        self._others: deque[tuple[tuple[Any, ...], dict[str, Any]]] = deque()
         self._kept = 0
         #: Inputs seen since the last measurement, kept or not.
         self.seen = 0
         self._listens = True
-        self._detach = _watch_inputs(head, self._keep)
+        self._detach = _watch_inputs(ends_of(head)[0], self._keep)
 
-    @property
-    def layout(self) -> HeadLayout:
-        """The modules of the head, as they stand in it now."""
-        return self._names.find(self.head)
+    def _tensors(self) -> dict[str, Tensor]:
+        if self._layout is not None:
+            tensors = self._layout.structure_tensors()
+        else:
+            tensors = {**dict(self.head.named_parameters()), **dict(self.head.named_buffers())}
+        return {name: value.detach() for name, value in tensors.items() if value.is_floating_point()}
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self._tensors().items()}
 
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (self.head.training and torch.is_grad_enabled()):
+        if not (ends_of(self.head)[0].training and torch.is_grad_enabled()):
             return
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        rows = x.detach() if self._names.leading else x.detach().reshape(-1, x.shape[-1])
-        self.seen += len(rows)
+        if self._layout is None:
+            self._layout = read_head(self.head, *args, **kwargs)
+            own = self._tensors()
+            self.snapshot = {name: value for name, value in self.snapshot.items() if name in own}
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        x: Tensor = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
+        if self._layout.takes_rows and x.ndim != 2:
+            x = x.reshape(-1, x.shape[-1])
+            args, kwargs = (x,), {}
+        self.seen += len(x)
         if not self._listens:
             return
-        self.inputs.append(rows)
-        self._kept += len(rows)
+        self.inputs.append(x)
+        self._others.append((args, kwargs))
+        self._kept += len(x)
         while self._kept - len(self.inputs[0]) >= self.probe_size:
             self._kept -= len(self.inputs.popleft())
+            self._others.popleft()
 
     @property
     def has_inputs(self) -> bool:
@@ -186,33 +208,33 @@ class ChurnProbe:
 
     def _forget(self) -> None:
         self.inputs.clear()
+        self._others.clear()
         self._kept = 0
 
     def is_finite(self) -> bool:
         """Tell whether all numbers that decide the patterns are finite; NaN flips no bits and looks settled."""
-        return all(bool(t.isfinite().all()) for units in hidden_units(self.layout) for t in units.tensors().values())
+        return all(bool(value.isfinite().all()) for value in self._tensors().values())
 
     def restart(self) -> None:
         """Take a new snapshot, and forget the inputs kept so far."""
-        self.snapshot = [units.snapshot() for units in hidden_units(self.layout)]
+        self.snapshot = self._copied()
         self._forget()
         self.seen = 0
 
-    def resume(self, snapshot: Sequence[dict[str, Tensor]]) -> None:
+    def resume(self, snapshot: Mapping[str, Tensor]) -> None:
         """Measure the next churn against another snapshot, which was taken of the same head before.
 
         Args:
-            snapshot: for each hidden layer, its tensors at the last measurement.
+            snapshot: the tensors of the structure at the last measurement, by their names in the head.
 
         Raises:
-            ValueError: if shapes are not those of this head.
+            ValueError: if names or shapes are not those of this head.
         """
-        current = hidden_units(self.layout)
-        own = [{name: value.shape for name, value in units.tensors().items()} for units in current]
-        given = [{name: value.shape for name, value in tensors.items()} for tensors in snapshot]
+        own = {name: tuple(value.shape) for name, value in self.snapshot.items()}
+        given = {name: tuple(value.shape) for name, value in snapshot.items()}
         if own != given:
             raise UserValueError(f"Expected the snapshot of a head with tensors of shape {own}, but got {given}.")
-        self.snapshot = [units.with_tensors(tensors) for units, tensors in zip(current, snapshot, strict=True)]
+        self.snapshot = {name: value.to(self.snapshot[name].device) for name, value in snapshot.items()}
 
     def measure(self) -> tuple[Tensor, int]:
         """Compare the head with the snapshot on the inputs kept, and start again from here.
@@ -228,17 +250,16 @@ class ChurnProbe:
             raise UserValueError(
                 "Expected the head to be called in training before churn is measured, but it saw no input."
             )
+        assert self._layout is not None
         surplus = max(0, self._kept - self.probe_size)
         flipped, bits = torch.zeros((), dtype=torch.int64, device=self.inputs[0].device), 0
-        layout = self.layout
-        current = hidden_units(layout)
-        with torch.no_grad(), in_mode(layout.leading, training=False):
-            for kept in self.inputs:
-                x = apply_leading(layout, kept[surplus:])
-                surplus = 0
-                more_flipped, more_bits = count_flipped(patterns_of(self.snapshot, x), patterns_of(current, x))
-                flipped += more_flipped
-                bits += more_bits
+        for x, given in zip(self.inputs, self._others, strict=True):
+            args, kwargs = tree_map_only(Tensor, partial(_last_rows, rows=len(x), surplus=surplus), given)
+            surplus = 0
+            before = patterns_of(self._layout, args, kwargs, self.snapshot)
+            more_flipped, more_bits = count_flipped(before, patterns_of(self._layout, args, kwargs))
+            flipped += more_flipped
+            bits += more_bits
         self.restart()
         return flipped, bits
 
@@ -250,6 +271,10 @@ class ChurnProbe:
         """Stop watching, and forget what was seen."""
         self.detach()
         self._forget()
+
+
+def _last_rows(value: Tensor, *, rows: int, surplus: int) -> Tensor:
+    return value[surplus:] if surplus and value.ndim and len(value) == rows else value
 
 
 class _UncompiledHook:

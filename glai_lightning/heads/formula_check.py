@@ -7,33 +7,30 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from glai_lightning.checks import UserValueError
-from glai_lightning.heads.layout import HeadLayout, Step, in_mode, read_head
+from glai_lightning.heads.layout import HeadLayout, in_mode, record
 from glai_lightning.heads.path_kinds import apply_trailing
 from glai_lightning.heads.patterns import apply_leading, hidden_units
 
 
-def check_formula(head: nn.Module, layout: HeadLayout, paths: str) -> None:
-    """Check that the formulas of tangent and independent paths compute what the forward of a head computes.
+def unlike_formula(head: nn.Module, layout: HeadLayout) -> str | None:
+    """Say why the formulas of tangent and independent paths do not compute what the forward of a head computes.
 
-    Raises:
-        ValueError: otherwise.
+    Returns:
+        The reason; ``None`` where they do.
     """
-    wrong = _unlike_formula(head, layout)
-    if wrong is not None:
-        raise UserValueError(
-            f"Expected a head that computes what the formula of {paths!r} paths computes, which takes the place of its "
-            f"forward, but {wrong}. Output paths keep the forward."
-        )
+    if isinstance(layout.names.chain, str):
+        return layout.names.chain
+    reason = _unlike_formula(head, layout)
+    return reason and (
+        f"Expected a head that computes what the formula of its paths computes, which takes the place of its forward, "
+        f"but {reason}."
+    )
 
 
 def _unlike_formula(head: nn.Module, layout: HeadLayout) -> str | None:
     arguments = list(inspect.signature(head.forward).parameters.values())
     if len(arguments) != 1:
         return f"got a forward with {len(arguments)} arguments"
-    in_training = read_head(head, training=True).names
-    if [_describe(step) for step in _steps(layout)] != [_describe(step) for step in _steps(in_training.find(head))]:
-        return "its forward takes other steps in train mode than in eval mode"
     for name, module in head.named_modules():
         if name and (module._forward_hooks or module._forward_pre_hooks):
             return f"got a hook on '{name}'"
@@ -49,6 +46,9 @@ def _unlike_on_random_inputs(head: nn.Module, layout: HeadLayout) -> str | None:
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), in_mode([head], training=False):
         x = torch.randn(8, layout.widths[0]).to(weight)
+        steps = [[call.name for call in record(head, (x,), {}, training=training)[0]] for training in (False, True)]
+        if steps[0] != steps[1]:
+            return "its forward takes other steps in train mode than in eval mode"
         outputs, expected = head.forward(x), _formula(layout, x)
         reached = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True) if outputs.requires_grad else ()
         due = torch.autograd.grad(expected.sum(), parameters, allow_unused=True) if expected.requires_grad else ()
@@ -66,13 +66,3 @@ def _formula(layout: HeadLayout, x: Tensor) -> Tensor:
         z = layer.preactivations(x)
         x = layer.gates(z) * z
     return apply_trailing(layout, nn.functional.linear(x, layout.output.weight, layout.output.bias))
-
-
-def _steps(layout: HeadLayout) -> list[Step | None]:
-    names = layout.names
-    hidden = [step for layer in names.hidden for step in (layer.linear, layer.norm, layer.activation)]
-    return [*names.leading, *hidden, names.output, *names.trailing]
-
-
-def _describe(step: Step | None) -> str:
-    return step if isinstance(step, str) else repr(step)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_choice, expect_integer
-from glai_lightning.heads.formula_check import check_formula
-from glai_lightning.heads.layout import HeadLayout, Step, in_mode, read_head
+from glai_lightning.heads.chain import Chain, FunctionStep, Step
+from glai_lightning.heads.formula_check import unlike_formula
+from glai_lightning.heads.layout import HeadLayout, copy_head, in_mode, read_head
 from glai_lightning.heads.path_kinds import (
     count_paths,
     frozen_class,
@@ -84,9 +85,13 @@ class GLAIHead(nn.Module):
         return layout_of(self)
 
     @_Yields
-    def num_paths(self) -> int:
-        """Number of paths from an input or a bias to an output: D H C + H C + C for one hidden layer."""
-        return count_paths(layout_of(self))
+    def num_paths(self) -> int | None:
+        """Number of paths from an input or a bias to an output: D H C + H C + C for one hidden layer.
+
+        ``None`` for a head whose outputs are no sum over paths.
+        """
+        layout = layout_of(self)
+        return count_paths(layout) if isinstance(layout.names.chain, Chain) else None
 
     @_Yields
     def structure(self) -> list[HiddenUnits]:
@@ -103,9 +108,7 @@ class GLAIHead(nn.Module):
         Returns:
             One bool tensor (..., width) for each hidden layer.
         """
-        layout = layout_of(self)
-        with torch.no_grad(), in_mode(layout.leading, training=False):
-            return patterns_of(_structure(self), apply_leading(layout, x))
+        return patterns_of(layout_of(self), (x,), tensors=record_of(self).references)
 
     @_yielding
     def path_activations(self, x: Tensor) -> Tensor:
@@ -126,12 +129,13 @@ class GLAIHead(nn.Module):
         return path_features(joint_gates(_structure(self), x), x, has_hidden_bias(layout))
 
     @_yielding
-    def to_mlp(self) -> nn.Sequential:
-        """Return a plain MLP that computes the same outputs, with BatchNorm inside folded.
+    def to_mlp(self) -> nn.Module:
+        """Return a plain head that computes the same outputs, for an MLP with BatchNorm inside folded.
 
         Returns:
-            Linear and activation for every hidden layer, the last Linear, and copies of the modules before and after;
-            copies throughout. What was trainable before the freeze is trainable in it.
+            For an MLP of piecewise-linear layers an ``nn.Sequential``: Linear and activation for every hidden layer,
+            the last Linear, and the modules before and after. For any other head one of its own class. Copies
+            throughout. What was trainable before the freeze is trainable in it.
 
         Raises:
             ValueError: if the paths are not 'output'. The others have no MLP that equals them once they are trained.
@@ -149,6 +153,9 @@ class GLAIHead(nn.Module):
             )
         trainable = set(record.was_trainable)
         layout = layout_of(self)
+        functions = any(isinstance(module, FunctionStep) for module in layout.trailing)
+        if functions or isinstance(layout.names.chain, str):
+            return unfreeze_in_place(copy.deepcopy(self))
 
         def copied(step: Step, module: nn.Module) -> nn.Module:
             twin = copy.deepcopy(module)
@@ -156,24 +163,24 @@ class GLAIHead(nn.Module):
                 parameter.requires_grad_(f"{step}.{name}" in trainable)
             return twin
 
-        modules = list(map(copied, layout.names.leading, layout.leading))
-        for names, layer, units in zip(layout.names.hidden, layout.hidden, hidden_units(layout), strict=True):
+        modules = list(map(copied, layout.chain.leading, layout.leading))
+        for names, layer, units in zip(layout.chain.hidden, layout.hidden, hidden_units(layout), strict=True):
             modules += [_plain_linear(*units.folded()), copied(names.activation, layer.activation)]
         modules += [_plain_linear(layout.output.weight, layout.output.bias)]
         return nn.Sequential(*modules, *map(copied, layout.names.trailing, layout.trailing)).train(self.training)
 
 
 def freeze_structure(head: nn.Module, *, paths: Paths = "output", max_paths: int = MAX_PATHS) -> GLAIHead:
-    """Freeze the structure of a copy of an MLP head, which becomes linear in what stays trainable.
+    """Freeze the structure of a copy of a head, which becomes linear in what stays trainable.
 
     In eval mode the result computes what ``head`` computes: bitwise with output paths, up to rounding with the others.
 
     Args:
-        head: an MLP head of any depth with ReLU, LeakyReLU or PReLU of a fixed slope, as ``nn.Sequential`` or as any
-            class whose forward is a chain of modules; it is not changed.
-        paths: what stays trainable. ``"output"``: the last Linear, H C + C numbers (last-layer training).
-            ``"tangent"``: every weight, to first order (linearisation). ``"independent"``: a weight for every path,
-            D H C + H C + C numbers (the estimator of arXiv 2510.00883), meant for narrow heads, see
+        head: any module with an activation before its last Linear, however its forward is written; not changed.
+        paths: what stays trainable. ``"output"``: the last Linear, H C + C numbers (last-layer training), for any
+            activation. ``"tangent"``: every weight, to first order (linearisation), for activations with derivatives.
+            ``"independent"``: a weight for every path, D H C + H C + C numbers (the estimator of arXiv 2510.00883), for
+            chains of layers with ReLU, LeakyReLU or PReLU of a fixed slope; meant for narrow heads, see
             ``matched_hidden_features``.
         max_paths: most independent path weights allowed.
 
@@ -182,8 +189,9 @@ def freeze_structure(head: nn.Module, *, paths: Paths = "output", max_paths: int
 
     Raises:
         TypeError: if ``head`` is not a module or frozen already, or ``max_paths`` is not an integer.
-        ValueError: if ``head`` cannot be read, ``paths`` is unknown, there are more than ``max_paths`` paths, or the
-            formulas of tangent and independent paths would not compute what the forward of ``head`` computes.
+        ValueError: if ``head`` cannot be read, ``paths`` is unknown, there are more than ``max_paths`` paths, the
+            formula of independent paths would not compute what the forward of ``head`` computes, or that has no
+            derivatives for tangent paths.
 
     Example:
         >>> mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -192,14 +200,14 @@ def freeze_structure(head: nn.Module, *, paths: Paths = "output", max_paths: int
         >>> torch.equal(head(x), mlp(x)), head.num_paths
         (True, 123)
     """
-    check_freezable(head, paths=paths, max_paths=max_paths)
-    return freeze_in_place(copy.deepcopy(head), paths=paths, max_paths=max_paths)
+    names = check_freezable(head, paths=paths, max_paths=max_paths).names
+    return freeze_in_place(copy_head(head, names), paths=paths, max_paths=max_paths)
 
 
 def freeze_in_place(
     head: nn.Module, *, paths: Paths = "output", max_paths: int = MAX_PATHS, freeze_epoch: int | None = None
 ) -> GLAIHead:
-    """Freeze the structure of an MLP head: the module, its children and the parameters stay the same objects.
+    """Freeze the structure of an head: the module, its children and the parameters stay the same objects.
 
     Args:
         head: the head; its inner parameters stop requiring gradients.
@@ -224,6 +232,7 @@ def freeze_in_place(
         expect_integer("freeze_epoch", freeze_epoch, least=0)
     trainable = tuple(name for name, parameter in head.named_parameters() if parameter.requires_grad)
     original = type(head)
+    formula = paths != "output" and unlike_formula(head, layout) is None
     try:
         head.__class__ = frozen_class(original, paths)
     except TypeError as error:
@@ -231,7 +240,7 @@ def freeze_in_place(
             f"Expected the head to be of a Python class that derives from nn.Module, but got `{original.__name__}`, "
             f"whose class cannot be changed ({error})."
         ) from error
-    set_record(head, FreezeRecord(original, paths, layout.names, freeze_epoch, trainable))
+    set_record(head, FreezeRecord(original, paths, layout.names, freeze_epoch, trainable, formula))
     frozen: Any = head
     try:
         frozen._glai_freeze(layout)
@@ -312,10 +321,13 @@ def check_freezable(head: nn.Module, *, paths: str = "output", max_paths: int = 
             f"Expected the head to be an MLP, but got one whose structure is frozen already ({record.paths} paths)."
         )
     layout = read_head(head)
-    if paths != "output":
-        check_formula(head, layout, paths)
+    if paths != "independent":
+        return layout
+    wrong = unlike_formula(head, layout)
+    if wrong is not None:
+        raise UserValueError(f"{wrong} Output and tangent paths keep the forward.")
     num_paths = count_paths(layout)
-    if paths == "independent" and num_paths > max_paths:
+    if num_paths > max_paths:
         raise UserValueError(
             f"Expected at most {max_paths:,} independent path weights (`max_paths`), but the head has {num_paths:,}. "
             "`matched_hidden_features` gives the width of a head that has as many as an MLP."
@@ -325,9 +337,10 @@ def check_freezable(head: nn.Module, *, paths: str = "output", max_paths: int = 
 
 def frozen_parameters(head: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that a frozen head has from the MLP and no longer trains."""
-    layout = layout_of(head)
-    if record_of(head).paths == "tangent":
-        return [parameter for module in layout.leading for parameter in module.parameters()]
+    layout, record = layout_of(head), record_of(head)
+    if record.paths == "tangent":
+        leading = layout.leading if record.formula else ()
+        return [parameter for module in leading for parameter in module.parameters()]
     return layout.structure_parameters()
 
 
@@ -342,8 +355,7 @@ def replaced_parameters(head: nn.Module) -> dict[Tensor, list[tuple[str, nn.Para
 
 
 def _structure(head: nn.Module) -> list[HiddenUnits]:
-    units, record = hidden_units(layout_of(head)), record_of(head)
-    return reference_units(units, record.references) if record.references else units
+    return reference_units(layout_of(head), record_of(head).references)
 
 
 class _ReachedOutput(BaseException):

@@ -1,148 +1,181 @@
-"""Reading a head: which Linear, normalisation and activation follow one another, whatever class wraps them."""
+"""What a head consists of: a feature map, which is what a freeze freezes, and its last Linear."""
 
 import copy
-import inspect
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-import torch.fx
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.checks import UserTypeError, UserValueError
-
-SUPPORTED = (
-    "Supported are Linear, BatchNorm, ReLU, LeakyReLU, PReLU with a fixed slope and Dropout, in the order "
-    "Linear, BatchNorm, activation, Dropout, with any modules after the last Linear."
+from glai_lightning.heads.chain import Chain, FunctionStep, HiddenLayer, Step, does_nothing, function_step, read_chain
+from glai_lightning.heads.recording import (
+    CallRecorder,
+    RecordedCall,
+    innermost,
+    is_layer,
+    layer_sizes,
+    unchanged,
 )
 
-#: The forwards that compute what a kind of module stands for.
-_FORWARDS: dict[type[nn.Module], tuple[Any, ...]] = {
-    nn.ReLU: (nn.ReLU.forward,),
-    nn.LeakyReLU: (nn.LeakyReLU.forward,),
-    nn.PReLU: (nn.PReLU.forward,),
-    nn.Identity: (nn.Identity.forward,),
-    _BatchNorm: (_BatchNorm.forward, nn.SyncBatchNorm.forward),
-    _DropoutNd: tuple(kind.forward for kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)),
-}
-_RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
-_RELU_METHODS = {"relu", "relu_"}
 
-
-#: A step of a head's forward: the qualified name of a module in it or, for a function, a module that does the same.
-Step = str | nn.Module
-
-
-@dataclass(frozen=True)
-class HiddenLayer:
-    """One hidden layer: the modules between a layer's input and its activations."""
-
-    linear: nn.Module
-    norm: nn.Module | None
-    activation: nn.Module
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that decide which of the layer's units fire."""
-        yield from self.linear.parameters()
-        if self.norm is not None:
-            yield from self.norm.parameters()
-
-
-@dataclass(frozen=True)
-class HeadLayout:
-    """The modules of a head, in the order in which its forward calls them.
-
-    Dropout has no part in the function that a head computes in eval mode. It is listed apart: ``inner_dropout`` stands
-    before the last hidden activation, and stops with the structure.
-    """
-
-    names: "HeadNames"
-    leading: tuple[nn.Module, ...]
-    hidden: tuple[HiddenLayer, ...]
-    output: nn.Linear
-    trailing: tuple[nn.Module, ...]
-    inner_dropout: tuple[nn.Module, ...]
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Inputs, units of every hidden layer, outputs: (D, H1, ..., C)."""
-        linears = [layer.linear for layer in self.hidden]
-        return (_size(linears[0].in_features), *(_size(linear.out_features) for linear in linears), self.num_outputs)
-
-    @property
-    def num_outputs(self) -> int:
-        """Outputs C of the last Linear."""
-        return self.output.out_features
-
-    def frozen_modules(self) -> list[nn.Module]:
-        """List the modules of the structure that compute something else in train mode, to be kept in eval mode."""
-        norms = [layer.norm for layer in self.hidden if layer.norm is not None]
-        return [*self.leading, *norms, *self.inner_dropout]
-
-    def structure_parameters(self) -> list[nn.Parameter]:
-        """List the parameters on which the activation patterns depend, leading modules included."""
-        leading = [parameter for module in self.leading for parameter in module.parameters()]
-        return leading + [parameter for layer in self.hidden for parameter in layer.parameters()]
-
-
-@dataclass(frozen=True)
-class _HiddenNames:
-    linear: str
-    norm: str | None
-    activation: Step
+class CannotBeCalledError(UserValueError):
+    """A head that cannot be called with inputs that are made up, and so is read when it is called for real."""
 
 
 @dataclass(frozen=True)
 class HeadNames:
-    """Where the steps of a head stand in it, by qualified names, which outlive a module that is replaced."""
-
-    leading: tuple[Step, ...]
-    hidden: tuple[_HiddenNames, ...]
-    output: str
-    trailing: tuple[Step, ...]
-    inner_dropout: tuple[Step, ...]
-
-    def find(self, head: nn.Module) -> HeadLayout:
-        """Return the modules that stand at these names now."""
-
-        def at(step: Step) -> nn.Module:
-            return head.get_submodule(step) if isinstance(step, str) else step
-
-        return HeadLayout(
-            names=self,
-            leading=tuple(map(at, self.leading)),
-            hidden=tuple(
-                HiddenLayer(at(layer.linear), None if layer.norm is None else at(layer.norm), at(layer.activation))
-                for layer in self.hidden
-            ),
-            output=cast(nn.Linear, at(self.output)),
-            trailing=tuple(map(at, self.trailing)),
-            inner_dropout=tuple(map(at, self.inner_dropout)),
-        )
-
-
-def read_head(head: nn.Module, *, training: bool = False) -> HeadLayout:
-    """Read the layers of an MLP head from what its forward does, not from its class.
-
-    ``nn.Sequential`` is read as it stands, nested too. Any other class is traced symbolically, and accepted if its
-    forward is one chain of modules and functional ReLUs: ``torchvision.ops.MLP``, lightly's projection heads, timm's
-    ``Mlp``, and classes of your own.
+    """Where the parts of a head stand in it, by qualified names, which outlive a module that is replaced.
 
     Args:
-        head: the head to read. It is neither run nor changed.
-        training: whether to read what it does in train mode instead of eval mode.
+        output: name of the last Linear.
+        kept: names of the innermost modules that stay as they are at a freeze: the last Linear, those after it, and
+            Dropout after the last activation.
+        trailing: what comes after the last Linear.
+        activations: name of the class or function of every activation with, for a module, its qualified name.
+        widths: inputs of the first layer, units of every activation, outputs.
+        products: inputs times outputs of every layer in the order of the calls.
+        chain: the head as an MLP of piecewise-linear layers, for paths that have a formula; or why it is none.
+    """
+
+    output: str
+    kept: tuple[str, ...]
+    trailing: tuple[Step, ...]
+    activations: tuple[tuple[str, str | None], ...]
+    widths: tuple[int, ...]
+    products: tuple[int, ...]
+    chain: Chain | str
+
+    def find(self, head: nn.Module) -> "HeadLayout":
+        """Return the modules that stand at these names now."""
+        return HeadLayout(self, head)
+
+
+class HeadLayout:
+    """The modules of a head, as they stand in it now, by the part that they play.
+
+    Args:
+        names: where they stand.
+        head: the head.
+    """
+
+    def __init__(self, names: HeadNames, head: nn.Module) -> None:
+        self.names = names
+        self.head = head
+
+    def _at(self, step: Step) -> nn.Module:
+        return self.head.get_submodule(step) if isinstance(step, str) else step
+
+    @property
+    def chain(self) -> Chain:
+        """The head as an MLP of piecewise-linear layers.
+
+        Raises:
+            ValueError: if it is none; the message says why.
+        """
+        if isinstance(self.names.chain, str):
+            raise UserValueError(self.names.chain)
+        return self.names.chain
+
+    @property
+    def leading(self) -> tuple[nn.Module, ...]:
+        """What comes before the first Linear of an MLP."""
+        return tuple(map(self._at, self.chain.leading))
+
+    @property
+    def hidden(self) -> tuple[HiddenLayer, ...]:
+        """The hidden layers of an MLP."""
+        return tuple(
+            HiddenLayer(
+                self._at(layer.linear),
+                None if layer.norm is None else self._at(layer.norm),
+                self._at(layer.activation),
+            )
+            for layer in self.chain.hidden
+        )
+
+    @property
+    def output(self) -> Any:
+        """The last Linear."""
+        return self._at(self.names.output)
+
+    @property
+    def trailing(self) -> tuple[nn.Module, ...]:
+        """What comes after the last Linear."""
+        return tuple(map(self._at, self.names.trailing))
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether the head is an MLP that takes inputs (..., D), row by row."""
+        return isinstance(self.names.chain, Chain) and not self.names.chain.leading
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Inputs, units of every activation, outputs: (D, H1, ..., C)."""
+        if not isinstance(self.names.chain, Chain):
+            return self.names.widths
+        linears: list[Any] = [layer.linear for layer in self.hidden]
+        return (int(linears[0].in_features), *(int(linear.out_features) for linear in linears), self.num_outputs)
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs C of the last Linear."""
+        return int(self.output.out_features) if hasattr(self.output, "out_features") else layer_sizes(self.output)[1]
+
+    def _innermost(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules of the structure that hold no others."""
+        for name, module in self.head.named_modules():
+            kept = any(name == own or name.startswith(f"{own}.") for own in self.names.kept)
+            if not kept and next(module.children(), None) is None:
+                yield name, module
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """List the modules of the structure that may compute something else in train mode, to be kept in eval mode."""
+        return [module for _, module in self._innermost()]
+
+    def structure_tensors(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers on which the inputs of the last Linear depend, by their names."""
+        prefixes = tuple(f"{name}." for name in self.names.kept)
+        named = {**dict(self.head.named_parameters()), **dict(self.head.named_buffers())}
+        return {name: value for name, value in named.items() if not name.startswith(prefixes)}
+
+    def structure_parameters(self) -> list[nn.Parameter]:
+        """List the parameters on which the inputs of the last Linear depend."""
+        return [value for value in self.structure_tensors().values() if isinstance(value, nn.Parameter)]
+
+    def linearised_parameters(self) -> list[str]:
+        """List the names of the parameters around which tangent paths expand: all but the last bias."""
+        own = self.structure_tensors()
+        return [*(name for name in own if isinstance(own[name], nn.Parameter)), f"{self.names.output}.weight"]
+
+
+#: What was read of heads that are still as they were, so that a fit calls each once for it.
+_READ: "WeakKeyDictionary[nn.Module, tuple[object, HeadNames]]" = WeakKeyDictionary()
+
+
+def read_head(head: nn.Module, *args: Any, **kwargs: Any) -> HeadLayout:
+    """Read the parts of a head from one real call of it.
+
+    A head is a feature map with activations, and a last Linear. How its forward is written does not matter: control
+    flow, flags, functions, views, layers side by side, residual links, what comes after the last Linear.
+
+    Args:
+        head: the head to read. It is called in eval mode without gradients, and as it was afterwards.
+        *args: inputs to call it with; without any a few rows are made up.
+        **kwargs: the same by name.
 
     Returns:
         The modules of the head (the very objects) by the part that they play.
 
     Raises:
         TypeError: if the head is not a module.
-        ValueError: if the head is not an MLP of piecewise-linear layers; the message names the module at fault.
+        ValueError: if it has no activation between two layers, or its last layer is not a Linear, is called twice or
+            does not take what the other layers compute; or if no inputs are given and none can be made up.
 
     Example:
         >>> from torch import nn
@@ -152,27 +185,223 @@ def read_head(head: nn.Module, *, training: bool = False) -> HeadLayout:
     """
     if not isinstance(head, nn.Module):
         raise UserTypeError(f"Expected the head to be a module, but got {head!r}.")
-    with in_mode([head], training):
-        steps = [step for step in _chain(head, "") if not _does_nothing(step.module)]
-    linears = [position for position, step in enumerate(steps) if isinstance(step.module, nn.Linear)]
-    if len(linears) < 2:
-        raise UserValueError(
-            "Expected the head to be an MLP with at least one hidden layer between two Linear layers, "
-            f"but got `{type(head).__name__}` with {len(linears)} Linear. {SUPPORTED}"
+    state = _state_of(head)
+    known = _READ.get(head)
+    if known is not None and known[0] == state:
+        return known[1].find(head)
+    _check_layers(head)
+    names = _read(head, args, kwargs) if args or kwargs else _read_made_up(head)
+    _READ[head] = (_state_of(head), names)
+    return names.find(head)
+
+
+def copy_head(head: nn.Module, names: HeadNames) -> nn.Module:
+    """Return a copy of a head for which what was read of the head holds too."""
+    copied = copy.deepcopy(head)
+    _READ[copied] = (_state_of(copied), names)
+    return copied
+
+
+def _state_of(head: nn.Module) -> object:
+    """Return what a reading depends on: which modules there are, their settings, and which PReLU is trained."""
+    return [
+        (
+            name,
+            id(module),
+            type(module),
+            [setting for key, value in vars(module).items() if (setting := _setting(key, value)) is not None],
+            [(key, None if p is None else (p.shape, p.requires_grad)) for key, p in module._parameters.items()]
+            if isinstance(module, nn.PReLU)
+            else [],
+            "forward" in vars(module),
         )
-    if len({id(steps[position].module) for position in linears}) < len(linears):
-        raise UserValueError("Expected every Linear of the head to be called once, but got one that is called twice.")
-    hidden = tuple(_read_hidden_layer(steps[start:end]) for start, end in itertools.pairwise(linears))
-    _check_linear(steps[linears[-1]])
-    for before, after in itertools.pairwise(steps[position] for position in linears):
-        _check_inputs(before, after)
+        for name, module in head.named_modules()
+    ]
+
+
+def _setting(name: str, value: object) -> object:
+    if name == "training":
+        return None
+    if isinstance(value, bool | int | float | str | None):
+        return name, value
+    return (name, id(value)) if callable(value) else None
+
+
+def _check_layers(head: nn.Module) -> None:
+    layers = [(name, module) for name, module in innermost(head) if is_layer(module)]
+    if len(layers) < 2:
+        raise UserValueError(
+            "Expected a head with at least one hidden layer between two Linear layers, "
+            f"but got `{type(head).__name__}` with {len(layers)} Linear."
+        )
+    for name, module in head.named_modules():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+            raise UserValueError(
+                f"Expected the layer at '{name}' to have a weight of a known shape, but got `{type(module).__name__}`."
+            )
+
+
+def _read_made_up(head: nn.Module) -> HeadNames:
+    failed: Exception | None = None
+    for inputs in made_up_inputs(head):
+        try:
+            return _read(head, (inputs,), {})
+        except UserValueError:
+            raise
+        except Exception as error:
+            # What a forward expects is not known, so it may object in any way.
+            failed = failed or error
+    rest = _after_leading(head)
+    if rest is None:
+        raise CannotBeCalledError(
+            f"Expected the forward of `{type(head).__name__}` to take one tensor of features, but a call with such "
+            f"inputs failed ({failed}). `find_heads(module, batch)` reads it from a real call."
+        )
+    names = _read_made_up(rest)
+    leading = tuple(name for name in head._modules if name not in rest._modules)
+    chain = names.chain
+    return replace(names, chain=replace(chain, leading=leading + chain.leading) if isinstance(chain, Chain) else chain)
+
+
+def _after_leading(head: nn.Module) -> nn.Module | None:
+    """Return a Sequential from its first part with a Linear on: what comes before may take images, or words."""
+    if not isinstance(head, nn.Sequential) or type(head).forward is not nn.Sequential.forward:
+        return None
+    parts = [(name, part) for name, part in head._modules.items() if part is not None]
+    holds_linear = [any(isinstance(module, nn.Linear) for module in part.modules()) for _, part in parts]
+    first = holds_linear.index(True) if True in holds_linear else 0
+    return nn.Sequential(OrderedDict(parts[first:])) if first else None
+
+
+def made_up_inputs(head: nn.Module) -> Iterator[Tensor]:
+    """Yield inputs of the shapes that a head may take, the likeliest first."""
+    layers = [module for _, module in innermost(head) if is_layer(module)]
+    weight: Any = layers[0].weight
+    generator = torch.Generator().manual_seed(0)
+    width = _width(head, layers[0])
+    around: list[tuple[int, ...]] = [(), (1, 1), (7, 7)]
+    if isinstance(layers[0], nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        around = [(1,) * (layers[0].weight.ndim - 2), (7,) * (layers[0].weight.ndim - 2), ()]
+    widths = [width, *{layer_sizes(layer)[0] for layer in layers[1:]} - {width}]
+    for shape in [
+        *((2, width, *more) for width in widths[:1] for more in around),
+        # No number of tokens that a module may take for its channels.
+        (2, 13, width),
+        (2, 7, 7, width),
+        *((2, width) for width in widths[1:]),
+    ]:
+        inputs = torch.randn(shape, generator=generator)
+        if weight.is_meta:
+            inputs = inputs.to("meta")
+        yield inputs.to(weight.device, weight.dtype if weight.is_floating_point() else torch.float32)
+
+
+def _width(head: nn.Module, first: Any) -> int:
+    """Return the width of a head's inputs: what it says itself, or else what its first layer takes."""
+    own = getattr(head, "in_features", None)
+    return own if isinstance(own, int) else layer_sizes(first)[0]
+
+
+def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HeadNames:
+    calls, returned, recorder = record(head, args, kwargs)
+    layers = [position for position, call in enumerate(calls) if call.is_layer]
+    kind = type(head).__name__
+    if len(layers) < 2:
+        raise UserValueError(f"Expected two layers of `{kind}` to be called, but {len(layers)} were.")
+    last = layers[-1]
+    output = calls[last]
+    _check_output(head, output, [calls[position] for position in layers])
+    beside = [calls[position].name for position in layers[:-1] if position not in output.feeds_on]
+    if beside and output.feeds_on:
+        raise UserValueError(
+            f"Expected every layer of the head before its last Linear, at '{output.name}', to feed it, but got "
+            f"'{beside[-1]}' beside it. Name each as a head of its own."
+        )
+    points = [point for point, at in zip(recorder.preactivations, recorder.positions, strict=True) if at < last]
+    if not points:
+        raise UserValueError(
+            f"Expected an activation before the last Linear of `{kind}`, at '{output.name}', so that units have a "
+            "pattern, but got none."
+        )
+    _check_norms(calls[:last])
+    after = [(call, function_step(call) if call.module is None else call.module) for call in calls[last + 1 :]]
+    final = recorder.positions[len(points) - 1]
+    late = [call.name for call in calls[final:last] if isinstance(call.module, _DropoutNd)]
+    early = {call.name for call in calls[:last]}
+    kept = [output.name, *late, *(call.name for call in calls[last + 1 :] if call.module and call.name not in early)]
+    channels = -1 if not isinstance(output.module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
     return HeadNames(
-        leading=tuple(step.place for step in steps[: linears[0]] if not _is_dropout(step)),
-        hidden=hidden,
-        output=steps[linears[-1]].name,
-        trailing=tuple(step.place for step in steps[linears[-1] + 1 :]),
-        inner_dropout=tuple(step.place for step in steps[: linears[-2]] if _is_dropout(step)),
-    ).find(head)
+        output=output.name,
+        kept=tuple(dict.fromkeys(kept)),
+        trailing=(
+            *(module if call.module is None else call.name for call, module in after if not does_nothing(module)),
+            *(() if returned == "Tensor" else (FunctionStep(returned),)),
+        ),
+        activations=tuple(recorder.kinds[: len(points)]),
+        widths=(
+            _width(head, calls[layers[0]].module),
+            *(point.shape[channels] for point in points),
+            layer_sizes(output.module)[1],
+        ),
+        products=tuple(_product(layer_sizes(calls[position].module)) for position in layers),
+        chain=read_chain(kind, calls, returned),
+    )
+
+
+def record(
+    head: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool = False
+) -> tuple[list[RecordedCall], str, CallRecorder]:
+    """Record a call of a head that leaves no trace.
+
+    Returns:
+        Its steps, the type of what it returns ('Tensor' for the result of the last step alone), and the recorder.
+    """
+    with unchanged(head), torch.no_grad(), in_mode([head], training), CallRecorder(head) as recorder:
+        recorder.start([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
+        outputs = head.forward(*args, **kwargs)
+        returned = recorder.type_of(outputs)
+    return recorder.calls, returned, recorder
+
+
+def _product(sizes: tuple[int, int]) -> int:
+    return sizes[0] * sizes[1]
+
+
+def _check_output(head: nn.Module, output: RecordedCall, layers: Sequence[RecordedCall]) -> None:
+    module: Any = output.module
+    if sum(call.module is module for call in layers) > 1:
+        raise UserValueError("Expected every Linear of the head to be called once, but got one that is called twice.")
+    # A weight that is computed from others (weight_norm, spectral_norm, a parametrization) cannot be set.
+    plain = "forward" not in vars(module) and "weight" in module._parameters
+    if isinstance(module, nn.Linear):
+        plain = plain and type(module).forward is nn.Linear.forward
+    if not plain:
+        raise UserValueError(
+            f"Expected the Linear at '{output.name}' to compute x W^T + b with a weight that is a parameter, "
+            f"but got `{type(module).__name__}`."
+        )
+    if not module.weight.is_floating_point():
+        raise UserValueError(
+            f"Expected the Linear at '{output.name}' to hold real numbers, but got {module.weight.dtype}."
+        )
+    names = [name for name, own in head.named_parameters(remove_duplicate=False) if own is module.weight]
+    if len(names) > 1:
+        raise UserValueError(
+            f"Expected the weight of the last Linear, at '{output.name}', to be its own, but got it as {names} too."
+        )
+
+
+def _check_norms(calls: Sequence[RecordedCall]) -> None:
+    for call in calls:
+        norm = call.module
+        # Without running statistics outputs depend on the batch; with momentum=None they are the plain average over all
+        # that was ever seen, far from what the head computes while it trains.
+        if isinstance(norm, _BatchNorm) and (norm.running_mean is None or norm.momentum is None):
+            setting = "track_running_stats=False" if norm.running_mean is None else "momentum=None"
+            raise UserValueError(
+                f"Expected the BatchNorm at '{call.name}' to keep running statistics with a momentum, so that it can "
+                f"be frozen, but got {setting}."
+            )
 
 
 class in_mode:  # noqa: N801
@@ -189,210 +418,3 @@ class in_mode:  # noqa: N801
     def __exit__(self, *_: object) -> None:
         for module, mode in self._modes:
             module.training = mode
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A step as the forward makes it: where it stands, or how it is called there, and what it does."""
-
-    name: str
-    module: nn.Module
-    is_function: bool = False
-
-    @property
-    def place(self) -> Step:
-        return self.module if self.is_function else self.name
-
-
-def _read_hidden_layer(steps: Sequence[_Call]) -> _HiddenNames:
-    linear = steps[0]
-    _check_linear(linear)
-    norm: str | None = None
-    activation: Step | None = None
-    for step in steps[1:]:
-        module = step.module
-        if _is_dropout(step):
-            continue
-        if activation is None and norm is None and _is_plain(module, _BatchNorm):
-            _check_norm(step)
-            _check_width(step, module.num_features, linear)
-            norm = step.name
-        elif activation is None and _is_plain(module, nn.ReLU, nn.LeakyReLU, nn.PReLU):
-            _check_slope(step)
-            if isinstance(module, nn.PReLU) and module.num_parameters > 1:
-                _check_width(step, module.num_parameters, linear)
-            activation = step.place
-        else:
-            raise UserValueError(_unexpected(step, after_activation=activation is not None))
-    if activation is None:
-        raise UserValueError(
-            "Expected an activation with two linear pieces (ReLU, LeakyReLU, PReLU with a fixed slope) after the "
-            f"Linear at '{linear.name}', but got none before the next Linear. {SUPPORTED}"
-        )
-    return _HiddenNames(linear.name, norm, activation)
-
-
-def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Tell whether a module does what its kind does; a subclass with a forward of its own may do anything."""
-    return any(isinstance(module, kind) and _forward_of(module) in _FORWARDS[kind] for kind in kinds)
-
-
-def _forward_of(module: nn.Module) -> Any:
-    return module.__dict__.get("forward", type(module).forward)
-
-
-def _is_dropout(step: _Call) -> bool:
-    return _is_plain(step.module, _DropoutNd)
-
-
-def _size(size: Any) -> int:
-    return int(size)
-
-
-def _unexpected(step: _Call, *, after_activation: bool) -> str:
-    if after_activation:
-        expected = "nothing but Dropout between an activation and the next Linear"
-    else:
-        expected = (
-            "the activation after a Linear to be piecewise linear with two pieces "
-            "(ReLU, LeakyReLU, PReLU with a fixed slope), so that its units have an activation pattern"
-        )
-    return f"Expected {expected}, but got `{type(step.module).__name__}` at '{step.name}'. {SUPPORTED}"
-
-
-def _check_linear(step: _Call) -> None:
-    module = step.module
-    # A weight that is computed from others (weight_norm, spectral_norm, a parametrization) cannot be frozen or set.
-    plain = _forward_of(module) is nn.Linear.forward and "weight" in module._parameters
-    if not plain or isinstance(module, nn.LazyLinear):
-        raise UserValueError(
-            f"Expected the Linear at '{step.name}' to compute x W^T + b with a weight that is a parameter of a known "
-            f"shape, but got `{type(module).__name__}`."
-        )
-    assert isinstance(module, nn.Linear)
-    if not module.weight.is_floating_point():
-        raise UserValueError(
-            f"Expected the Linear at '{step.name}' to hold real numbers, but got {module.weight.dtype}."
-        )
-
-
-def _check_inputs(before: _Call, after: _Call) -> None:
-    units, inputs = before.module.out_features, after.module.in_features
-    if units != inputs:
-        raise UserValueError(
-            f"Expected the Linear at '{after.name}' to take the {units} units of the layer before, "
-            f"but got one that takes {inputs}."
-        )
-
-
-def _check_width(step: _Call, width: Any, linear: _Call) -> None:
-    units = linear.module.out_features
-    if width != units:
-        raise UserValueError(
-            f"Expected the module at '{step.name}' to be for the {units} units of its layer, but got one for {width}."
-        )
-
-
-def _check_norm(step: _Call) -> None:
-    norm = step.module
-    # Without running statistics there is no fixed affine map to fold; with momentum=None they are the plain average
-    # over all that was ever seen, far from what the head computes while it trains.
-    if norm.running_mean is None or norm.momentum is None:
-        setting = "track_running_stats=False" if norm.running_mean is None else "momentum=None"
-        raise UserValueError(
-            f"Expected the BatchNorm at '{step.name}' to keep running statistics with a momentum, so that it can be "
-            f"folded into the frozen structure, but got {setting}."
-        )
-
-
-def _check_slope(step: _Call) -> None:
-    if isinstance(step.module, nn.PReLU) and step.module.weight.requires_grad:
-        raise UserValueError(
-            f"Expected the slope of the PReLU at '{step.name}' to be fixed (requires_grad=False), "
-            "but got a slope that is trained."
-        )
-
-
-def _does_nothing(module: nn.Module) -> bool:
-    return _is_plain(module, nn.Identity) or (_is_plain(module, _DropoutNd) and getattr(module, "p", None) == 0.0)
-
-
-def _contains_linear(module: nn.Module) -> bool:
-    return any(isinstance(child, nn.Linear) for child in module.modules())
-
-
-def _chain(module: nn.Module, name: str) -> Iterator[_Call]:
-    """Yield the steps of a forward, in order, with the qualified names of their modules."""
-    if isinstance(module, nn.Linear) or not _contains_linear(module):
-        yield _Call(name, module)
-    elif isinstance(module, nn.Sequential) and _forward_of(module) is nn.Sequential.forward:
-        # Not `named_children`, which passes over a ReLU that is used a second time.
-        for child_name, child in module._modules.items():
-            if child is not None:
-                yield from _chain(child, f"{name}.{child_name}" if name else child_name)
-    else:
-        yield from _traced_chain(module, name)
-
-
-class _ChainTracer(torch.fx.Tracer):
-    """Steps into whatever holds a Linear, and takes the rest as it is."""
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, nn.Linear) or not _contains_linear(module)
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Leave every argument after the first at its default, where it has one."""
-        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
-        defaults = [parameter.default for parameter in inspect.signature(root_fn).parameters.values()]
-        kept = [
-            given if position < 2 or default is inspect.Parameter.empty else default
-            for position, (given, default) in enumerate(zip(arguments, defaults, strict=False))
-        ]
-        return function, kept + arguments[len(kept) :]
-
-
-def _traced_chain(module: nn.Module, name: str) -> Iterator[_Call]:
-    kind = type(module).__name__
-    where = f"`{kind}` at '{name}'" if name else f"`{kind}`"
-    try:
-        # A copy, which shares the children: the forward may set attributes, as counters do.
-        graph = _ChainTracer().trace(copy.copy(module))
-    except Exception as error:
-        raise UserValueError(
-            f"Expected the forward of {where} to be one chain of modules, but it could not be traced ({error}). "
-            f"{SUPPORTED}"
-        ) from error
-    previous: torch.fx.Node | None = None
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            previous = previous or node
-            continue
-        inputs = list(node.args) if node.op == "output" else list(node.all_input_nodes)
-        if inputs != [previous]:
-            raise UserValueError(
-                f"Expected the forward of {where} to be one chain of modules, "
-                f"but `{node.name}` does not take the output of the step before it alone. {SUPPORTED}"
-            )
-        if node.op == "call_module":
-            target = str(node.target)
-            yield _Call(f"{name}.{target}" if name else target, module.get_submodule(target))
-        elif node.op in ("call_function", "call_method"):
-            yield _Call(node.name, _functional_step(node, where), is_function=True)
-        previous = node
-
-
-def _functional_step(node: torch.fx.Node, where: str) -> nn.Module:
-    if node.target in _RELU_FUNCTIONS or (node.op == "call_method" and node.target in _RELU_METHODS):
-        return nn.ReLU()
-    if node.target is F.leaky_relu:
-        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-        if not isinstance(slope, float | int):
-            raise UserValueError(f"Expected the slope of the leaky_relu in {where} to be a number, but got {slope!r}.")
-        return nn.LeakyReLU(float(slope))
-    if node.target is F.dropout:
-        return nn.Dropout()
-    called = getattr(node.target, "__name__", str(node.target))
-    raise UserValueError(
-        f"Expected the forward of {where} to call modules, relu, leaky_relu and dropout only, "
-        f"but it calls `{called}`. {SUPPORTED}"
-    )

@@ -10,7 +10,9 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
+from glai_lightning.heads.chain import Chain
 from glai_lightning.heads.layout import HeadLayout
+from glai_lightning.heads.linearised import check_linearised, linearised_outputs
 from glai_lightning.heads.paths import (
     count_path_weights,
     independent_logits,
@@ -19,7 +21,7 @@ from glai_lightning.heads.paths import (
     tangent_logits,
 )
 from glai_lightning.heads.patterns import HiddenUnits, apply_leading, hidden_units, layout_of
-from glai_lightning.heads.record import Paths, find_record, record_of
+from glai_lightning.heads.record import REFERENCE, Paths, find_record, record_of
 from glai_lightning.heads.state_dicts import FREEZE_METADATA, FreezeMetadata, check_fits, check_state_dict
 
 
@@ -62,8 +64,10 @@ class FrozenHead(nn.Module):
 
     def extra_repr(self) -> str:
         """Name the paths in the printed module."""
-        own = super().extra_repr()
-        frozen = f"paths={record_of(self).paths!r}, num_paths={count_paths(layout_of(self))}"
+        own, layout = super().extra_repr(), layout_of(self)
+        frozen = f"paths={record_of(self).paths!r}"
+        if isinstance(layout.names.chain, Chain):
+            frozen += f", num_paths={count_paths(layout)}"
         return f"{own}, {frozen}" if own else frozen
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -99,7 +103,7 @@ class FrozenHead(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         record = record_of(self)
         for name, value in record.references.items():
-            destination[prefix + name] = value if keep_vars else value.detach()
+            destination[prefix + REFERENCE + name] = value if keep_vars else value.detach()
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:
             metadata[prefix[:-1]][FREEZE_METADATA] = FreezeMetadata(record.paths, record.freeze_epoch).to_primitives()
@@ -127,11 +131,11 @@ class FrozenHead(nn.Module):
         else:
             self._glai_expect_mlp(state_dict, prefix)
         for name, own in record.references.items():
-            value = state_dict.pop(prefix + name, None)
+            value = state_dict.pop(prefix + REFERENCE + name, None)
             if _fits(value, own):
                 own.copy_(value)
             elif strict:
-                missing_keys.append(prefix + name)
+                missing_keys.append(prefix + REFERENCE + name)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -163,36 +167,31 @@ class OutputPaths(FrozenHead):
 class TangentPaths(FrozenHead):
     """The first-order expansion of the MLP around its weights at the freeze: every weight goes on training."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the outputs: (..., D) -> (..., C)."""
-        layout, references = layout_of(self), record_of(self).references
-        units, x = hidden_units(layout), apply_leading(layout, x)
+        layout, record = layout_of(self), record_of(self)
+        if not record.formula:
+            return linearised_outputs(layout, record.original.forward.__get__(self), record.references, args, kwargs)
+        units, x = hidden_units(layout), apply_leading(layout, *args, **kwargs)
+        output = layout.output
+        reference = record.references[f"{layout.names.output}.weight"]
         logits = tangent_logits(
-            units,
-            reference_units(units, references),
-            x,
-            layout.output.weight,
-            references["reference_output_weight"],
-            layout.output.bias,
+            units, reference_units(layout, record.references), x, output.weight, reference, output.bias
         )
         return apply_trailing(layout, logits)
 
     def _glai_freeze(self, layout: HeadLayout) -> None:
-        references = {"reference_output_weight": layout.output.weight.detach().clone()}
-        for position, units in enumerate(hidden_units(layout)):
-            for name, value in moving_tensors(units).items():
-                references[f"reference_{position}_{name}"] = value.detach().clone()
-        record_of(self).references = references
-        _stop_gradients([parameter for module in layout.leading for parameter in module.parameters()])
+        record = record_of(self)
+        record.references = {name: self.get_parameter(name).detach().clone() for name in layout.linearised_parameters()}
+        if record.formula:
+            _stop_gradients([parameter for module in layout.leading for parameter in module.parameters()])
+        else:
+            check_linearised(self)
 
     def _glai_expect_mlp(self, state_dict: dict[str, Any], prefix: str) -> None:
-        layout = layout_of(self)
-        for position, units in enumerate(_units_from(layout, state_dict, prefix)):
-            for name, value in moving_tensors(units).items():
-                state_dict.setdefault(f"{prefix}reference_{position}_{name}", value)
-        output = state_dict.get(f"{prefix}{layout.names.output}.weight")
-        if output is not None:
-            state_dict.setdefault(f"{prefix}reference_output_weight", output)
+        for name in record_of(self).references:
+            if prefix + name in state_dict:
+                state_dict.setdefault(prefix + REFERENCE + name, state_dict[prefix + name])
 
 
 class IndependentPathWeights(nn.Module):
@@ -290,18 +289,22 @@ def has_hidden_bias(layout: HeadLayout) -> list[bool]:
     return [units.bias is not None or units.running_mean is not None for units in hidden_units(layout)]
 
 
-def reference_units(units: Sequence[HiddenUnits], references: Mapping[str, Tensor]) -> list[HiddenUnits]:
+def reference_units(layout: HeadLayout, references: Mapping[str, Tensor]) -> list[HiddenUnits]:
     """Return hidden layers with the weights that they had at the freeze."""
     return [
-        layer.with_tensors({name: references[f"reference_{position}_{name}"] for name in moving_tensors(layer)})
-        for position, layer in enumerate(units)
+        units.with_tensors({field: references[name] for field, name in names.items() if name in references})
+        for units, names in zip(hidden_units(layout), _unit_names(layout), strict=True)
     ]
 
 
-def moving_tensors(units: HiddenUnits) -> dict[str, Tensor]:
-    """Return the tensors that tangent paths train: all but running statistics and fixed slopes."""
-    trained = ("weight", "bias", "norm_weight", "norm_bias")
-    return {name: value for name, value in units.tensors().items() if name in trained}
+def _unit_names(layout: HeadLayout) -> list[dict[str, str]]:
+    """Return for each hidden layer the names of the tensors that tangent paths train, by the fields of its units."""
+    names = []
+    for layer in layout.chain.hidden:
+        names.append({"weight": f"{layer.linear}.weight", "bias": f"{layer.linear}.bias"})
+        if layer.norm is not None:
+            names[-1] |= {"norm_weight": f"{layer.norm}.weight", "norm_bias": f"{layer.norm}.bias"}
+    return names
 
 
 def _stop_gradients(parameters: Sequence[nn.Parameter]) -> None:
@@ -313,11 +316,9 @@ def _stop_gradients(parameters: Sequence[nn.Parameter]) -> None:
 def _units_from(layout: HeadLayout, state_dict: Mapping[str, Any], prefix: str) -> list[HiddenUnits]:
     """Return the hidden layers with the numbers of a state dict; entries of other shapes are left to torch."""
     units = []
-    for names, current in zip(layout.names.hidden, hidden_units(layout), strict=True):
-        entries = {"weight": f"{names.linear}.weight", "bias": f"{names.linear}.bias"}
-        if names.norm is not None:
-            entries |= {"running_mean": f"{names.norm}.running_mean", "running_var": f"{names.norm}.running_var"}
-            entries |= {"norm_weight": f"{names.norm}.weight", "norm_bias": f"{names.norm}.bias"}
+    for layer, entries, current in zip(layout.chain.hidden, _unit_names(layout), hidden_units(layout), strict=True):
+        if layer.norm is not None:
+            entries |= {"running_mean": f"{layer.norm}.running_mean", "running_var": f"{layer.norm}.running_var"}
         found = {field: state_dict.get(prefix + key) for field, key in entries.items()}
         own = current.tensors()
         units.append(

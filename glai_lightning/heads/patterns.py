@@ -1,16 +1,20 @@
 """Activation patterns: which hidden units of a head fire for which input."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from glai_lightning.checks import UserTypeError, UserValueError
-from glai_lightning.heads.layout import HeadLayout, HiddenLayer, in_mode, read_head
+from glai_lightning.heads.chain import Chain, HiddenLayer
+from glai_lightning.heads.layout import HeadLayout, in_mode, read_head
 from glai_lightning.heads.record import find_record
+from glai_lightning.heads.recording import CallRecorder, ReachedOutput, call_with, unchanged
 
 
 @dataclass(frozen=True)
@@ -113,51 +117,106 @@ class HiddenUnits:
         return self.weight * scale.unsqueeze(-1), bias
 
 
+def layout_of(head: nn.Module) -> HeadLayout:
+    """Return the layout of a head, or the one that a frozen head carries."""
+    record = find_record(head)
+    return read_head(head) if record is None else record.names.find(head)
+
+
 def hidden_units(layout: HeadLayout) -> list[HiddenUnits]:
-    """Return the units of every hidden layer of a head as they are now."""
+    """Return the units of every hidden layer of an MLP as they are now."""
     return [HiddenUnits.of(layer) for layer in layout.hidden]
 
 
 def apply_leading(layout: HeadLayout, x: Tensor) -> Tensor:
-    """Apply what comes before the first Linear: a Flatten, a LayerNorm; (..., D) -> (..., D)."""
+    """Apply what comes before the first Linear of an MLP: a Flatten, a LayerNorm; (..., D) -> (..., D)."""
     for module in layout.leading:
         x = module(x)
     return x
 
 
-def iterate_preactivations(units: Sequence[HiddenUnits], x: Tensor) -> Iterator[Tensor]:
-    """Yield the preactivations (..., H) of every hidden layer for inputs ``x`` (..., D) of the first."""
-    *inner, last = units
-    for layer in inner:
-        z = layer.preactivations(x)
-        yield z
-        x = layer.gates(z) * z
-    yield last.preactivations(x)
+def sample_shape(layout: HeadLayout, x: Tensor) -> torch.Size:
+    """Return how many samples inputs of a head hold, by dimension: the shape (...) of outputs (..., C).
+
+    Raises:
+        ValueError: for inputs other than (n, D) of a head that is no chain of modules.
+    """
+    if isinstance(layout.names.chain, Chain):
+        return apply_leading(layout, x).shape[:-1]
+    if x.ndim != 2:
+        raise UserValueError(
+            f"Expected inputs (n, D) of a head that is no chain of modules, to solve for it, but got {tuple(x.shape)}."
+        )
+    return x.shape[:-1]
 
 
-def patterns_of(units: Sequence[HiddenUnits], x: Tensor) -> list[Tensor]:
-    """Return the activation patterns (..., H) of every hidden layer for inputs ``x`` (..., D) of the first."""
+def run_feature_map(
+    layout: HeadLayout, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+) -> CallRecorder:
+    """Run a head's own forward in eval mode, without autocast, up to its last Linear.
+
+    Args:
+        layout: the layout of the head.
+        args: what the head is given.
+        kwargs: the same by name.
+        tensors: parameters and buffers to run it with instead of its own, by their names.
+
+    Returns:
+        What was recorded: preactivations, and what the last Linear is given.
+    """
+    head, output = layout.head, layout.output
+    record = find_record(head)
+    forward = head.forward if record is None else record.original.forward.__get__(head)
+    known = {name for _, name in layout.names.activations if name is not None}
+    device = next(iter(layout.structure_tensors().values())).device.type
     # Under autocast the bits of a half-precision product would differ from those of the frozen float32 structure.
-    with torch.no_grad(), torch.autocast(device_type=x.device.type, enabled=False):
-        return [z > 0 for z in iterate_preactivations(units, x.to(units[0].weight.dtype))]
+    with (
+        in_mode([head], training=False),
+        torch.autocast(device_type=device, enabled=False),
+        suppress(ReachedOutput),
+        CallRecorder(head, activations=known, stop_at=output) as recorder,
+    ):
+        call_with(head, forward, tensors or {}, args, kwargs)
+    return recorder
+
+
+@torch.no_grad()
+def patterns_of(
+    layout: HeadLayout,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> list[Tensor]:
+    """Return the activation patterns (..., H) of a head, one for each activation, see ``run_feature_map``."""
+    dtype = next(iter(layout.head.parameters())).dtype
+    args, kwargs = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs or {}))
+    with unchanged(layout.head):
+        preactivations = run_feature_map(layout, args, kwargs, tensors).preactivations
+    if len(preactivations) != len(layout.names.activations):
+        raise UserValueError(
+            f"Expected every call of `{type(layout.head).__name__}` to go through the {len(layout.names.activations)} "
+            f"activations of the call that it was read from, but got one with {len(preactivations)}."
+        )
+    return [z > 0 for z in preactivations]
 
 
 def activation_patterns(head: nn.Module, x: Tensor) -> list[Tensor]:
-    """Return which hidden units fire for which input.
+    """Return which hidden units fire for which input: the sign of what each activation is given.
 
-    BatchNorm inside the head counts with its running statistics and Dropout not at all, whatever mode the head is in,
-    because two draws of either flip bits of the same weights.
+    For a gated head it is the sign of what the gate's activation is given. BatchNorm inside the head counts with its
+    running statistics and Dropout not at all, whatever mode the head is in, because two draws of either flip bits of
+    the same weights.
 
     Args:
-        head: an MLP head or a ``GLAIHead``; it is not changed.
+        head: a head or a ``GLAIHead``; it is not changed.
         x: inputs of shape (batch, D), floating point. More leading dimensions are kept.
 
     Returns:
-        One bool tensor of shape (batch, width) for each hidden layer.
+        One bool tensor of shape (batch, width) for each activation.
 
     Raises:
         TypeError: if ``head`` is not a module, or ``x`` not a floating-point tensor.
-        ValueError: if ``head`` is not an MLP of piecewise-linear layers, or ``x`` has another width.
+        ValueError: if ``head`` has no activation before a last Linear, or ``x`` has another width.
 
     Example:
         >>> import torch
@@ -171,8 +230,13 @@ def activation_patterns(head: nn.Module, x: Tensor) -> list[Tensor]:
     """
     layout = layout_of(head)
     check_inputs("x", x, layout)
-    with torch.no_grad(), in_mode(layout.leading, training=False):
-        return patterns_of(hidden_units(layout), apply_leading(layout, x))
+    return patterns_of(layout, (x,), tensors=frozen_tensors(head))
+
+
+def frozen_tensors(head: nn.Module) -> dict[str, Tensor]:
+    """Return the weights at the freeze that a head with tangent paths remembers, by the names of those trained now."""
+    record = find_record(head)
+    return {} if record is None else record.references
 
 
 def check_inputs(name: str, x: object, layout: HeadLayout) -> None:
@@ -186,11 +250,5 @@ def check_inputs(name: str, x: object, layout: HeadLayout) -> None:
         got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"`{type(x).__name__}`"
         raise UserTypeError(f"Expected `{name}` to be a floating-point tensor, but got {got}.")
     width = layout.widths[0]
-    if not layout.leading and (x.ndim < 1 or x.shape[-1] != width):
+    if layout.takes_rows and (x.ndim < 1 or x.shape[-1] != width):
         raise UserValueError(f"Expected `{name}` to be of shape (..., {width}), but got {tuple(x.shape)}.")
-
-
-def layout_of(head: nn.Module) -> HeadLayout:
-    """Return the layout of an MLP head, or the one that a frozen head carries."""
-    record = find_record(head)
-    return read_head(head) if record is None else record.names.find(head)

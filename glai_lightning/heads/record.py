@@ -10,6 +10,9 @@ from glai_lightning.heads.layout import HeadNames
 #: What stays trainable of a head once its structure is frozen.
 Paths = Literal["output", "tangent", "independent"]
 
+#: What stands before the names of the weights at the freeze in a state dict.
+REFERENCE = "freeze_reference."
+
 #: Name of the record among the attributes of a frozen head; a user's own class has no such name.
 _ATTRIBUTE = "_glai_record"
 
@@ -24,9 +27,10 @@ class FreezeRecord:
         names: where the steps of its forward stand in it.
         freeze_epoch: the first epoch (0-based) that trained frozen, or ``None`` where it was not frozen in a fit.
         was_trainable: names of the parameters that required gradients before the freeze.
-        references: the weights at the freeze, by their names in a state dict; tangent paths only. They are neither
-            parameters, so that a module with a frozen head has the parameters of one without, nor buffers, which
-            DistributedDataParallel broadcasts before every forward.
+        formula: whether a formula takes the place of the head's forward: that of an MLP's tangent or independent paths.
+        references: the weights at the freeze, by the names of those that are trained; tangent paths only. They are
+            neither parameters, so that a module with a frozen head has the parameters of one without, nor buffers,
+            which DistributedDataParallel broadcasts before every forward.
         replaced_output: the last Linear; independent paths only, which stand in its place.
     """
 
@@ -35,6 +39,7 @@ class FreezeRecord:
     names: HeadNames
     freeze_epoch: int | None
     was_trainable: tuple[str, ...]
+    formula: bool = False
     references: dict[str, Tensor] = field(default_factory=dict)
     replaced_output: nn.Linear | None = None
 

@@ -5,7 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from glai_lightning.heads.frozen import GLAIHead, check_freezable, freeze_in_place
-from glai_lightning.heads.state_dicts import FreezeMetadata, check_head_fits, read_freeze
+from glai_lightning.heads.joined import JoinedHead, head_at
+from glai_lightning.heads.record import find_record
+from glai_lightning.heads.state_dicts import FREEZE_METADATA, FreezeMetadata, check_head_fits, read_freeze
 
 
 class HeadRestorer:
@@ -33,6 +35,8 @@ class HeadRestorer:
             return registered
         restorer = cls(head_name)
         module.register_load_state_dict_pre_hook(restorer)  # type: ignore[no-untyped-call]
+        if "+" in head_name:
+            module.register_state_dict_post_hook(_FreezeNote(head_name))  # type: ignore[no-untyped-call]
         return restorer
 
     @classmethod
@@ -57,7 +61,7 @@ class HeadRestorer:
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Prepare the module, or the state dict, before the weights are read."""
         self.forget()
-        head = dict(module.named_modules()).get(self.head_name)
+        head = self._find_head(module)
         if head is None:
             return
         # Those of all heads that come after this one too, before this one is frozen.
@@ -69,9 +73,15 @@ class HeadRestorer:
             return
         if self.deferred:
             self._freeze = freeze
-            self._set_aside(head, state_dict, f"{prefix}{self.head_name}.")
+            if not isinstance(head, JoinedHead):
+                self._set_aside(head, state_dict, f"{prefix}{self.head_name}.")
         else:
             freeze_in_place(head, paths=freeze.paths, freeze_epoch=freeze.freeze_epoch)
+
+    def _find_head(self, module: nn.Module) -> nn.Module | None:
+        if all(part in dict(module.named_modules()) for part in self.head_name.split("+")):
+            return head_at(module, self.head_name)
+        return None
 
     def forget(self) -> None:
         """Forget a frozen head that waits: the state dict that held it could not be loaded, or is outdated."""
@@ -91,7 +101,7 @@ class HeadRestorer:
         """
         if self._freeze is None:
             raise RuntimeError(f"Expected a frozen head to wait at '{self.head_name}', but none was loaded.")
-        head = module.get_submodule(self.head_name)
+        head = head_at(module, self.head_name)
         frozen = freeze_in_place(head, paths=self._freeze.paths, freeze_epoch=self._freeze.freeze_epoch)
         if self._entries:
             state = frozen.state_dict()
@@ -109,9 +119,25 @@ class HeadRestorer:
 
     def _check(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
         """Check that a state dict can be loaded into the head."""
-        head = dict(module.named_modules()).get(self.head_name)
+        head = self._find_head(module)
         if head is None:
+            return
+        if isinstance(head, JoinedHead):
             return
         freeze = check_head_fits(head, f"{prefix}{self.head_name}", state_dict)
         if freeze is not None and not isinstance(head, GLAIHead):
             check_freezable(head, paths=freeze.paths)
+
+
+class _FreezeNote:
+    """Hook that says in the metadata of a state dict that a head is frozen which is no part of the module by itself."""
+
+    def __init__(self, head_name: str) -> None:
+        self.head_name = head_name
+
+    def __call__(self, module: nn.Module, state_dict: Any, prefix: str, _: Any) -> None:
+        record = find_record(head_at(module, self.head_name))
+        metadata = getattr(state_dict, "_metadata", None)
+        if record is not None and metadata is not None:
+            freeze = FreezeMetadata(record.paths, record.freeze_epoch).to_primitives()
+            metadata[f"{prefix}{self.head_name}"] = {FREEZE_METADATA: freeze}

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from glai_lightning.checks import UserError, UserTypeError, UserValueError
 from glai_lightning.heads.patterns import hidden_units, layout_of
-from glai_lightning.heads.record import Paths, find_record
+from glai_lightning.heads.record import REFERENCE, Paths, find_record
 
 #: Where the metadata of a state dict, which ``weights_only`` loading keeps, says that a head is frozen.
 FREEZE_METADATA = "glai"
@@ -86,7 +86,7 @@ def read_freeze(state_dict: Mapping[str, Any], head_name: str) -> FreezeMetadata
     names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
     if any(name.split(".")[-1] == "path_weights" for name in names):
         return FreezeMetadata("independent", None)
-    return FreezeMetadata("tangent", None) if "reference_output_weight" in names else None
+    return FreezeMetadata("tangent", None) if any(name.startswith(REFERENCE) for name in names) else None
 
 
 def check_state_dict(state_dict: object) -> None:
@@ -199,24 +199,17 @@ def _head_shapes(head: nn.Module, paths: Paths | None) -> Shapes:
     if held == paths or {held, paths} == {None, "output"}:
         return shapes
     layout = layout_of(head)
-    output, units = layout.names.output, hidden_units(layout)
+    output = layout.names.output
     if record is not None:
-        shapes = {key: shape for key, shape in shapes.items() if key not in record.references}
+        shapes = {key: shape for key, shape in shapes.items() if not key.startswith(REFERENCE)}
         if record.replaced_output is not None:
             shapes = {key: shape for key, shape in shapes.items() if not key.startswith(f"{output}.")}
             replaced = _shapes_of(record.replaced_output.state_dict())
             shapes |= {f"{output}.{key}": shape for key, shape in replaced.items()}
         return shapes
-    num_outputs, width = shapes[f"{output}.weight"]
     if paths == "tangent":
-        trained = ("weight", "bias", "norm_weight", "norm_bias")
-        references = {
-            f"reference_{position}_{name}": value.shape
-            for position, layer in enumerate(units)
-            for name, value in layer.tensors().items()
-            if name in trained
-        }
-        return shapes | references | {"reference_output_weight": torch.Size([num_outputs, width])}
+        return shapes | {f"{REFERENCE}{name}": shapes[name] for name in layout.linearised_parameters()}
+    num_outputs, units = shapes[f"{output}.weight"][0], hidden_units(layout)
     del shapes[f"{output}.weight"]
     joint = 1
     for position in range(len(units) - 1, -1, -1):

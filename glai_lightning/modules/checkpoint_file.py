@@ -15,6 +15,8 @@ from glai_lightning.modules.description import build
 
 #: Under which name a checkpoint of our modules holds what they are made of.
 DESCRIPTION = "glai_lightning"
+#: Of that description; another version describes other things, or otherwise.
+VERSION = 1
 
 #: What a checkpoint of Lightning holds, if it holds it, and of which type.
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
@@ -78,6 +80,12 @@ def check_checkpoint(path: str | PathLike[str]) -> None:
                 f"Expected `{name}` in '{path}' to be what Lightning saves under that name, "
                 f"but got a `{type(checkpoint[name]).__name__}`."
             )
+    version = checkpoint.get(DESCRIPTION, {}).get("version", VERSION)
+    if version != VERSION:
+        raise UserValueError(
+            f"Expected '{path}' to describe its module in version {VERSION}, but got version {version!r}: use the "
+            "version of glai-lightning that wrote it, or a later one."
+        )
 
 
 def described_modules(path: str | PathLike[str], names: Collection[str]) -> dict[str, nn.Module | None]:

@@ -103,6 +103,8 @@ def _as_inputs(module: Any, inputs: Any) -> Any:
         raise UserTypeError(f"Expected `inputs` to be a tensor or a sequence, but got `{type(inputs).__name__}`.")
     if len(inputs) == 0:
         raise UserValueError("Expected `inputs` to hold at least one input, but got none.")
+    if module.table is not None and hasattr(inputs, "columns"):
+        inputs = module.table.encode(inputs, "`inputs`")
     if module.backbone is not None:
         return torch.from_numpy(inputs) if isinstance(inputs, np.ndarray) else inputs
     try:

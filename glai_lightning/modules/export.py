@@ -1,6 +1,7 @@
 """A trained module in files of several kinds, for use without this package."""
 
 import copy
+import io
 import json
 import logging
 import warnings
@@ -18,7 +19,8 @@ from glai_lightning.modules.description import describe
 from glai_lightning.modules.standardise import Standardise
 from glai_lightning.optional import import_optional
 
-FORMATS = ("onnx", "torch-export", "mlp", "safetensors")
+#: Kinds of files, and how their names end.
+FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "mlp": ".pt", "safetensors": ".safetensors"}
 
 
 class FromTokens(nn.Module):
@@ -99,33 +101,38 @@ def export_model(module: Any, to: str, path: str | PathLike[str], example: Any =
         TypeError: if ``module`` is not a ``HeadModule``.
         ValueError: if there is no such kind or folder, or the module cannot be written as one.
     """
-    expect_choice("to", to, FORMATS)
+    expect_choice("to", to, tuple(FORMATS))
     _check_module(module)
     path = Path(path)
     if not path.parent.is_dir():
         raise UserValueError(f"Expected `path` to lie in an existing folder, but got '{path}'.")
     if path.is_dir():
         raise UserValueError(f"Expected `path` to be a file, but got the folder '{path}'.")
+    file = io.BytesIO()
     if to == "onnx":
-        export_onnx(module, path, example)
+        file.write(export_onnx(module, None, example).model_proto.SerializeToString())
     elif to == "torch-export":
         if path.suffix != ".pt2":
             raise UserValueError(f"Expected `path` to end in '.pt2' for 'torch-export', but got '{path}'.")
         model, inputs, shapes = _traceable(module, example)
-        torch.export.save(_traced(lambda: torch.export.export(model, inputs, dynamic_shapes=shapes)), path)
+        torch.export.save(
+            _traced(model, inputs, lambda: torch.export.export(model, inputs, dynamic_shapes=shapes)), file
+        )
     elif to == "mlp":
         mlp = plain_mlp(module)
         described = describe(mlp)
         if described is None:
             raise UserValueError("Expected a head made of layers of `torch.nn` to write it as an MLP, but got others.")
         layers = [[layer["class"], layer["arguments"]] for layer in described["layers"].values()]
-        torch.save({"layers": layers, "state_dict": mlp.state_dict(), **_names(module)}, path)
+        torch.save({"layers": layers, "state_dict": mlp.state_dict(), **_names(module)}, file)
     else:
         safetensors = import_optional("safetensors.torch", needed_for="an export to safetensors", extra="export")
         weights = {name: entry.contiguous() for name, entry in deployed(module).state_dict().items()}
         description: Any = module.description
         described = {name: part for name, part in description().items() if name != "backbone"}
-        safetensors.save_file(weights, path, metadata={"glai_lightning": json.dumps(described)})
+        file.write(safetensors.save(weights, {"glai_lightning": json.dumps(described)}))
+    # At once, and only what is whole: torch's own writers have other errors for a path that cannot be written to.
+    path.write_bytes(file.getbuffer())
     return path
 
 
@@ -142,7 +149,7 @@ def export_onnx(module: Any, path: Any, example: Any = None, **options: Any) -> 
     names = ["input_ids", "attention_mask"] if len(inputs) == 2 else ["inputs"]
     defaults = {"input_names": names, "output_names": ["outputs"], "dynamic_shapes": shapes}
     defaults |= {"dynamo": True, "external_data": False, "verbose": False}
-    return _traced(lambda: torch.onnx.export(model, inputs, path, **{**defaults, **options}))
+    return _traced(model, inputs, lambda: torch.onnx.export(model, inputs, path, **{**defaults, **options}))
 
 
 def _traceable(module: Any, example: Any) -> tuple[Deployed, tuple[Tensor, ...], Any]:
@@ -174,17 +181,20 @@ def _made_up(module: Any) -> Any:
     if hasattr(backbone, "preprocessing"):
         return torch.zeros(2, 3, *backbone.preprocessing["size"])
     raise UserValueError(
-        f"Expected an example of the inputs of `{type(backbone or module.head).__name__}`, but got none."
+        f"Expected an example of the inputs of `{type(backbone or module.head).__name__}`, but got none "
+        "(`glai export --shape 3,32,32` makes up one of that shape)."
     )
 
 
-def _traced(trace: Any) -> Any:
+def _traced(model: Deployed, inputs: tuple[Tensor, ...], trace: Any) -> Any:
     symbols = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = symbols.level
     try:
         symbols.setLevel(logging.ERROR)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # What fails here fails with fewer words than in a trace.
+            model(*inputs)
             return trace()
     except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -1,5 +1,6 @@
 """HeadModule: any backbone with a pluggable head."""
 
+import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -15,11 +16,14 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLR
 from glai_lightning.checks import UserTypeError, UserValueError, expect_flag
 from glai_lightning.fitting.across_processes import process_group
 from glai_lightning.fitting.conversion import follow_in_fit
+from glai_lightning.fitting.embedded import Embedded
+from glai_lightning.fitting.messages import hide_warnings, unhide_warnings
+from glai_lightning.fitting.table_columns import TableColumns, table_of
 from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.heads.optimizers import optimizer_parameters
 from glai_lightning.heads.restoring import HeadRestorer
 from glai_lightning.heads.state_dicts import check_fits, check_state_dict
-from glai_lightning.modules.checkpoint_file import DESCRIPTION, check_checkpoint, described_modules
+from glai_lightning.modules.checkpoint_file import DESCRIPTION, VERSION, check_checkpoint, described_modules
 from glai_lightning.modules.deployment import deployed
 from glai_lightning.modules.description import describe
 from glai_lightning.modules.export import export_onnx
@@ -27,6 +31,22 @@ from glai_lightning.modules.standardise import Standardise
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler | ReduceLROnPlateau]
+
+#: Lightning's warning of a frozen backbone, which is meant.
+_IN_EVAL_MODE = r"Found \d+ module\(s\) in eval mode"
+_PACKAGE, _MODULES = "glai_lightning", "glai_lightning.modules."
+
+
+def shipped_module(name: object) -> "type[HeadModule] | None":
+    """Return the module class of this package that a checkpoint names; ``None`` for a class of the user's own.
+
+    Example:
+        >>> shipped_module("glai_lightning.SupervisedModule").__name__
+        'SupervisedModule'
+    """
+    package, _, kind = str(name).rpartition(".")
+    found = getattr(importlib.import_module("glai_lightning.modules"), kind, None) if package == _PACKAGE else None
+    return found if isinstance(found, type) and issubclass(found, HeadModule) else None
 
 
 def steps_per_batch(scheduler: object) -> bool:
@@ -60,6 +80,7 @@ class HeadModule(LightningModule):
         standardise: what standardises the inputs of the head, ``None`` where it cannot be told how many there are.
             Without a backbone the data module may standardise; its statistics are kept here for ``deployed``.
         inputs_standardised: whether the data module of the fit standardised the inputs.
+        table: of a fit on a ``TableDataModule``, how rows of columns become inputs; travels in the checkpoint.
 
     Raises:
         TypeError: if an argument is not what it is to be.
@@ -97,6 +118,7 @@ class HeadModule(LightningModule):
         # Every process of a fit has the same statistics: DistributedDataParallel need not send them at every forward.
         self._ddp_params_and_buffers_to_ignore = [f"standardise.{name}" for name in ("mean", "scale", "rows")]
         self.inputs_standardised = False
+        self.table: TableColumns | None = None
         self._described_head = describe(head)
         self._described_backbone: dict[str, Any] | None = None
         if backbone is not None and freeze_backbone:
@@ -117,7 +139,7 @@ class HeadModule(LightningModule):
         if not self.freeze_backbone:
             return self.backbone(x)  # type: ignore[no-any-return]
         with torch.no_grad():
-            embeddings: Tensor = self.backbone(x)
+            embeddings: Tensor = x.values if isinstance(x, Embedded) else self.backbone(x)
             if self.standardise is None or not self.standardise_embeddings:
                 return embeddings
             if not self.standardise.is_set and self._trainer is not None and self._trainer.training:
@@ -146,6 +168,7 @@ class HeadModule(LightningModule):
             )
         if stage == "fit":
             self.inputs_standardised, statistics = _standardisation_of(data, self.standardise)
+            self.table = table_of(data)
             if self.backbone is None and self.standardise is not None:
                 self.standardise.copy_from(statistics)
 
@@ -204,11 +227,13 @@ class HeadModule(LightningModule):
         if self.backbone is not None and self._described_backbone is None:
             self._described_backbone = describe(self.backbone)
         return {
-            "version": 1,
+            "version": VERSION,
+            "module": f"{_PACKAGE}.{type(self).__name__}" if type(self).__module__.startswith(_MODULES) else None,
             "head": self._described_head,
             "backbone": self._described_backbone,
             "has_backbone": self.backbone is not None,
             "inputs_standardised": self.inputs_standardised,
+            "table": None if self.table is None else self.table.as_dict(),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -216,8 +241,20 @@ class HeadModule(LightningModule):
         checkpoint[DESCRIPTION] = self.description()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take out of a checkpoint what is known of the inputs."""
-        self.inputs_standardised = bool(checkpoint.get(DESCRIPTION, {}).get("inputs_standardised", False))
+        """Take out of a checkpoint what is known of the inputs.
+
+        Raises:
+            ValueError: if the checkpoint is one of another module of this package.
+        """
+        described = checkpoint.get(DESCRIPTION, {})
+        saved = shipped_module(described.get("module"))
+        if saved is not None and not (isinstance(self, saved) or issubclass(saved, type(self))):
+            raise UserValueError(
+                f"Expected the checkpoint of a `{type(self).__name__}`, but got one of a `{saved.__name__}`."
+            )
+        self.inputs_standardised = bool(described.get("inputs_standardised", False))
+        table = described.get("table")
+        self.table = None if table is None else TableColumns.from_dict(table)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict from either side of the freeze, completely or not at all.
@@ -265,10 +302,17 @@ class HeadModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Freeze the head again, where the fit resumes from after the freeze without the callback."""
+        still = [name for name, module in self.named_modules() if not module.training]
+        if all(name.startswith(("backbone", "head")) for name in still):
+            hide_warnings(_IN_EVAL_MODE)
         restorer = HeadRestorer.of(self, "head")
         restorer.deferred = False
         if restorer.pending:
             follow_in_fit(self.trainer, restorer.restore(self))
+
+    def on_train_start(self) -> None:
+        """Show warnings of other modules in eval mode again."""
+        unhide_warnings(_IN_EVAL_MODE)
 
     def on_train_epoch_start(self) -> None:
         """Put a frozen backbone back in eval mode, should anything have changed that."""
@@ -297,6 +341,9 @@ class HeadModule(LightningModule):
 
 
 def _count_inputs(head: nn.Module) -> int | None:
+    own = getattr(head, "in_features", None)
+    if isinstance(own, int):
+        return own
     first = next((module for module in head.modules() if isinstance(module, nn.Linear | nn.Flatten)), None)
     return first.in_features if isinstance(first, nn.Linear) else None
 

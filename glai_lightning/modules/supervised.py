@@ -120,13 +120,16 @@ class SupervisedModule(ScoredModule):
             self.classes = list(names) if _are_names(names, self.num_classes) else None
 
     def description(self) -> dict[str, Any]:
-        """Return what ``load_from_checkpoint`` makes the module of, class names included."""
-        return super().description() | {"classes": self.classes}
+        """Return what ``load_from_checkpoint`` makes the module of, task and class names included."""
+        return super().description() | {"classes": self.classes, "task": self.task}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take out of a checkpoint what is known of inputs and classes."""
         super().on_load_checkpoint(checkpoint)
-        names = checkpoint.get(DESCRIPTION, {}).get("classes")
+        described = checkpoint.get(DESCRIPTION, {})
+        task, names = described.get("task", self.task), described.get("classes")
+        if task != self.task:
+            raise UserValueError(f"Expected the checkpoint of a {self.task}, but got one of a {task}.")
         if names is not None and not _are_names(names, self.num_classes):
             raise UserValueError(
                 f"Expected the checkpoint to hold at most {self.num_classes} class names, but got {names!r}."
@@ -190,8 +193,9 @@ class SupervisedModule(ScoredModule):
         """Predict from inputs as they come: rows that nothing standardised, images or texts.
 
         Args:
-            inputs: rows (N, ...), a tensor, an array or nested lists of numbers; for an image backbone a tensor
-                (N, 3, height, width) or a list of images; for a text backbone a list of strings.
+            inputs: rows (N, ...), a tensor, an array or nested lists of numbers; after a fit on a ``TableDataModule`` a
+                ``pandas.DataFrame``; for an image backbone a tensor (N, 3, height, width) or a list of images; for a
+                text backbone a list of strings.
             batch_size: inputs that are computed at once, at least 1.
 
         Returns:
@@ -223,7 +227,7 @@ def _are_names(names: object, most: int) -> TypeGuard[list[str]]:
 
 def _count_outputs(head: nn.Module) -> int:
     try:
-        return layout_of(head).output.out_features
+        return layout_of(head).num_outputs
     except ValueError as error:
         raise UserValueError(
             f"Expected `num_classes` to be given for a head whose outputs cannot be read, but got None. {error}"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.checks import UserTypeError, UserValueError
+from glai_lightning.heads.chain import title
 from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.heads.patterns import layout_of
 from glai_lightning.heads.record import record_of
@@ -103,8 +104,13 @@ class LinearPathWeights:
         layout, kind = layout_of(head), record_of(head).paths
         acting = [module for module in layout.trailing if not isinstance(module, _DropoutNd)]
         if acting:
-            names = ", ".join(type(module).__name__ for module in acting)
+            names = ", ".join(map(title, acting))
             raise UserValueError(f"Expected no module after the head's last Linear to solve for it, but got {names}.")
+        if isinstance(layout.output, nn.modules.conv._ConvNd) or not hasattr(layout.output, "in_features"):
+            raise UserValueError(
+                f"Expected the head's last layer to be a Linear to solve for it, but got "
+                f"`{type(layout.output).__name__}`."
+            )
         self.head = head
         self._parameters: list[Tensor]
         self.bias: Tensor | None
@@ -163,7 +169,7 @@ class LinearPathWeights:
         """Return the path activations (n, F) of inputs (n, D)."""
         layout = layout_of(self.head)
         width = layout.widths[0]
-        if not layout.leading and inputs.shape[1] != width:
+        if layout.takes_rows and inputs.shape[1] != width:
             raise UserValueError(f"Expected inputs of shape (samples, {width}), but got {tuple(inputs.shape)}.")
         with torch.no_grad():
             return GLAIHead.path_activations(self.head, inputs.to(self._parameters[0]))

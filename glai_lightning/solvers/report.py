@@ -53,16 +53,29 @@ class SolveReport:
 
     def __str__(self) -> str:
         text = (
-            f"{self.passes} passes in {self.seconds:.2f} s ({self.method}, {self.reason}): "
+            f"{self.passes} passes in {self.seconds:.2f} s, until {_REASONS.get(self.reason, self.reason)}; "
             f"loss {self.start_loss:.4g} before, {self.loss:.4g} now"
         )
         if self.score is not None and self.start_score is not None:
             text += f"; validation score {self.start_score:.4f} before, {self.score:.4f} now"
+        text += f"; penalty l2 = {self.l2:.2g}"
         if len(self.tried) > 1:
-            text += f"; l2 = {self.l2:.2g}, chosen from {len(self.tried)} strengths"
-        if self.held_out:
-            text += f" by {self.held_out} rows of the training data that were held out"
+            by = f"{self.held_out:,} training rows held out" if self.held_out else "validation"
+            text += f", chosen from {len(self.tried)} by {by}"
+        elif self.held_out:
+            text += f"; {self.held_out:,} training rows were held out to choose by"
         return text + "."
+
+
+#: The reasons for which a solve stops, in words that follow "until".
+_REASONS = {
+    "converged": "the gradient was small",
+    "no_progress": "the loss no longer fell",
+    "max_passes": "no pass was left",
+    "validation": "the validation score no longer rose",
+    "path_end": "all penalties were tried",
+    "closed_form": "the closed form was computed",
+}
 
 
 class LinearSolution(NamedTuple):

@@ -1,9 +1,16 @@
+import copy
+import typing
+from dataclasses import replace
+
 import pytest
 import torch
 from fits import HEAD, SomebodysModule, make_loader, make_trainer
+from interruptions import differences
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from glai_lightning.callbacks import StructureFreezeCallback
+from glai_lightning.solvers import LogisticSolver
 
 BATCHES = 5
 
@@ -65,14 +72,52 @@ def test_without_validation_the_training_loss_takes_its_place():
     assert callback.freeze_epoch > 2
 
 
-def test_a_head_that_is_solved_does_not_wait_for_validation():
-    callback = Settled(HEAD, min_steps=1)
+class ScriptedSolver(LogisticSolver):
+    """Solves, and says that it scores as it is told, in the order of its solves."""
+
+    scores: typing.ClassVar = []
+
+    def solve(self, *args, **kwargs):
+        return replace(super().solve(*args, **kwargs), score=self.scores.pop(0))
+
+
+@pytest.mark.parametrize(
+    ("scores", "epoch"), [([0.5, 0.6, 0.604], 8), ([0.5, 0.499], 4), ([0.999], 2), ([0.5, 0.6, 0.7, 0.8], 9)]
+)
+def test_a_head_is_solved_once_solves_tried_after_twice_the_steps_gain_no_more(monkeypatch, scores, epoch):
+    monkeypatch.setattr(ScriptedSolver, "scores", list(scores))
+    callback = StructureFreezeCallback(HEAD, min_steps=1, solver=ScriptedSolver(), churn_tolerance=1.0)
     trainer = make_trainer(callback, EarlyStopping("score", mode="max", patience=99), max_epochs=9)
-    trainer.fit(Scored([1.0, 2.0, 3.0, 4.0]), make_loader(), make_loader())
-    # The first epoch is where the loss started.
-    assert callback.freeze_epoch == 2
-    assert callback.solve_report is not None
-    assert trainer.current_epoch == 2
+    # Validation still rises. In the first epoch the loss is where it started. The last epoch is solved in any case.
+    trainer.fit(Scored([float(number) for number in range(9)]), make_loader(), make_loader())
+    assert (callback.freeze_epoch, trainer.current_epoch) == (epoch, epoch)
+    assert callback.solve_report.score == scores[-1]
+
+
+class BeforeEpoch(Callback):
+    """Copies weights and optimizer state before an epoch."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            self.copied = copy.deepcopy((dict(pl_module.state_dict()), trainer.optimizers[0].state_dict()))
+
+
+@pytest.mark.parametrize("paths", ["output", "independent"])
+def test_a_trial_that_is_taken_back_changes_nothing_of_the_fit(monkeypatch, paths):
+    def fit(solver):
+        torch.manual_seed(0)
+        callback = StructureFreezeCallback(HEAD, paths, min_steps=1, churn_tolerance=1.0, solver=solver)
+        notes = BeforeEpoch(3)
+        trainer = make_trainer(callback, notes, EarlyStopping("score", mode="max", patience=99), max_epochs=5)
+        trainer.fit(Scored([1.0, 2.0, 3.0, 4.0, 5.0]), make_loader(), make_loader())
+        return notes.copied
+
+    monkeypatch.setattr(ScriptedSolver, "scores", [0.5, 0.6, 0.7])
+    assert differences(fit(ScriptedSolver()), fit(None)) == []
+    assert len(ScriptedSolver.scores) < 3
 
 
 def test_an_epoch_that_was_asked_for_waits_for_nothing():

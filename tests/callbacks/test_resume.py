@@ -223,7 +223,7 @@ def test_without_the_callback_somebodys_module_goes_on_as_the_mlp_and_is_told_of
     assert not torch.equal(module.blocks["head"][0].weight, frozen.blocks["head"][0].weight)
 
 
-@pytest.mark.parametrize(("paths", "key"), [("tangent", "reference_0_weight"), ("independent", "path_weights")])
+@pytest.mark.parametrize(("paths", "key"), [("tangent", "freeze_reference"), ("independent", "path_weights")])
 def test_without_the_callback_somebodys_module_refuses_what_is_no_mlp(tmp_path, paths, key):
     checkpoints = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
     run(somebodys_module, StructureFreezeCallback(HEAD, paths=paths, freeze_at_epoch=1, solver=None), checkpoints)

@@ -166,7 +166,7 @@ def fit_tracked(callback, loader, **options):
     return module, log.logged, torch.get_rng_state()
 
 
-def solve_and_forget(self, trainer, slot, read):
+def solve_and_forget(self, trainer, slot, read, kept=None):
     """Run the whole pass and the solve, then put the weights of before back: what is left is the trace."""
     head = slot.module
     before = {key: value.clone() for key, value in head.state_dict().items()}

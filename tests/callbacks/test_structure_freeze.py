@@ -413,9 +413,9 @@ class UncalledHead(SomebodysModule):
         (SomebodysModule, "head", r"but got 'head'. Modules that can be used as a head: \['blocks.head'\]"),
         (SomebodysModule, "body", "but got `Linear` with 1 Linear"),
         (
-            lambda: SomebodysModule(nn.Sequential(nn.Linear(8, 4), nn.GELU(), nn.Linear(4, 3))),
+            lambda: SomebodysModule(nn.Sequential(nn.Linear(8, 4), nn.Softmax(-1), nn.Linear(4, 3))),
             HEAD,
-            "but got `GELU` at '1'",
+            "Expected an activation before the last Linear",
         ),
         (
             lambda: SomebodysModule(
@@ -471,6 +471,10 @@ def test_strategies_that_shard_are_refused_by_name():
         ({"churn_tolerance": 1.5}, "Expected `churn_tolerance` to be a finite number in [0, 1], but got 1.5."),
         ({"churn_tolerance": float("nan")}, "Expected `churn_tolerance` to be a finite number in [0, 1], but got nan."),
         ({"relative_tolerance": 0.0}, "Expected `relative_tolerance` to be a finite number in (0, 1], but got 0.0."),
+        (
+            {"stop_after_solve": torch.zeros(3)},
+            "Expected `stop_after_solve` to be True or False, but got tensor([0., 0., 0.]).",
+        ),
         ({"patience": 0}, "Expected `patience` to be an integer of at least 1, but got 0."),
         ({"min_epochs": -1}, "Expected `min_epochs` to be an integer of at least 0, but got -1."),
         ({"freeze_at_epoch": -1}, "Expected `freeze_at_epoch` to be an integer of at least 0, but got -1."),

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from glai_lightning import GLAIHead, SupervisedModule, mlp_head
 from glai_lightning.cli.main import main
@@ -80,6 +81,13 @@ def test_tensorboard_has_the_scalars_and_both_plots():
     assert len(events.Scalars("structure/churn")) == 3
     assert set(tags["images"]) == {"fit_report/structure_churn", "fit_report/score_over_seconds"}
     assert events.Images("fit_report/structure_churn")[0].width == 800
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    entries = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert {"learning_rate", "widths", "paths", "churn_tolerance", "relative_tolerance"} <= set(entries)
+    assert entries["learning_rate"].number_value == 0.001
+    assert entries["widths"].string_value == "64-64-10"
+    # The test after the fit, too, leaves the best score as what stands beside them.
+    assert events.Scalars("hp_metric")[-1].value == max(event.value for event in events.Scalars("val/accuracy"))
 
 
 def test_last_checkpoint_is_of_the_last_epoch_whatever_the_score():

@@ -85,7 +85,7 @@ def test_a_module_is_made_from_its_configuration_too(folder):
         (["--add", "first.npz", "--head", "forest"], "Expected `head` to be 'ridge', 'lda' or 'prototypes'"),
         (
             ["--ckpt_path", "nothing.ckpt", "--add", "first.npz"],
-            "Expected `--ckpt_path` to be an existing file, but got 'nothing.ckpt'",
+            "which does not exist",
         ),
         (["--to", "no/solved.ckpt", "--add", "first.npz"], "Expected `--to` to be in a folder that is there"),
     ],

@@ -76,7 +76,9 @@ def test_messages_stand_above_the_progress_bar_and_the_table_fits(bar, tmp_path)
         r"76,810 before, 10,250 now\.",
         words,
     )
-    assert re.search(r"Solved for the path weights of 'head' in \d+ passes .* validation score 0\.\d+, 0\.\d+\.", words)
+    assert re.search(
+        r"Solved for the path weights of 'head': \d+ passes .* validation score 0\.\d+ before, 0\.\d+ now", words
+    )
     for beginning in ("Froze the structure", "Solved for the path weights"):
         assert any(line.startswith(beginning) for line in lines)
     table = lines[lines.index("Fit report") :]

@@ -11,7 +11,7 @@ from fits import make_trainer
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from glai_lightning import SupervisedModule, mlp_head
-from glai_lightning.datamodules import TableDataModule
+from glai_lightning.datamodules import TableDataModule, UnlabelledDataModule
 
 
 def make_frame(rows=60):
@@ -193,3 +193,26 @@ def test_without_pandas_the_line_that_installs_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'glai-lightning\[table\]'"):
         TableDataModule("table.csv")
+
+
+def test_a_checkpoint_takes_rows_by_the_names_of_their_columns(tmp_path):
+    frame = with_gaps()
+    frame["income"] += 1e6
+    module = SupervisedModule(mlp_head(7, 16, 2))
+    trainer = make_trainer(max_epochs=2)
+    data = TableDataModule(frame=frame, on_missing="impute", test_fraction=0.5)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    expected = torch.cat(make_trainer().predict(module, data)).softmax(1)
+    new = frame.iloc[data.splits["test"].index.numpy()]
+    new[new.columns[::-1]].drop(columns="label").to_csv(tmp_path / "new.csv", index=False)
+
+    loaded = SupervisedModule.load_from_checkpoint(tmp_path / "model.ckpt")
+    torch.testing.assert_close(loaded.predict(new).probabilities, expected, rtol=0, atol=1e-5)
+    outputs = make_trainer().predict(module, UnlabelledDataModule(tmp_path / "new.csv"))
+    torch.testing.assert_close(torch.cat(outputs).softmax(1), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="Expected `inputs` to have the columns 'age'"):
+        loaded.predict(new.drop(columns="age"))
+    (tmp_path / "narrow.csv").write_text("1,2\n")
+    with pytest.raises(ValueError, match=r"Expected rows of the 7 numbers that the head takes in .*, but got 2"):
+        make_trainer().predict(SupervisedModule(mlp_head(7, 16, 2)), UnlabelledDataModule(tmp_path / "narrow.csv"))

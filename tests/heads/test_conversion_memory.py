@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from glai_lightning import mlp_head
 from glai_lightning.fitting.sizes import count_bytes
 from glai_lightning.heads import freeze_in_place
+from glai_lightning.heads.layout import read_head
 from glai_lightning.heads.optimizers import replace_parameters
 
 
@@ -45,6 +46,8 @@ def trained(hidden, dtype):
     optimizer = torch.optim.Adam(mlp.parameters())
     mlp(torch.randn(8, 32, dtype=dtype)).square().mean().backward()
     optimizer.step()
+    # As a fit does at its start.
+    read_head(mlp)
     return mlp, optimizer
 
 

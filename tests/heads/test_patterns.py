@@ -13,14 +13,17 @@ from glai_lightning.heads.patterns import HiddenUnits
 @pytest.mark.parametrize("name", HEADS)
 def test_patterns_are_the_signs_of_what_the_activations_are_given(name):
     head = trained(HEADS[name]())
-    seen = []
-    for layer in read_head(head).hidden:
+    seen, x = [], torch.randn(50, D)
+    handles = [
         layer.activation.register_forward_pre_hook(lambda _, args: seen.append(args[0] > 0))
-    x = torch.randn(50, D)
+        for layer in read_head(head).hidden
+    ]
     if name != "functional ReLU":
         head(x)
     else:
         seen.append(head.fc1(x) > 0)
+    for handle in handles:
+        handle.remove()
     patterns = activation_patterns(head, x)
     assert len(patterns) == len(seen)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(patterns, seen, strict=True))

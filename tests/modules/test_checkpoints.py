@@ -124,6 +124,9 @@ def test_other_modules_are_loaded_without_arguments_too(cls, tmp_path):
         (lambda d: d["head"]["layers"]["0"]["arguments"].update({"in_features": 10**12}), "at most the .* numbers"),
         (lambda d: d["head"]["layers"]["0"].pop("arguments"), "but it cannot be made"),
         (lambda d: d["head"]["layers"]["1"]["arguments"].update({"depth": 3}), "but it cannot be made"),
+        (lambda d: d.update({"version": 2}), "to describe its module in version 1, but got version 2"),
+        (lambda d: d.update({"task": "regression"}), "Expected the checkpoint of a classification, but got one of a"),
+        (lambda d: d.update({"module": "glai_lightning.SimCLRModule"}), "checkpoint of a `SupervisedModule`, but got"),
         (lambda d: d.update({"head": [1]}), "Expected the description of a module"),
         (lambda d: d.update({"classes": ["a", 3]}), "to hold at most 3 class names, but got"),
         (

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from fits import CLASSES, FEATURES, HIDDEN, make_data, make_loader, make_trainer
@@ -131,3 +133,17 @@ def test_hyper_parameters_are_what_weights_only_loading_can_hold():
     module = SupervisedModule(mlp_head(FEATURES, HIDDEN, CLASSES), optimizer=lambda p: torch.optim.SGD(p, 0.1))
     expected = {"freeze_backbone": True, "standardise_embeddings": True, "num_classes": None, "task": "classification"}
     assert dict(module.hparams) == expected
+
+
+def test_what_is_meant_is_not_warned_of(monkeypatch):
+    # Lightning warns of few workers where there are cores for more.
+    monkeypatch.setattr("lightning.fabric.utilities.data._num_cpus_available", lambda: 64)
+    backbone = nn.Sequential(nn.Linear(64, FEATURES), nn.ReLU())
+    module = SupervisedModule(mlp_head(FEATURES, HIDDEN, 10), backbone)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        make_trainer(max_epochs=1).fit(module, DigitsDataModule())
+        assert list(warnings.filters) == before
+    said = [str(warning.message) for warning in caught]
+    assert not [message for message in said if "eval mode" in message or "many workers" in message]

@@ -84,7 +84,7 @@ def test_without_validation_data_a_tenth_of_the_rows_is_held_out_and_the_report_
     report = solve(*data).report
     assert 200 < report.held_out < 400
     assert report.score > report.start_score
-    assert f"{report.held_out} rows of the training data" in str(report)
+    assert f"{report.held_out} training rows held out" in str(report)
     assert solve(*data, l2=1e-3).report.held_out == 0
 
 

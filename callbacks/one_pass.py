@@ -1,0 +1,250 @@
+"""The one pass of a fit over its data: keeping what its heads are given, and training them further on that."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from glai_lightning.callbacks.head_watch import HeadWatch
+from glai_lightning.fitting.across_processes import processes_of
+from glai_lightning.fitting.fit_record import OnePassRecord
+from glai_lightning.fitting.heads_in_module import HeadSlot
+from glai_lightning.fitting.kept_inputs import KeptInputs
+from glai_lightning.fitting.kept_passes import KeptHead, TrainerInPass, train_pass
+from glai_lightning.fitting.loaders import WithoutRepeats, single_loader
+from glai_lightning.fitting.loss_reading import HeadBatch
+from glai_lightning.fitting.messages import say
+from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.fitting.replaying import FixedCalls
+from glai_lightning.fitting.solving import ReadBatch
+from glai_lightning.fitting.step_reading import isolated_step
+
+Heads = Sequence[tuple[HeadWatch, HeadSlot]]
+
+
+def check_alone(judges: Sequence[object]) -> None:
+    """Refuse callbacks that would judge the freeze by validations after it.
+
+    Raises:
+        MisconfigurationException: if there are any.
+    """
+    if judges:
+        raise UserMisconfigurationError(
+            f"Expected no `{type(judges[0]).__name__}` beside `one_pass=True`, after which the fit ends."
+        )
+
+
+class OnePass:
+    """What heads are given and trained on in one epoch of a fit, and their training on it after that epoch.
+
+    Every step of the epoch runs as always. What the modules before the heads return in the first is recorded, and then
+    that step is read with this in their place. Where it shows that one plain loss call is the whole loss, the other
+    steps are read as they run, otherwise as the first.
+
+    Args:
+        trainer: the Trainer of the fit.
+        pl_module: its module.
+        heads: its heads that are not solved yet.
+        read: reads a batch.
+        is_own: whether that reads the step of the module, and is not an override of the user.
+
+    Raises:
+        MisconfigurationException: if the data of the fit is not the same samples in every epoch.
+
+    Attributes:
+        calls: what the modules before the heads return.
+        kept: what was kept, by the names of the heads.
+    """
+
+    def __init__(self, trainer: Any, pl_module: Any, heads: Heads, read: ReadBatch, *, is_own: bool) -> None:
+        _check_data(trainer, pl_module)
+        self.calls = FixedCalls(pl_module, [slot.module for _, slot in heads])
+        self._heads = heads
+        self._read = read
+        # What is compiled would be compiled anew while it is watched.
+        self._reads_live = is_own and not self.calls.compiled
+        self.kept = {slot.name: KeptInputs(int(trainer.num_training_batches)) for _, slot in heads}
+        self._started: float | None = None
+        self._is_whole = True
+        self._reusing = ExitStack()
+        self._problem: UserMisconfigurationError | None = None
+
+    def record_next_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Record the next training step of the fit, and keep what it gives the heads.
+
+        Args:
+            trainer: the Trainer of the fit.
+            pl_module: its module.
+            batch: the batch, on the device of the module.
+            batch_idx: its index.
+        """
+        if self._started is None:
+            self._started = time.perf_counter()
+            # A fit that resumes within an epoch has lost what was kept of its first batches.
+            self._is_whole = batch_idx == 0
+            if trainer.current_epoch > 0 and self._is_whole:
+                say(f"The fit resumes without kept inputs: epoch {trainer.current_epoch} runs the backbone once more.")
+        step, replaced = pl_module.training_step, pl_module.__dict__.get("training_step")
+        readers = {slot.name: watch.solve.reader for watch, slot in self._heads}
+        live = self._reads_live and all(reader is not None and reader.stops_at_loss for reader in readers.values())
+
+        @functools.wraps(step)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            del pl_module.__dict__["training_step"]
+            if replaced is not None:
+                pl_module.__dict__["training_step"] = replaced
+            if live and self._is_whole:
+                return self._keep_live(trainer, readers, partial(step, *args, **kwargs))
+            with self.calls.recording():
+                returned = step(*args, **kwargs)
+                for watch, _ in self._heads:
+                    watch.solve.after_step()
+                if self._is_whole:
+                    with self._raising(trainer):
+                        self._keep_replayed(pl_module, batch, batch_idx)
+            return returned
+
+        recorded.is_seen = True  # type: ignore[attr-defined]
+        pl_module.__dict__["training_step"] = recorded
+
+    def _keep_live(self, trainer: Any, readers: Mapping[str, Any], step: Callable[[], Any]) -> Any:
+        """Read a step as it runs: nothing is run again where one plain loss call is the whole loss."""
+        with ExitStack() as stack:
+            watches = {name: stack.enter_context(reader.watched()) for name, reader in readers.items()}
+            returned = step()
+        with self._raising(trainer):
+            for name, watch in watches.items():
+                self._keep(name, readers[name].read_watched(watch))
+        return returned
+
+    def _keep_replayed(self, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        for watch, slot in self._heads:
+            # None as long as no batch has called the head.
+            if watch.solve.reader is not None:
+                with self.calls.replaying(), isolated_step(pl_module):
+                    self._keep(slot.name, self._read(batch, batch_idx, "training", watch.solve.reader))
+
+    def _keep(self, name: str, given: HeadBatch | tuple[Tensor, ...] | None) -> None:
+        if given is not None:
+            self.kept[name].add(HeadBatch(*given))
+
+    @contextmanager
+    def _raising(self, trainer: Any) -> Iterator[None]:
+        try:
+            yield
+        except UserMisconfigurationError as error:
+            if trainer.world_size == 1:
+                raise
+            # The other processes wait for the gradients of this step: all raise at the end of the epoch.
+            self._problem = error
+
+    def complete(self, trainer: Any) -> None:
+        """End the epoch that is kept; all processes must call this together."""
+        with processes_of(trainer).failing_together():
+            if self._problem is not None:
+                raise self._problem
+            if not self._is_whole:
+                say("The fit resumed within an epoch: its inputs are collected by a further pass over the data.")
+            for watch, slot in self._heads:
+                if self._is_whole:
+                    _leave_out_repeats(trainer, self.kept[slot.name])
+                else:
+                    for batch in watch.solve.collect(trainer, self._read):
+                        self.kept[slot.name].add(HeadBatch(*batch))
+            counts = {name: kept.samples for name, kept in self.kept.items()}
+            if len(set(counts.values())) != 1 or 0 in counts.values():
+                raise UserMisconfigurationError(
+                    f"Expected every sample to be given to all heads with `one_pass=True`, but got {counts} samples."
+                )
+        self._ended = time.perf_counter()
+
+    def train(self, trainer: Any, after: Callable[[TrainerInPass, Tensor], None]) -> None:
+        """Train the heads that are not frozen in passes over what was kept, as long as the fit may go on.
+
+        Args:
+            trainer: the Trainer of the fit.
+            after: is called after each step, with the Trainer as it is in the pass and the loss; may freeze heads.
+        """
+        view = TrainerInPass(trainer)
+        self._passes = 0
+        shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
+        with tqdm(desc="Passes over kept inputs", unit="batch", leave=False, disable=not shown) as bar:
+            while view.passes_left > 0 and view.steps_left and (heads := self._left()):
+                self._passes += 1
+                view.current_epoch += 1
+                for batch_idx, step in train_pass(view, heads):
+                    for watch, slot in self._heads:
+                        watch.before_batch(view, slot, batch_idx)
+                    after(view, step.run())
+                    bar.update()
+                    if not view.steps_left:
+                        break
+
+    def _left(self) -> list[KeptHead]:
+        return [KeptHead(slot, watch.solve, self.kept[slot.name]) for watch, slot in self._heads if not watch.frozen]
+
+    def finish(self) -> OnePassRecord:
+        """Let the kept inputs go, and return what it took."""
+        assert self._started is not None
+        samples = next(iter(self.kept.values())).samples
+        record = OnePassRecord(
+            samples=samples * (1 if self._is_whole else 2),
+            passes=self._passes,
+            backbone_seconds=self._ended - self._started,
+            head_seconds=time.perf_counter() - self._ended,
+        )
+        self.kept = {}
+        return record
+
+    def before_validation(self) -> None:
+        """Let the next validation use what the modules before the heads returned for the solve."""
+        self._reusing.enter_context(self.calls.reusing())
+
+    def after_validation(self) -> None:
+        """End what ``before_validation`` began."""
+        self._reusing.close()
+
+
+def _check_data(trainer: Any, pl_module: Any) -> None:
+    loader = single_loader(trainer.train_dataloader, "training")
+    sampler = _sampler_of(loader)
+    problem = None
+    if isinstance(getattr(loader, "dataset", None), IterableDataset) or trainer.num_training_batches == float("inf"):
+        problem = "an iterable, which may yield other samples every time"
+    elif getattr(sampler, "replacement", False):
+        problem = f"samples that `{type(sampler).__name__}` draws with replacement"
+    if problem is not None:
+        raise UserMisconfigurationError(
+            f"Expected a training data loader with the same samples in every epoch with `one_pass=True`, but got "
+            f"{problem}."
+        )
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        raise UserMisconfigurationError(
+            "Expected a module that is not compiled as a whole with `one_pass=True`, but got one. Compile its backbone."
+        )
+
+
+def _leave_out_repeats(trainer: Any, kept: KeptInputs) -> None:
+    """Leave out what a sampler repeated so that all processes have as many samples.
+
+    Where a step gives a head other than one row for each sample, it cannot be told which rows those are.
+    """
+    loader = single_loader(trainer.train_dataloader, "training")
+    sampler = _sampler_of(loader)
+    if not isinstance(loader, DataLoader) or not isinstance(sampler, DistributedSampler):
+        return
+    rows = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
+    seen = min(len(sampler), int(trainer.num_training_batches) * rows)
+    if kept.samples == seen:
+        kept.leave_out_last(max(0, seen - len(WithoutRepeats(sampler))))
+
+
+def _sampler_of(loader: Any) -> Any:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    return getattr(loader if batch_sampler is None else batch_sampler, "sampler", None)

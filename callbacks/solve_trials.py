@@ -1,0 +1,73 @@
+"""Solving a head on the way, to see whether its structure still gains."""
+
+from typing import Any
+
+from glai_lightning.callbacks.callback_state import check_state
+from glai_lightning.solvers import SolveReport
+
+#: What a trial must gain over the one before for training to go on: accuracy, and a part of the mean squared error.
+_LEAST_ACCURACY, _LEAST_PART_OF_ERROR = 0.006, 0.02
+
+_STATE = {"step": int, "score": float | None}
+
+
+class SolveTrials:
+    """Solves of one head as its structure is trained, each after twice as many optimizer steps as the one before.
+
+    Churn says that patterns have come to rest, and not what they are worth: where it is small from the start, a
+    structure may gain for long. A trial solves the head as it is. While trials gain by validation, the head trains on
+    as the MLP that it was.
+    """
+
+    def __init__(self) -> None:
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget the trials that were."""
+        self._step = 0
+        self._score: float | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether a trial is to be made after so many optimizer steps."""
+        return step >= 2 * self._step
+
+    def why_settled(self, step: int, report: SolveReport) -> str | None:
+        """Take note of a trial, and say why training the structure further is not worth it; ``None`` if it may be.
+
+        Args:
+            step: optimizer steps by then.
+            report: what the solve did.
+        """
+        before, self._score = self._score, report.score
+        before_step, self._step = self._step, step
+        if report.score is None:
+            return None
+        is_accuracy = report.method != "closed_form"
+        if is_accuracy and 1.0 - report.score <= _LEAST_ACCURACY:
+            return f"solved as it is, it validates at {report.score:.4f}"
+        if before is None or report.score - before > (
+            _LEAST_ACCURACY if is_accuracy else _LEAST_PART_OF_ERROR * -before
+        ):
+            return None
+        return f"solved as it is, it validates at {report.score:.4f}, after {before:.4f} at step {before_step}"
+
+    def describe(self) -> str:
+        """Say that training goes on after a trial."""
+        return f"validates at {self._score:.4f}" if self._score is not None else "cannot be validated"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed fit needs, in primitives."""
+        return {"step": self._step, "score": self._score}
+
+    @staticmethod
+    def check_state(state: object, name: str) -> None:
+        """Check that a checkpoint holds what ``state_dict`` returns.
+
+        Raises:
+            MisconfigurationException: otherwise.
+        """
+        check_state(state, _STATE, f"the trials of {name!r}")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the state of a checkpoint."""
+        self._step, self._score = state["step"], state["score"]

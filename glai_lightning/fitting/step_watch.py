@@ -1,0 +1,135 @@
+"""Watching a step of a module as it runs: what its head is given and returns, and what becomes of that."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from glai_lightning.fitting.loss_reading import LossKind, LossNotReadError
+from glai_lightning.heads.joined import ends_of
+
+_LOSSES: dict[Callable[..., Any], LossKind] = {
+    F.cross_entropy: "cross_entropy",
+    F.binary_cross_entropy_with_logits: "binary_cross_entropy",
+    F.mse_loss: "mse",
+}
+
+
+class LossReached(BaseException):
+    """Ends a step at the loss call that was looked for; not an error, and not for user code to catch."""
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """A plain call of a known loss function on what the head returned: a mean over samples, with hard targets."""
+
+    kind: LossKind
+    place: int
+    targets: Tensor
+    label_smoothing: float
+    ignore_index: int
+
+
+class StepWatch(TorchFunctionMode):
+    """Context that notes what a head is given and returns, and what becomes of it.
+
+    Args:
+        head: the head.
+        outputs: what the head returns instead of running, from its inputs; ``None`` to let it run.
+        stop: whether to end the step, by raising ``LossReached``, at the first plain loss call.
+
+    Attributes:
+        inputs: what the head was given, call by call.
+        outputs: what it returned, call by call; before any change that is made to it in place.
+        calls: plain loss calls on what it returned.
+        numbers: all numbers with a gradient that were computed.
+    """
+
+    def __init__(
+        self, head: nn.Module, outputs: Callable[[Tensor], Tensor] | None = None, *, stop: bool = False
+    ) -> None:
+        super().__init__()
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.calls: list[LossCall] = []
+        self.numbers: list[Tensor] = []
+        self._head = head
+        self._replacement = outputs
+        self._stop = stop
+        self._passed: list[Tensor] = []
+
+    def __enter__(self) -> "StepWatch":
+        entry, last = ends_of(self._head)
+        self._kept = [(module, module.__dict__.get("forward")) for module in (entry, last)]
+        forward, enter = last.forward, entry.forward
+        given: list[Tensor] = []
+
+        def entered(*args: Any, **kwargs: Any) -> Any:
+            given.append(args[0])
+            return enter(*args, **kwargs)
+
+        @functools.wraps(forward)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            if not tensors:
+                return forward(*args, **kwargs)
+            if len(tensors) > 1 and self._replacement is not None:
+                raise LossNotReadError("Expected a head that is given one tensor, so that it can be solved.")
+            inputs = tensors[0] if entry is last else given.pop()
+            outputs = forward(*args, **kwargs) if self._replacement is None else self._replacement(inputs)
+            if not isinstance(outputs, Tensor):
+                return outputs
+            # What follows may change the copy in place; the gradient is asked for by the original.
+            passed = outputs.clone()
+            self.inputs.append(inputs)
+            self.outputs.append(outputs)
+            self._passed.append(passed)
+            return passed
+
+        entry.__dict__["forward"] = entered
+        last.__dict__["forward"] = noted
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        for module, kept in dict(self._kept).items():
+            del module.__dict__["forward"]
+            if kept is not None:
+                module.__dict__["forward"] = kept
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a torch function, and note what is of interest."""
+        kwargs = kwargs or {}
+        if func in _LOSSES and self._passed:
+            call = self._plain_call(_LOSSES[func], inspect.signature(func).bind(*args, **kwargs))
+            if call is not None:
+                self.calls.append(call)
+                if self._stop:
+                    raise LossReached
+        result = func(*args, **kwargs)
+        if self._passed and isinstance(result, Tensor) and result.ndim == 0 and result.requires_grad:
+            self.numbers.append(result)
+        return result
+
+    def _plain_call(self, kind: LossKind, bound: inspect.BoundArguments) -> LossCall | None:
+        bound.apply_defaults()
+        arguments = bound.arguments
+        scored, targets = arguments["input"], arguments["target"]
+        weighted = any(arguments.get(name) is not None for name in ("weight", "pos_weight"))
+        hard = kind != "cross_entropy" or not targets.is_floating_point()
+        if arguments["reduction"] != "mean" or weighted or not hard:
+            return None
+        for place, passed in enumerate(self._passed):
+            whole = scored.numel() == passed.numel() and scored.is_contiguous() and passed.is_contiguous()
+            if whole and scored.untyped_storage().data_ptr() == passed.untyped_storage().data_ptr():
+                smoothing, ignored = arguments.get("label_smoothing", 0.0), arguments.get("ignore_index", -100)
+                return LossCall(kind, place, targets.detach(), float(smoothing), ignored)
+        return None

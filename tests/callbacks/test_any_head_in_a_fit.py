@@ -1,0 +1,162 @@
+"""Heads that the callback reads from the first call of a fit, and heads whose layers lie at several names."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fits import make_trainer
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from glai_lightning.callbacks import StructureFreezeCallback
+
+
+def loader():
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=16)
+
+
+class Masked(nn.Module):
+    def __init__(self, last=3):
+        super().__init__()
+        self.fc1, self.fc2, self.calls = nn.Linear(6, 12), nn.Linear(12, last), []
+
+    def forward(self, tokens, mask):
+        self.calls.append(self.training)
+        return {"logits": self.fc2(F.silu(self.fc1(tokens["x"])) * mask)}
+
+
+class Module(LightningModule):
+    def __init__(self, head=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = head or Masked()
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.head({"x": batch[0]}, torch.ones(12))["logits"], batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+@pytest.mark.parametrize("freeze_at_epoch", [0, 1])
+def test_a_head_that_takes_what_cannot_be_made_up_is_read_from_one_call(freeze_at_epoch):
+    module, callback = Module(), StructureFreezeCallback(freeze_at_epoch=freeze_at_epoch, verbose=False)
+    before = {}
+    module.on_train_epoch_start = lambda: before.setdefault(module.current_epoch, module.head.fc1.weight.clone())
+    make_trainer(callback, max_epochs=3).fit(module, loader())
+    assert callback.frozen
+    assert torch.equal(before[2], module.head.fc1.weight)
+    assert torch.equal(before[0], before[1]) is (freeze_at_epoch == 0)
+    assert module.head.names.chain if hasattr(module.head, "names") else True
+    # Each batch once, and one call that reads the head.
+    assert len([training for training in module.head.calls if training]) == 3 * 4
+
+
+def test_a_head_that_cannot_be_frozen_is_refused_on_the_first_batch_before_a_step():
+    class Ends(Masked):
+        def forward(self, tokens, mask):
+            return {"logits": self.fc2(self.fc1(tokens["x"])) * mask[0]}
+
+    module = Module(Ends())
+    weight = module.head.fc1.weight.clone()
+    with pytest.raises(MisconfigurationException, match="Expected an activation before the last Linear of `Ends`"):
+        make_trainer(StructureFreezeCallback(), max_epochs=3).fit(module, loader())
+    assert torch.equal(weight, module.head.fc1.weight)
+
+
+class Layers(LightningModule):
+    """Layers on the module itself, and functions between them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer_1, self.layer_2, self.layer_3 = nn.Linear(6, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+        self.scores = []
+
+    def forward(self, x):
+        x = F.gelu(self.layer_1(x.view(len(x), -1)))
+        return F.log_softmax(self.layer_3(torch.relu(self.layer_2(x))), 1)
+
+    def training_step(self, batch, batch_idx):
+        return F.nll_loss(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.nll_loss(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+CHAIN = "layer_1+layer_2+layer_3"
+
+
+def test_a_head_of_layers_on_the_module_itself_is_frozen_and_solved():
+    module, callback = Layers(), StructureFreezeCallback(CHAIN, freeze_at_epoch=2, verbose=False)
+    make_trainer(callback, max_epochs=5).fit(module, loader(), loader())
+    assert callback.frozen
+    assert callback.solve_report.loss < callback.solve_report.start_loss
+    assert len(callback.churn_history) == 2
+    assert [name for name, p in module.named_parameters() if p.requires_grad] == ["layer_3.weight", "layer_3.bias"]
+    assert type(module) is Layers
+    x, y = loader().dataset.tensors
+    assert F.nll_loss(module(x), y).item() == pytest.approx(callback.solve_report.loss, abs=0.05)
+    callback.unfreeze()
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_joined_head_resumes_frozen(tmp_path):
+    def run(max_epochs, **options):
+        module, callback = Layers(), StructureFreezeCallback(CHAIN, freeze_at_epoch=1, solver=None, verbose=False)
+        trainer = make_trainer(callback, max_epochs=max_epochs)
+        trainer.fit(module, loader(), **options)
+        return module, callback, trainer
+
+    _, callback, trainer = run(2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    assert callback.frozen
+    whole = run(4)[0]
+    module, callback, _ = run(4, ckpt_path=tmp_path / "two.ckpt")
+    assert callback.frozen
+    assert callback.freeze_epoch == 1
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), whole.parameters(), strict=True))
+
+
+class Transformer(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(6, 2, 16, dropout=0.1, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(6, 3)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.head(self.encoder(batch[0].unsqueeze(1).repeat(1, 4, 1)).mean(1)), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+def test_a_pattern_names_one_joined_head_for_each_match():
+    module = Transformer()
+    callback = StructureFreezeCallback("encoder.layers.*.linear1+linear2", freeze_at_epoch=1, verbose=False)
+    make_trainer(callback, max_epochs=2).fit(module, loader())
+    assert list(callback.heads) == [f"encoder.layers.{i}.linear1+encoder.layers.{i}.linear2" for i in range(2)]
+    assert callback.frozen
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    assert frozen == {f"encoder.layers.{i}.linear1.{kind}" for i in range(2) for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(
+    ("head", "paths", "message"),
+    [
+        ("layer_2+layer_1", "output", "in the order in which they are called, once each, but got 'layer_2' before"),
+        (CHAIN, "tangent", "Expected `paths` to be 'output' for the head 'layer_1"),
+        ("layer_1+layer_4", "output", "Expected `head` to name a module of `Layers`, but got 'layer_1.layer_4'"),
+        (["layer_1+layer_2", "layer_2+layer_3"], "output", "to lie apart, but got 'layer_2' inside 'layer_2'"),
+    ],
+)
+def test_chains_that_are_no_head_are_refused(head, paths, message):
+    with pytest.raises(MisconfigurationException, match="Expected") as caught:
+        make_trainer(StructureFreezeCallback(head, paths)).fit(Layers(), loader())
+    assert message.replace("layer_1.layer_4", "layer_1+layer_4") in str(caught.value)
