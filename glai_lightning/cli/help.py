@@ -62,7 +62,7 @@ _EXPORTED = {
 }
 _SOLVED = {
     "--ckpt_path FILE": "the checkpoint of the fit, which describes its module",
-    "--config FILE": "configuration of the fit, for a head or a backbone of your own",
+    "--config FILE": "configuration of the fit, for a module of your own (default: the one beside the checkpoint)",
     "--statistics FILE": "sums over the samples; read if it is there, and written if samples are added or forgotten",
     "--add DATA": "an .npz file with rows `x` and targets `y` (or `x_train` and `y_train`), or statistics of others; "
     "may be given several times",
@@ -75,7 +75,7 @@ _SOLVED = {
 }
 _SHORT = {
     "export": ("usage: glai export --ckpt_path CKPT --to FORMAT [--output FILE]", _EXPORTED),
-    "solve": ("usage: glai solve --ckpt_path CKPT --statistics FILE [--add DATA] [--forget DATA]", _SOLVED),
+    "solve": ("usage: glai solve --ckpt_path CKPT --statistics FILE [options]", _SOLVED),
 }
 _COMPARED = {
     "--variants A,B": "what to compare, with commas between, of the variants below",
