@@ -367,6 +367,11 @@ def test_debug_shows_the_traceback_of_every_error():
     ("arguments", "sentence"),
     [
         (["fti"], f"Expected a command, {', '.join(COMMANDS)}, but got 'fti'."),
+        (
+            ["fit", "--trainer.max_epochs=3"],
+            "Expected `--config` or `--model` to say what is fitted, but got neither. `glai recipes supervised` copies "
+            "a configuration to begin with.",
+        ),
         (["fit", "--config=rows.npz"], "Expected `--config` to be a YAML file in UTF-8, but got 'rows.npz'."),
     ],
 )
