@@ -123,6 +123,12 @@ def layout_of(head: nn.Module) -> HeadLayout:
     return read_head(head) if record is None else record.names.find(head)
 
 
+def holds_weight(output: nn.Module) -> bool:
+    """Tell whether the last layer of a head can be set: a Linear, or independent paths, with a weight of its own."""
+    kind = isinstance(output, nn.Linear) or hasattr(output, "path_weights")
+    return kind and ("weight" in output._parameters or hasattr(output, "path_weights"))
+
+
 def hidden_units(layout: HeadLayout) -> list[HiddenUnits]:
     """Return the units of every hidden layer of an MLP as they are now."""
     return [HiddenUnits.of(layer) for layer in layout.hidden]

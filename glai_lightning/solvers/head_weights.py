@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from glai_lightning.checks import UserTypeError, UserValueError
 from glai_lightning.heads.chain import title
 from glai_lightning.heads.frozen import GLAIHead
-from glai_lightning.heads.patterns import layout_of
+from glai_lightning.heads.patterns import holds_weight, layout_of
 from glai_lightning.heads.record import record_of
 from glai_lightning.solvers.feature_batches import Batches, Data, FeatureBatches, as_batches, as_tensors
 from glai_lightning.solvers.processes import Processes
@@ -106,9 +106,9 @@ class LinearPathWeights:
         if acting:
             names = ", ".join(map(title, acting))
             raise UserValueError(f"Expected no module after the head's last Linear to solve for it, but got {names}.")
-        if isinstance(layout.output, nn.modules.conv._ConvNd) or not hasattr(layout.output, "in_features"):
+        if not holds_weight(layout.output):
             raise UserValueError(
-                f"Expected the head's last layer to be a Linear to solve for it, but got "
+                f"Expected the head's last layer to be a Linear whose weight is a parameter, to solve for it, but got "
                 f"`{type(layout.output).__name__}`."
             )
         self.head = head
