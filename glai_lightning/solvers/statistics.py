@@ -1,9 +1,11 @@
 """Statistics of features and targets that add up: over portions, sites and classes, and back without some samples."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Which linear model is made of statistics.
 LinearHead = Literal["ridge", "lda", "prototypes"]
+#: Rows whose features are held at once.
+_ROWS = 4096
 
 
 class PathStatistics:
@@ -33,7 +37,7 @@ class PathStatistics:
 
     Kept are the Gram matrix of the features, their products with the targets, and counts, sums and squares of the
     targets, in float64: what was added in portions, by several parties or in several processes has the solution of all
-    samples together, and what is forgotten leaves no trace. The sums over float64 features have about 74 significant
+    samples together, and what is forgotten leaves no trace. The sums over float64 features have about 73 significant
     bits, see ``docs/statistics.md`` for what is exact.
 
     Integer targets are class labels. Without ``classes`` they are the labels themselves, and labels that are new are
@@ -109,23 +113,28 @@ class PathStatistics:
             ValueError: if there are no samples, shapes or dtypes disagree, a number is not finite, or the feature map
                 has changed. Nothing is added then.
         """
-        if targets is not None:
+        rows = inputs.split(_ROWS) if isinstance(inputs, Tensor) and isinstance(targets, Tensor | list | tuple) else ()
+        if targets is not None and (len(rows) < 2 or len(inputs) != len(targets)):
             self._add(inputs, targets)
             return self
         fresh = self._empty()
-        for batch in inputs:
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise UserTypeError(
-                    f"Expected every batch to be a pair (inputs, targets), but got `{type(batch).__name__}`."
-                )
-            fresh._add(*batch)
+        if targets is not None:
+            for number, part in enumerate(rows):
+                fresh._add(part, targets[number * _ROWS : (number + 1) * _ROWS], first_row=number * _ROWS)
+        else:
+            for batch in inputs:
+                if not isinstance(batch, tuple | list) or len(batch) != 2:
+                    raise UserTypeError(
+                        f"Expected every batch to be a pair (inputs, targets), but got `{type(batch).__name__}`."
+                    )
+                fresh._add(*batch)
         if fresh._moments is None:
             raise UserValueError("Expected at least one sample, but got none.")
         together = self + fresh
         self._kind, self._moments = together._kind, together._moments
         return self
 
-    def _add(self, inputs: Any, targets: Any) -> None:
+    def _add(self, inputs: Any, targets: Any, *, first_row: int = 0) -> None:
         if self._map is None:
             raise UserValueError("Expected a feature map to make features of inputs, but got None.")
         features = self._map(inputs)
@@ -138,8 +147,8 @@ class PathStatistics:
         of_features = Kind(self._map.fingerprint(), str(features.dtype).removeprefix("torch."), features.shape[1])
         joined = kind.joined(of_features).joined(of_targets)
         encoded = joined.encode(read, of_targets).to(features.device)
-        check_summable("features", features)
-        check_summable("targets", encoded)
+        check_summable("features", features, first_row)
+        check_summable("targets", encoded, first_row)
         moments = Moments(features.shape[1], 0, features.device) if self._moments is None else self._moments
         if moments.num_targets != joined.num_targets:
             moments = moments.with_targets(joined.num_targets, list(range(moments.num_targets)))
@@ -200,6 +209,10 @@ class PathStatistics:
         merged._moments = reduce(Moments.plus, parts) if parts else None
         return merged
 
+    def __radd__(self, other: object) -> "PathStatistics":
+        """Let ``sum`` start from 0."""
+        return self + self._empty() if other == 0 else NotImplemented
+
     def all_reduce(self, group: "ProcessGroup | None") -> Self:
         """Add up what the processes of a group hold, in one reduction, so that all hold the statistics of everything.
 
@@ -247,7 +260,7 @@ class PathStatistics:
     def solve(
         self,
         l2: float | list[float] | None = None,
-        validation: "PathStatistics | tuple[Any, Any] | None" = None,
+        validation: Any = None,
         head: LinearHead = "ridge",
         class_weights: Literal["balanced"] | Sequence[float] | Mapping[Label, float] | None = None,
     ) -> LinearSolution:
@@ -256,9 +269,9 @@ class PathStatistics:
         Args:
             l2: strength of the penalty, or several to choose from; ``None`` for 17 strengths relative to the mean
                 variance of the features. All are solved from one eigendecomposition.
-            validation: statistics of other samples, or (inputs, targets); the strength with the smallest squared error
-                on them is taken. ``None`` chooses by generalised cross-validation, which needs no other samples.
-                ``RidgeSolver`` keeps rows, and chooses by leaving each one out.
+            validation: statistics of other samples, or (inputs, targets), or batches of them; the strength with the
+                smallest squared error on them is taken. ``None`` chooses by generalised cross-validation, which needs
+                no other samples. ``RidgeSolver`` keeps rows, and chooses by leaving each one out.
             head: ``"ridge"``; ``"lda"``, linear discriminant analysis, with ``l2`` added to the variances within
                 classes; or ``"prototypes"``, the nearest mean of a class. The last two are for class labels.
             class_weights: how much the samples of each class count: one number a class, numbers by label, or
@@ -313,10 +326,9 @@ class PathStatistics:
             began=began,
         )
 
-    def _validation(self, given: "PathStatistics | tuple[Any, Any]") -> "PathStatistics":
+    def _validation(self, given: Any) -> "PathStatistics":
         if not isinstance(given, PathStatistics):
-            inputs, targets = given
-            given = self._empty().update(inputs, targets)
+            given = self._empty().update(*given if isinstance(given, tuple) else (given,))
         kind = self._kind.joined(given._kind)
         if kind.classes != self._kind.classes:
             new = next(label for label in kind.classes or () if label not in (self._kind.classes or ()))
@@ -374,12 +386,14 @@ class PathStatistics:
         return self._load(check_state(state, "the state"))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the statistics to a file of tensors and primitives.
+        """Write the statistics to a file of tensors and primitives, whole or not at all.
 
         Raises:
             ValueError: if nothing was added yet.
         """
-        torch.save(self.state_dict(), path)
+        part = Path(f"{os.fspath(path)}.part")
+        torch.save(self.state_dict(), part)
+        part.replace(path)
 
     def load(self, path: str | PathLike[str]) -> Self:
         """Read the statistics from a file, in place of what there was; nothing in it is executed.
