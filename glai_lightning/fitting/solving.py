@@ -8,7 +8,6 @@ from typing import Any, Literal, Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.fitting.across_processes import process_group, processes_of, share_buffers
 from glai_lightning.fitting.head_data import HeadPass
@@ -25,7 +24,7 @@ from glai_lightning.heads.chain import title
 from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.heads.layout import CannotBeCalledError
 from glai_lightning.heads.optimizers import copy_state, forget_state
-from glai_lightning.heads.patterns import holds_weight, layout_of
+from glai_lightning.heads.patterns import changing_steps, holds_weight, layout_of
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
 Solver = LogisticSolver | RidgeSolver
@@ -56,7 +55,7 @@ def check_solvable(head: nn.Module, head_name: str, paths: str) -> None:
         layout = layout_of(head)
     except CannotBeCalledError as error:
         raise UserMisconfigurationError(f"The head at {head_name!r} cannot be solved. {error}") from error
-    acting = [module for module in layout.trailing if not isinstance(module, _DropoutNd | nn.Identity)]
+    acting = changing_steps(layout)
     if acting or not holds_weight(layout.output):
         got = f"`{title(acting[0])}` after it" if acting else "one whose weight is no parameter of it"
         raise UserMisconfigurationError(

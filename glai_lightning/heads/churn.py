@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_integer, expect_number
-from glai_lightning.heads.joined import ends_of
+from glai_lightning.heads.joined import entry_of
 from glai_lightning.heads.layout import CannotBeCalledError, HeadLayout, read_head
 from glai_lightning.heads.patterns import layout_of, patterns_of
 
@@ -157,7 +157,7 @@ class ChurnProbe:
         #: Inputs seen since the last measurement, kept or not.
         self.seen = 0
         self._listens = True
-        self._detach = _watch_inputs(ends_of(head)[0], self._keep)
+        self._detach = _watch_inputs(entry_of(head), self._keep)
 
     def _tensors(self) -> dict[str, Tensor]:
         if self._layout is not None:
@@ -170,7 +170,7 @@ class ChurnProbe:
         return {name: value.clone() for name, value in self._tensors().items()}
 
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (ends_of(self.head)[0].training and torch.is_grad_enabled()):
+        if not (entry_of(self.head).training and torch.is_grad_enabled()):
             return
         if self._layout is None:
             self._layout = read_head(self.head, *args, **kwargs)

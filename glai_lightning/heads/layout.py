@@ -335,7 +335,11 @@ def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hea
             "pattern, but got none."
         )
     _check_norms(calls[:last])
-    after = [(call, function_step(call) if call.module is None else call.module) for call in calls[last + 1 :]]
+    after = [
+        (call, function_step(call) if call.module is None else call.module)
+        for call in calls[last + 1 :]
+        if call.follows or last in call.feeds_on
+    ]
     final = recorder.positions[len(points) - 1]
     late = [call.name for call in calls[final:last] if isinstance(call.module, _DropoutNd)]
     early = {call.name for call in calls[:last]}
@@ -346,7 +350,7 @@ def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hea
         kept=tuple(dict.fromkeys(kept)),
         trailing=(
             *(module if call.module is None else call.name for call, module in after if not does_nothing(module)),
-            *(() if returned == "Tensor" else (FunctionStep(returned),)),
+            *(() if returned == "Tensor" else (FunctionStep(f"returned {returned}"),)),
         ),
         activations=tuple(recorder.kinds[: len(points)]),
         widths=(
