@@ -50,7 +50,9 @@ class PathStatistics:
 
     Args:
         feature_map: a ``GLAIHead`` with output or independent paths, or any module that returns features (n, F); it
-            must not change. ``None`` for statistics that are loaded, merged and solved only.
+            must not change. A head of which nothing but the last Linear requires gradients, such as
+            ``random_feature_head`` makes, is frozen in place. ``None`` for statistics that are only loaded, merged and
+            solved.
         classes: labels of the classes, all of them integers or all strings; ``None`` to take them from the targets. A
             ``GLAIHead`` has the classes 0 to C - 1.
 
@@ -113,7 +115,8 @@ class PathStatistics:
             ValueError: if there are no samples, shapes or dtypes disagree, a number is not finite, or the feature map
                 has changed. Nothing is added then.
         """
-        rows = inputs.split(_ROWS) if isinstance(inputs, Tensor) and isinstance(targets, Tensor | list | tuple) else ()
+        listed = isinstance(inputs, Tensor) and isinstance(targets, Tensor | list | tuple)
+        rows = torch.split(inputs, _ROWS) if listed else ()
         if targets is not None and (len(rows) < 2 or len(inputs) != len(targets)):
             self._add(inputs, targets)
             return self

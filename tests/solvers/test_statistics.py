@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from process_groups import run_in_processes
 from torch import Tensor, nn
 
-from glai_lightning import freeze_structure, mlp_head
+from glai_lightning import GLAIHead, eugen_head, freeze_structure, mlp_head, random_feature_head
 from glai_lightning.solvers import LogisticSolver, PathStatistics, RidgeSolver, average_heads, set_last_layer
 
 ROWS, WIDTH, CLASSES = 1500, 24, 4
@@ -212,6 +212,16 @@ def test_a_head_is_solved_and_grows_with_its_classes(paths):
     twin = make_head(1)
     RidgeSolver(l2=1e-3).solve(twin, features, (labels == 1).long())
     assert torch.allclose(single(features), twin(features), atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [random_feature_head, eugen_head])
+def test_a_head_on_fixed_features_is_frozen_and_solved(make):
+    features, labels = make_data(10.0, torch.float32)
+    head = random_feature_head(WIDTH, 200, CLASSES) if make is random_feature_head else eugen_head(WIDTH, CLASSES)
+    scaled = nn.Sequential(nn.LayerNorm(WIDTH, elementwise_affine=False), head)
+    set_last_layer(head, PathStatistics(scaled).update(features, labels).solve(class_weights="balanced"))
+    assert isinstance(head, GLAIHead)
+    assert float((scaled(features).argmax(1) == labels).float().mean()) > 0.6
 
 
 def test_a_cross_entropy_solve_goes_on_from_the_merged_solution():
