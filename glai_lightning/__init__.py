@@ -32,6 +32,7 @@ __all__ = [
     "FoundHead",
     "GLAIHead",
     "HeadModule",
+    "HeadSearchModule",
     "PrototypicalModule",
     "SimCLRModule",
     "SupervisedModule",
@@ -52,6 +53,7 @@ __all__ = [
 
 _LOADED_ON_USE = {
     "HeadModule": "glai_lightning.modules.head_module",
+    "HeadSearchModule": "glai_lightning.modules.search",
     "PrototypicalModule": "glai_lightning.modules.prototypical",
     "SimCLRModule": "glai_lightning.modules.simclr",
     "SupervisedModule": "glai_lightning.modules.supervised",

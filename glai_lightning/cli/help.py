@@ -10,7 +10,8 @@ from glai_lightning.checks import UserValueError
 
 _WIDTH = 80
 
-_COMMANDS = {
+#: What can be done, and what each is for.
+COMMANDS = {
     "demo": "fit the same head twice, never frozen and frozen and solved: half a minute",
     "fit": "fit a module, freeze its head, test the best checkpoint, print a table",
     "test": "test a checkpoint: glai test --ckpt_path CKPT",
@@ -119,7 +120,7 @@ def overview() -> str:
         >>> print(overview().splitlines()[0])
         glai: GreenLightningAI heads for PyTorch Lightning
     """
-    lines = ["glai: GreenLightningAI heads for PyTorch Lightning", "", _FIRST_STEP, "Commands:", *_listed(_COMMANDS)]
+    lines = ["glai: GreenLightningAI heads for PyTorch Lightning", "", _FIRST_STEP, "Commands:", *_listed(COMMANDS)]
     return "\n".join([*lines, "", "Help:", *_listed(_GENERAL)])
 
 

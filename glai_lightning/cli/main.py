@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from glai_lightning.checks import UserError
-from glai_lightning.cli.help import class_help, command_help, overview, versions
+from glai_lightning.checks import UserError, UserValueError
+from glai_lightning.cli.help import COMMANDS, class_help, command_help, overview, versions
 from glai_lightning.cli.recipes import copy_recipe, list_recipes
 
 _WITH_HELP = ("fit", "validate", "test", "predict", "export", "solve", "compare")
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         images        A classifier of images in folders, with a backbone by name and a head that freezes its own...
         multi_gpu     Laid over another recipe, runs it on all GPUs of the machine: one process each, in step.
         prototypical  Few-shot classification by class prototypes, with a head that freezes its own structure, h...
+        search        Several heads on the same features, trained together, each frozen and solved on its own; ...
         simclr        Contrastive learning (SimCLR) with a projection head that freezes its own structure, on di...
         supervised    A classifier on feature vectors that freezes its own structure, here on scikit-learn's digits.
         texts         A classifier of texts in a CSV file, with a backbone by name and a head that freezes its o...
@@ -79,6 +80,12 @@ def _run(arguments: list[str]) -> int:
     if command == "demo":
         _demo(arguments[1:])
         return 0
+    if command not in COMMANDS and not command.startswith("-"):
+        raise UserValueError(f"Expected a command, {', '.join(COMMANDS)}, but got '{command}'.")
+    for option in _joined(arguments[1:]):
+        name, path = option.split("=", 1)
+        if name in ("--config", "-c") and os.path.isfile(path) and not _is_text(path):
+            raise UserValueError(f"Expected `--config` to be a YAML file in UTF-8, but got '{path}'.")
     # Lightning takes seconds to import.
     if command == "compare":
         from glai_lightning.cli.compare import run_comparison
@@ -108,6 +115,14 @@ def _run(arguments: list[str]) -> int:
         if not (alone and predict_alone(options["ckpt_path"], options["data"], options.get("to", "predictions.csv"))):
             GlaiCLI(complete(arguments))
     return 0
+
+
+def _is_text(path: str) -> bool:
+    try:
+        Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _joined(arguments: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a head consists of: a feature map, which is what a freeze freezes, and its last Linear."""
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -245,7 +246,7 @@ def _read_made_up(head: nn.Module) -> HeadNames:
     failed: Exception | None = None
     for inputs in made_up_inputs(head):
         try:
-            return _read(head, (inputs,), {})
+            return _read(head, (inputs,) * _count_required(head), {})
         except UserValueError:
             raise
         except Exception as error:
@@ -261,6 +262,14 @@ def _read_made_up(head: nn.Module) -> HeadNames:
     leading = tuple(name for name in head._modules if name not in rest._modules)
     chain = names.chain
     return replace(names, chain=replace(chain, leading=leading + chain.leading) if isinstance(chain, Chain) else chain)
+
+
+def _count_required(head: nn.Module) -> int:
+    """Count the arguments that a forward cannot do without; what comes second often is a residual like the first."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(head.forward).parameters.values()
+    required = [p for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
+    return max(1, len(required))
 
 
 def _after_leading(head: nn.Module) -> nn.Module | None:
@@ -289,6 +298,7 @@ def made_up_inputs(head: nn.Module) -> Iterator[Tensor]:
         (2, 13, width),
         (2, 7, 7, width),
         *((2, width) for width in widths[1:]),
+        *((2, tokens, width) for tokens in widths[1:]),
     ]:
         inputs = torch.randn(shape, generator=generator)
         if weight.is_meta:
@@ -373,8 +383,8 @@ def _check_output(head: nn.Module, output: RecordedCall, layers: Sequence[Record
         raise UserValueError("Expected every Linear of the head to be called once, but got one that is called twice.")
     # A weight that is computed from others (weight_norm, spectral_norm, a parametrization) cannot be set.
     plain = "forward" not in vars(module) and "weight" in module._parameters
-    if isinstance(module, nn.Linear):
-        plain = plain and type(module).forward is nn.Linear.forward
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        plain = plain and _maps_linearly(module)
     if not plain:
         raise UserValueError(
             f"Expected the Linear at '{output.name}' to compute x W^T + b with a weight that is a parameter, "
@@ -389,6 +399,16 @@ def _check_output(head: nn.Module, output: RecordedCall, layers: Sequence[Record
         raise UserValueError(
             f"Expected the weight of the last Linear, at '{output.name}', to be its own, but got it as {names} too."
         )
+
+
+@torch.no_grad()
+def _maps_linearly(linear: nn.Linear) -> bool:
+    """Tell whether a Linear with a forward of its own computes x W^T + b; one without numbers is taken at its word."""
+    if linear.weight.is_meta:
+        return True
+    x = torch.randn(2, linear.in_features, generator=torch.Generator().manual_seed(0)).to(linear.weight)
+    outputs = linear.forward(x)
+    return torch.allclose(outputs, nn.functional.linear(x, linear.weight, linear.bias), rtol=1e-3, atol=1e-4)
 
 
 def _check_norms(calls: Sequence[RecordedCall]) -> None:

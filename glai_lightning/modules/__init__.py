@@ -2,7 +2,8 @@
 
 from glai_lightning.modules.head_module import HeadModule
 from glai_lightning.modules.prototypical import PrototypicalModule
+from glai_lightning.modules.search import HeadSearchModule
 from glai_lightning.modules.simclr import SimCLRModule
 from glai_lightning.modules.supervised import SupervisedModule
 
-__all__ = ["HeadModule", "PrototypicalModule", "SimCLRModule", "SupervisedModule"]
+__all__ = ["HeadModule", "HeadSearchModule", "PrototypicalModule", "SimCLRModule", "SupervisedModule"]

@@ -167,10 +167,14 @@ class HeadModule(LightningModule):
                 f"Expected the head to take the {features} features of the data, but got a head for {in_features}."
             )
         if stage == "fit":
-            self.inputs_standardised, statistics = _standardisation_of(data, self.standardise)
-            self.table = table_of(data)
-            if self.backbone is None and self.standardise is not None:
-                self.standardise.copy_from(statistics)
+            self.take_data(data)
+
+    def take_data(self, data: Any) -> None:
+        """Keep what a data module does to the inputs before the head is given them."""
+        self.inputs_standardised, statistics = _standardisation_of(data, self.standardise)
+        self.table = table_of(data)
+        if self.backbone is None and self.standardise is not None:
+            self.standardise.copy_from(statistics)
 
     @classmethod
     def load_from_checkpoint(

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from glai_lightning import GLAIHead, SupervisedModule, mlp_head
+from glai_lightning.cli.help import COMMANDS
 from glai_lightning.cli.main import main
 from glai_lightning.cli.recipes import list_recipes
 
@@ -366,12 +367,17 @@ def test_debug_shows_the_traceback_of_every_error():
         main(["recipes", "nothing", "--debug"])
 
 
-@pytest.mark.parametrize("command", ["export"])
-def test_commands_to_come_say_so(command, capsys):
-    assert main([command, "--config", SUPERVISED]) == 1
-    assert capsys.readouterr().err == (
-        f"error: Expected a command that is built, but got '{command}': `glai {command}` is not built yet.\n"
-    )
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["fti"], f"Expected a command, {', '.join(COMMANDS)}, but got 'fti'."),
+        (["fit", "--config=rows.npz"], "Expected `--config` to be a YAML file in UTF-8, but got 'rows.npz'."),
+    ],
+)
+def test_no_command_and_no_configuration_are_answered_with_a_sentence(arguments, sentence, capsys):
+    np.savez("rows.npz", x=np.zeros(3))
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == f"error: {sentence}\n"
 
 
 def test_recipes_are_listed_with_their_first_line(capsys):
