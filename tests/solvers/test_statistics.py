@@ -372,6 +372,7 @@ def test_statistics_of_other_features_are_refused():
         (lambda state: state | {"high": -state["high"]}, "Expected counts of samples of at least 0"),
         (lambda state: state | {"high": state["high"] * math.nan}, "to be finite, but got NaN"),
         (lambda state: state | {"high": state["high"][:, 1:]}, "to be of one size"),
+        (lambda state: state | {"high": torch.zeros((), dtype=torch.float64).expand(10**6, 10**6 + 4)}, "of one size"),
         (lambda state: state | {"classes": [0, "a", 2, 3]}, "all integers or all strings"),
         (lambda state: {k: v for k, v in state.items() if k != "low"}, "Expected `low` in "),
     ],
