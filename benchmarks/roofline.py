@@ -67,11 +67,13 @@ def head_work(size: tuple[int, int, int, int], steps: int) -> dict[str, Work]:
     probe = ChurnProbe(mlp, PROBE_SIZE)
     probed = [torch.randn(batch, D) for _ in range(-(-PROBE_SIZE // batch))]
 
-    snapshot = [units.tensors() for units in probe.snapshot]
+    snapshot = dict(probe.snapshot)
 
     def check() -> None:
         for _ in range(steps):
-            probe.resume(snapshot, probed, seen=PROBE_SIZE)
+            probe.resume(snapshot)
+            for x in probed:
+                probe._keep((x,), {})
             probe.measure()
 
     activations, labels = torch.randn(SAMPLES, H).relu_(), torch.randint(C, (SAMPLES,))

@@ -189,7 +189,7 @@ def check_rows(x: Tensor, repeats: int) -> list[dict[str, object]]:
 
 def held_bytes(probe: ChurnProbe) -> int:
     """Count the bytes of the storages that a probe keeps alive and the head does not."""
-    held = [*(tensor for units in probe.snapshot for tensor in units.tensors().values()), *probe.inputs]
+    held = [*probe.snapshot.values(), *probe.inputs]
     of_head = {tensor.untyped_storage().data_ptr() for tensor in probe.head.state_dict().values()}
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
     return sum(size for pointer, size in storages.items() if pointer not in of_head)

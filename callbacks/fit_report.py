@@ -18,6 +18,7 @@ from glai_lightning.checks import MissingLibraryError
 from glai_lightning.fitting.fit_record import EpochRecord, FitRecord, SolveRecord
 from glai_lightning.fitting.fit_recorder import FitRecorder
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
+from glai_lightning.heads.joined import head_at
 from glai_lightning.heads.patterns import layout_of
 from glai_lightning.optional import import_optional
 
@@ -201,7 +202,7 @@ def _hyperparameters(freeze: StructureFreezeCallback, trainer: Any, pl_module: A
         entries |= {"optimizer": type(optimizer).__name__, "learning_rate": float(rate)}
     for name in freeze.heads:
         key = "widths" if len(freeze.heads) == 1 else f"widths/{name}"
-        entries[key] = "-".join(map(str, layout_of(pl_module.get_submodule(name)).widths))
+        entries[key] = "-".join(map(str, layout_of(head_at(pl_module, name)).widths))
     settings = ("paths", "churn_tolerance", "relative_tolerance", "patience", "min_epochs", "min_steps")
     entries |= {name: getattr(freeze, name) for name in (*settings, "freeze_at_epoch", "stop_after_solve")}
     return entries | {

@@ -37,7 +37,7 @@ from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 
 class StructureFreezeCallback(WatchedHeads):
-    """Freezes the structure of an MLP head once it settles, solves the head where that is possible, and stops.
+    """Freezes the structure of a head once it settles, solves the head where that is possible, and stops.
 
     The callback works on any LightningModule. It measures *churn*, the fraction of pattern bits that flipped since the
     last check on the inputs that the head was last trained on. A structure has settled once churn is small, also
@@ -52,8 +52,8 @@ class StructureFreezeCallback(WatchedHeads):
     ``StructureRevert`` beside this callback takes back a freeze that validates worse.
 
     Args:
-        head: qualified name of the MLP head in the LightningModule, or a pattern such as ``heads.*`` that stands for
-            all MLP heads that it matches, or a list of either.
+        head: qualified name of the head in the LightningModule; or names of its layers where they lie apart, joined by
+            '+'; or a pattern such as ``heads.*`` that stands for all heads that it matches; or a list of these.
         paths: what stays trainable, see ``freeze_structure``: 'output' (last-layer training), 'tangent' (linearisation)
             or 'independent'.
         churn_tolerance: largest churn that counts as settled, in [0, 1].

@@ -83,18 +83,22 @@ class UnlabelledDataModule(QuietDataModule):
         return self._inputs[0].numel() if isinstance(self._inputs, Tensor) else None
 
     def setup(self, stage: str | None = None) -> None:
-        """Read what needs no module to be read: not the rows of a table."""
+        """Read the inputs; for a module, rows of a table are read later, when its checkpoint is loaded."""
         super().setup(stage)
-        if self._inputs is None and self.path.suffix not in _TABLES:
+        if self._inputs is None and not self._waits:
             self._set(self._read())
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the inputs, in their order."""
-        if self.path.suffix in _TABLES:
-            # By now the module has loaded its checkpoint, and knows which columns it was fitted to.
+        if self._waits:
+            # Only by now the module knows which columns it was fitted to.
             table = table_of(self._module)
-            self._set(self._read_csv() if table is None else table.encode(_read_frame(self.path), f"'{self.path}'"))
+            self._set(self._read() if table is None else table.encode(_read_frame(self.path), f"'{self.path}'"))
         return DataLoader(_Batches(self._batch, len(self._inputs), self.batch_size), batch_size=None)
+
+    @property
+    def _waits(self) -> bool:
+        return self._module is not None and self.path.suffix in _TABLES
 
     def _set(self, inputs: Any) -> None:
         if len(inputs) == 0:
@@ -139,6 +143,8 @@ class UnlabelledDataModule(QuietDataModule):
         if self.path.is_dir():
             found = (file for file in self.path.rglob("*") if file.suffix.lower() in _IMAGES)
             return sorted(file.relative_to(self.path) for file in found)
+        if self.path.suffix in _TABLES:
+            return self._read_csv()
         inputs = as_tensor("x", read_archive(self.path, required=("x",))["x"])
         check_finite("x", inputs)
         return inputs

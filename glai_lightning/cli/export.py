@@ -42,7 +42,7 @@ def run_export(arguments: Sequence[str]) -> Path:
         raise UserMisconfigurationError("Expected `--ckpt_path` to name a checkpoint, 'best' or 'last', but got none.")
     checkpoint = checked_checkpoint(options.ckpt_path)
     example = None if options.shape is None else torch.zeros(2, *_sizes(options.shape))
-    module = _load(checkpoint, options.config)
+    module = load_module(checkpoint, options.config)
     path = export_model(module, options.to, options.output or f"model{FORMATS[options.to]}", example)
     print(f"Exported {checkpoint} as {options.to}: {path}")
     return path
@@ -55,8 +55,13 @@ def _sizes(shape: str) -> list[int]:
     return list(map(int, sizes))
 
 
-def _load(checkpoint: str, configuration: str | None) -> HeadModule:
-    """Make the module of a checkpoint: as it describes itself, or as the configuration of its fit says."""
+def load_module(checkpoint: str, configuration: str | None) -> HeadModule:
+    """Make the module of a checkpoint: as it describes itself, or as the configuration of its fit says.
+
+    Raises:
+        MisconfigurationException: if there is neither.
+        ValueError: if the configuration is none of a ``HeadModule``.
+    """
     described = None if configuration is not None else described_module(checkpoint)
     if described is not None:
         return described

@@ -10,7 +10,8 @@ from glai_lightning.checks import UserValueError
 
 _WIDTH = 80
 
-_COMMANDS = {
+#: What can be done, and what each is for.
+COMMANDS = {
     "demo": "fit the same head twice, never frozen and frozen and solved: half a minute",
     "fit": "fit a module, freeze its head, test the best checkpoint, print a table",
     "test": "test a checkpoint: glai test --ckpt_path CKPT",
@@ -61,7 +62,7 @@ _EXPORTED = {
 }
 _SOLVED = {
     "--ckpt_path FILE": "the checkpoint of the fit, which describes its module",
-    "--config FILE": "configuration of the fit, for a head or a backbone of your own",
+    "--config FILE": "configuration of the fit, for a module of your own (default: the one beside the checkpoint)",
     "--statistics FILE": "sums over the samples; read if it is there, and written if samples are added or forgotten",
     "--add DATA": "an .npz file with rows `x` and targets `y` (or `x_train` and `y_train`), or statistics of others; "
     "may be given several times",
@@ -74,7 +75,7 @@ _SOLVED = {
 }
 _SHORT = {
     "export": ("usage: glai export --ckpt_path CKPT --to FORMAT [--output FILE]", _EXPORTED),
-    "solve": ("usage: glai solve --ckpt_path CKPT --statistics FILE [--add DATA] [--forget DATA]", _SOLVED),
+    "solve": ("usage: glai solve --ckpt_path CKPT --statistics FILE [options]", _SOLVED),
 }
 _COMPARED = {
     "--variants A,B": "what to compare, with commas between, of the variants below",
@@ -119,7 +120,7 @@ def overview() -> str:
         >>> print(overview().splitlines()[0])
         glai: GreenLightningAI heads for PyTorch Lightning
     """
-    lines = ["glai: GreenLightningAI heads for PyTorch Lightning", "", _FIRST_STEP, "Commands:", *_listed(_COMMANDS)]
+    lines = ["glai: GreenLightningAI heads for PyTorch Lightning", "", _FIRST_STEP, "Commands:", *_listed(COMMANDS)]
     return "\n".join([*lines, "", "Help:", *_listed(_GENERAL)])
 
 

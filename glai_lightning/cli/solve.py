@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml  # type: ignore[import-untyped]
-from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from glai_lightning.checks import UserValueError
-from glai_lightning.cli.checkpoints import check_given
+from glai_lightning.cli.checkpoints import checked_checkpoint
+from glai_lightning.cli.export import load_module
 from glai_lightning.datamodules.arrays import as_tensor, read_archive
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.modules.checkpoint_file import DESCRIPTION
@@ -39,7 +38,7 @@ def run_solve(arguments: Sequence[str]) -> Path:
         SystemExit: for arguments that cannot be parsed (code 2).
     """
     parser = argparse.ArgumentParser("glai solve", allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config")
     for name in ("--ckpt_path", "--statistics"):
         parser.add_argument(name, required=True)
     for name in ("--add", "--forget", "--validation"):
@@ -49,8 +48,14 @@ def run_solve(arguments: Sequence[str]) -> Path:
     parser.add_argument("--class_weights", choices=("balanced",))
     parser.add_argument("--to", type=Path)
     options = parser.parse_args(arguments)
-    check_given(options.ckpt_path, weights_only=True)
-    module = _load(options.ckpt_path, options.config)
+    checkpoint = checked_checkpoint(options.ckpt_path)
+    to = options.to or Path(checkpoint).with_suffix(".solved.ckpt")
+    for name, path in (("--to", to), ("--statistics", Path(options.statistics))):
+        if not path.parent.is_dir():
+            raise UserValueError(f"Expected `{name}` to be in a folder that is there, but got '{path}'.")
+    module = load_module(checkpoint, options.config)
+    if not isinstance(module, SupervisedModule):
+        raise UserValueError(f"Expected the checkpoint of a `SupervisedModule`, but got a `{type(module).__name__}`.")
     statistics, file = PathStatistics(module.feature_map(), module.classes), Path(options.statistics)
     if file.exists():
         statistics.load(file)
@@ -72,8 +77,7 @@ def run_solve(arguments: Sequence[str]) -> Path:
         validation = given if validation is None else validation + given
     solution = statistics.solve(options.l2, validation, options.head, options.class_weights)
     module.set_solution(solution, statistics.classes)
-    to = options.to or Path(options.ckpt_path).with_suffix(".solved.ckpt")
-    _write(module, options.ckpt_path, to)
+    _write(module, checkpoint, to)
     if options.add or options.forget:
         statistics.save(file)
     print(f"Solved over {statistics.samples:,} samples with l2 = {solution.report.l2:.3g}: {to}")
@@ -110,25 +114,6 @@ def _batches(data: str, module: SupervisedModule, classes: list[Any] | None) -> 
             as_tensor(pair[0], rows[start : start + _ROWS]),
             part.astype(str).tolist() if named else as_tensor(pair[1], part),
         )
-
-
-def _load(checkpoint: str, configuration: Path | None) -> SupervisedModule:
-    """Make the module of a checkpoint: as it describes itself, or as a configuration says."""
-    if configuration is None:
-        return SupervisedModule.load_from_checkpoint(checkpoint, map_location="cpu")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(SupervisedModule, "model", required=True)
-    try:
-        model = yaml.safe_load(configuration.read_text(encoding="utf-8"))["model"]
-        module: SupervisedModule = parser.instantiate_classes(parser.parse_object({"model": model}))["model"]
-    except (ArgumentError, KeyError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserValueError(
-            f"Expected '{configuration}' to configure a `SupervisedModule` as `model`, but: {error}"
-        ) from error
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    module.on_load_checkpoint(saved)
-    module.load_state_dict(saved["state_dict"])
-    return module
 
 
 def _write(module: SupervisedModule, checkpoint: str, to: Path) -> None:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from glai_lightning.checks import UserError, UserTypeError, UserValueError
 from glai_lightning.heads.chain import Chain
-from glai_lightning.heads.joined import remember_joined
+from glai_lightning.heads.joined import JoinedHead, remember_joined
 from glai_lightning.heads.layout import HeadLayout, in_mode, read_head
 from glai_lightning.heads.recording import CallRecorder, RecordedCall, is_layer, unchanged
 
@@ -84,14 +84,13 @@ def find_heads(module: nn.Module, batch: Any) -> list[FoundHead]:
     total = max(counter.get_total_flops() / 2, 1.0)
     best: dict[int, tuple[int, FoundHead]] = {}
     for name, layout in [*_read(module, given), *_joined(module, recorder.calls)]:
-        layers = [own for own, part in layout.head.named_modules() if is_layer(part)]
-        names = [layout.head.steps[int(own)] for own in layers] if "+" in name else [f"{name}.{own}" for own in layers]
+        layers = _layers_of(name, layout.head)
         found = FoundHead(
             name=name,
             widths=layout.widths,
             activations=tuple(kind for kind, _ in layout.names.activations),
             paths=_paths_of(name, layout),
-            multiply_adds=min(sum(sizes.get(own, 0) for own in names) / total, 1.0),
+            multiply_adds=min(sum(sizes.get(layer, 0) for layer in layers) / total, 1.0),
             parameters=_count(layout.head) / max(_count(module), 1),
         )
         known = best.get(id(layout.output))
@@ -99,6 +98,11 @@ def find_heads(module: nn.Module, batch: Any) -> list[FoundHead]:
             best[id(layout.output)] = (len(layers), found)
     called = {id(call.module): position for position, call in enumerate(recorder.calls)}
     return [best[output][1] for output in sorted(best, key=lambda output: called.get(output, -1))]
+
+
+def _layers_of(name: str, head: nn.Module) -> list[str]:
+    own = [layer for layer, part in head.named_modules() if is_layer(part)]
+    return [str(head.steps[int(layer)]) if isinstance(head, JoinedHead) else f"{name}.{layer}" for layer in own]
 
 
 def _count(module: nn.Module) -> int:

@@ -1,6 +1,7 @@
 """What a head consists of: a feature map, which is what a freeze freezes, and its last Linear."""
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -151,7 +152,8 @@ class HeadLayout:
     def linearised_parameters(self) -> list[str]:
         """List the names of the parameters around which tangent paths expand: all but the last bias."""
         own = self.structure_tensors()
-        return [*(name for name in own if isinstance(own[name], nn.Parameter)), f"{self.names.output}.weight"]
+        output = [f"{self.names.output}.{name}" for name, _ in self.output.named_parameters() if name != "bias"]
+        return [*(name for name in own if isinstance(own[name], nn.Parameter)), *output]
 
 
 #: What was read of heads that are still as they were, so that a fit calls each once for it.
@@ -245,7 +247,7 @@ def _read_made_up(head: nn.Module) -> HeadNames:
     failed: Exception | None = None
     for inputs in made_up_inputs(head):
         try:
-            return _read(head, (inputs,), {})
+            return _read(head, (inputs,) * _count_required(head), {})
         except UserValueError:
             raise
         except Exception as error:
@@ -261,6 +263,14 @@ def _read_made_up(head: nn.Module) -> HeadNames:
     leading = tuple(name for name in head._modules if name not in rest._modules)
     chain = names.chain
     return replace(names, chain=replace(chain, leading=leading + chain.leading) if isinstance(chain, Chain) else chain)
+
+
+def _count_required(head: nn.Module) -> int:
+    """Count the arguments that a forward cannot do without; what comes second often is a residual like the first."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(head.forward).parameters.values()
+    required = [p for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
+    return max(1, len(required))
 
 
 def _after_leading(head: nn.Module) -> nn.Module | None:
@@ -289,6 +299,7 @@ def made_up_inputs(head: nn.Module) -> Iterator[Tensor]:
         (2, 13, width),
         (2, 7, 7, width),
         *((2, width) for width in widths[1:]),
+        *((2, tokens, width) for tokens in widths[1:]),
     ]:
         inputs = torch.randn(shape, generator=generator)
         if weight.is_meta:
@@ -324,7 +335,11 @@ def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hea
             "pattern, but got none."
         )
     _check_norms(calls[:last])
-    after = [(call, function_step(call) if call.module is None else call.module) for call in calls[last + 1 :]]
+    after = [
+        (call, function_step(call) if call.module is None else call.module)
+        for call in calls[last + 1 :]
+        if call.follows or last in call.feeds_on
+    ]
     final = recorder.positions[len(points) - 1]
     late = [call.name for call in calls[final:last] if isinstance(call.module, _DropoutNd)]
     early = {call.name for call in calls[:last]}
@@ -335,7 +350,7 @@ def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hea
         kept=tuple(dict.fromkeys(kept)),
         trailing=(
             *(module if call.module is None else call.name for call, module in after if not does_nothing(module)),
-            *(() if returned == "Tensor" else (FunctionStep(returned),)),
+            *(() if returned == "Tensor" else (FunctionStep(f"returned {returned}"),)),
         ),
         activations=tuple(recorder.kinds[: len(points)]),
         widths=(
@@ -371,24 +386,31 @@ def _check_output(head: nn.Module, output: RecordedCall, layers: Sequence[Record
     module: Any = output.module
     if sum(call.module is module for call in layers) > 1:
         raise UserValueError("Expected every Linear of the head to be called once, but got one that is called twice.")
-    # A weight that is computed from others (weight_norm, spectral_norm, a parametrization) cannot be set.
-    plain = "forward" not in vars(module) and "weight" in module._parameters
-    if isinstance(module, nn.Linear):
-        plain = plain and type(module).forward is nn.Linear.forward
-    if not plain:
+    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    if "forward" in vars(module) or (own_forward and not _maps_linearly(module)):
         raise UserValueError(
-            f"Expected the Linear at '{output.name}' to compute x W^T + b with a weight that is a parameter, "
-            f"but got `{type(module).__name__}`."
+            f"Expected the Linear at '{output.name}' to compute x W^T + b, but got `{type(module).__name__}`."
         )
     if not module.weight.is_floating_point():
         raise UserValueError(
             f"Expected the Linear at '{output.name}' to hold real numbers, but got {module.weight.dtype}."
         )
+    # With weight_norm the weight is none of the parameters.
     names = [name for name, own in head.named_parameters(remove_duplicate=False) if own is module.weight]
     if len(names) > 1:
         raise UserValueError(
             f"Expected the weight of the last Linear, at '{output.name}', to be its own, but got it as {names} too."
         )
+
+
+@torch.no_grad()
+def _maps_linearly(linear: nn.Linear) -> bool:
+    """Tell whether a Linear with a forward of its own computes x W^T + b; one without numbers is taken at its word."""
+    if linear.weight.is_meta:
+        return True
+    x = torch.randn(2, linear.in_features, generator=torch.Generator().manual_seed(0)).to(linear.weight)
+    outputs = linear.forward(x)
+    return torch.allclose(outputs, nn.functional.linear(x, linear.weight, linear.bias), rtol=1e-3, atol=1e-4)
 
 
 def _check_norms(calls: Sequence[RecordedCall]) -> None:

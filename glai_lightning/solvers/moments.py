@@ -9,10 +9,10 @@ from torch import Tensor
 from glai_lightning.checks import UserValueError
 from glai_lightning.solvers.processes import Processes
 
-#: Rows whose products are summed at a time.
-_ROWS = 2048
-#: Significant bits of the leading part of a number: products of two, summed over ``_ROWS`` rows, are exact in float64.
-_LEADING_BITS = 21
+#: Rows whose products are computed at a time.
+_ROWS = 1024
+#: Significant bits of the leading part of a number, and how many products of two such parts have an exact sum.
+_LEADING_BITS, _EXACT_ROWS = 20, 2**13
 #: The same for sums that are added up over as many processes as there may be.
 _SHARED_BITS = 40
 #: Largest feature or target, whose products with others can still be summed.
@@ -74,7 +74,7 @@ class Moments:
     """Sums over samples of the products of [features, 1] with [features, 1, targets]: F (F + C) numbers.
 
     Features of up to 32 bits are summed in float64. Sums over float64 features are kept in two parts, ``high`` and
-    ``low``, with about 74 significant bits: products of the leading bits of features are exact in float64, and the rest
+    ``low``, with about 73 significant bits: products of the leading bits of features are exact in float64, and the rest
     is small (the splitting of Ozaki, Ogita, Oishi and Rump 2012, with two parts). So the order and the grouping of the
     samples do not matter to a solve, even where features are ill-conditioned.
 
@@ -112,15 +112,21 @@ class Moments:
 
     def add(self, features: Tensor, targets: Tensor) -> None:
         """Add features (n, F), of any floating dtype, and targets (n, C), float64, that ``check_summable`` let pass."""
-        in_parts = features.dtype == torch.float64
-        for start in range(0, len(features), _ROWS):
-            rows = features[start : start + _ROWS].to(self.high)
-            columns = torch.cat([rows, rows.new_ones(len(rows), 1), targets[start : start + _ROWS].to(rows)], dim=1)
-            if in_parts:
-                self._add_in_parts(columns)
-            else:
+        if features.dtype == torch.float64:
+            for start in range(0, len(features), _EXACT_ROWS):
+                rows = slice(start, start + _EXACT_ROWS)
+                self._add_in_parts(features[rows], targets[rows].to(features))
+            self.high, self.low = _two_sum(self.high, self.low)
+        else:
+            for columns in self._columns(features, targets):
                 self._multiply_into(self.high, columns)
                 self.squares[0] += columns[:, self.num_features + 1 :].square().sum(0)
+
+    def _columns(self, features: Tensor, targets: Tensor) -> Iterator[Tensor]:
+        """Yield rows of [features, 1, targets] in float64, some at a time."""
+        for start in range(0, len(features), _ROWS):
+            rows = features[start : start + _ROWS].to(self.high)
+            yield torch.cat([rows, rows.new_ones(len(rows), 1), targets[start : start + _ROWS].to(rows)], dim=1)
 
     def _multiply_into(self, sums: Tensor, columns: Tensor) -> None:
         """Add the products of columns (n, F + 1 + C), of which what lies below the diagonal is left out."""
@@ -130,25 +136,26 @@ class Moments:
             block = slice(start, min(start + step, size))
             sums[block, start:].addmm_(columns[:, block].t(), columns[:, start:])
 
-    def _add_in_parts(self, columns: Tensor) -> None:
+    def _add_in_parts(self, features: Tensor, targets: Tensor) -> None:
         size = self.num_features + 1
-        exponents = torch.frexp(columns.abs().amax(0))[1]
-        leading = _rounded(columns, exponents - _LEADING_BITS)
-        rest = columns - leading
-        products = torch.zeros_like(self.high)
-        self._multiply_into(products, leading)
+        largest = torch.cat([features.abs().amax(0), features.new_ones(1), targets.abs().amax(0)]).to(self.high)
+        exponents = torch.frexp(largest)[1] - _LEADING_BITS
+        products, of_rest = torch.zeros_like(self.high), torch.zeros_like(self.high)
+        for columns in self._columns(features, targets):
+            leading = _rounded(columns, exponents)
+            rest = columns - leading
+            self._multiply_into(products, leading)
+            own, others = leading[:, size:], rest[:, size:]
+            squares = torch.stack([own.square().sum(0), (others * (2.0 * own + others)).sum(0)])
+            self.squares = torch.stack(_joined(self.squares, squares))
+            # (a + r)' (a + r) = a'a + m'r + r'm with m = a + r / 2.
+            of_rest[:, size:].addmm_(rest[:, :size].t(), columns[:, size:])
+            if bool(others.any()):
+                of_rest[:, size:].addmm_(leading[:, :size].t(), others)
+            of_rest[:, :size].addmm_(leading[:, :size].add_(rest[:, :size], alpha=0.5).t(), rest[:, :size])
         self.high, errors = _two_sum(self.high, products)
-        # (a + r)' (a + r) = a'a + m'r + r'm with m = a + r / 2.
-        small = errors
-        of_rest = (leading[:, :size] + 0.5 * rest[:, :size]).t() @ rest[:, :size]
-        small[:, :size] += of_rest + of_rest.t()
-        small[:, size:] += rest[:, :size].t() @ columns[:, size:] + leading[:, :size].t() @ rest[:, size:]
-        # Not more than a rounding error of `high`.
-        self.high, self.low = _two_sum(self.high, self.low + small)
-        own, rest = leading[:, size:], rest[:, size:]
-        self.squares = torch.stack(
-            _joined(self.squares, torch.stack([own.square().sum(0), (rest * (2.0 * own + rest)).sum(0)]))
-        )
+        self.low = errors.add_(self.low).add_(of_rest)
+        self.low[:, :size] += of_rest[:, :size].t()
 
     def plus(self, other: "Moments", sign: float = 1.0) -> "Moments":
         """Return the sums over the samples of both, or with ``sign=-1`` without those of the other."""
@@ -220,8 +227,8 @@ class Moments:
         kept = [*range(self.num_features), *range(size, self.high.shape[1])]
         sums = self._sums()
         moments = self.high.new_empty(self.num_features, len(kept))
-        for start in range(0, self.num_features, _ROWS // 8):
-            rows = slice(start, min(start + _ROWS // 8, self.num_features))
+        for start in range(0, self.num_features, _ROWS // 4):
+            rows = slice(start, min(start + _ROWS // 4, self.num_features))
             high, low = self.high[rows, kept], self.low[rows, kept] if self.low.ndim else self.low
             if centred:
                 left = tuple(part[rows].unsqueeze(1) for part in sums)
@@ -252,8 +259,8 @@ class Moments:
         return high, torch.cat([self.low[:ones, ones], self.low[ones, ones:]])
 
 
-def check_summable(name: str, values: Tensor) -> None:
-    """Check that numbers (n, K) can be multiplied and summed.
+def check_summable(name: str, values: Tensor, first_row: int = 0) -> None:
+    """Check that numbers (n, K), the first of them of a row that messages count from, can be multiplied and summed.
 
     Raises:
         ValueError: if one is not finite, or too large to be squared.
@@ -262,8 +269,8 @@ def check_summable(name: str, values: Tensor) -> None:
     if not bool(allowed.all()):
         row = int(allowed.all(1).logical_not().nonzero()[0])
         raise UserValueError(
-            f"Expected {name} to be finite, and their squares too, but got {_worst(values[row])} in row {row} "
-            "(counted from 0)."
+            f"Expected {name} to be finite, and their squares too, but got {_worst(values[row])} in row "
+            f"{first_row + row} (counted from 0)."
         )
 
 
@@ -284,7 +291,8 @@ def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rounded sum and its rounding error (Knuth)."""
     total = a + b
     of_b = total - a
-    return total, (a - (total - of_b)) + (b - of_b)
+    error = (total - of_b).neg_().add_(a)
+    return total, error.add_(torch.sub(b, of_b, out=of_b))
 
 
 def _two_product(a: Tensor, b: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,12 @@
 """Statistics of features and targets that add up: over portions, sites and classes, and back without some samples."""
 
+import copy
+import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Which linear model is made of statistics.
 LinearHead = Literal["ridge", "lda", "prototypes"]
+#: Rows whose features are held at once.
+_ROWS = 4096
 
 
 class PathStatistics:
@@ -33,7 +38,7 @@ class PathStatistics:
 
     Kept are the Gram matrix of the features, their products with the targets, and counts, sums and squares of the
     targets, in float64: what was added in portions, by several parties or in several processes has the solution of all
-    samples together, and what is forgotten leaves no trace. The sums over float64 features have about 74 significant
+    samples together, and what is forgotten leaves no trace. The sums over float64 features have about 73 significant
     bits, see ``docs/statistics.md`` for what is exact.
 
     Integer targets are class labels. Without ``classes`` they are the labels themselves, and labels that are new are
@@ -46,7 +51,9 @@ class PathStatistics:
 
     Args:
         feature_map: a ``GLAIHead`` with output or independent paths, or any module that returns features (n, F); it
-            must not change. ``None`` for statistics that are loaded, merged and solved only.
+            must not change. A head of which nothing but the last Linear requires gradients, such as
+            ``random_feature_head`` makes, is frozen in place. ``None`` for statistics that are only loaded, merged and
+            solved.
         classes: labels of the classes, all of them integers or all strings; ``None`` to take them from the targets. A
             ``GLAIHead`` has the classes 0 to C - 1.
 
@@ -109,23 +116,29 @@ class PathStatistics:
             ValueError: if there are no samples, shapes or dtypes disagree, a number is not finite, or the feature map
                 has changed. Nothing is added then.
         """
-        if targets is not None:
+        listed = isinstance(inputs, Tensor) and isinstance(targets, Tensor | list | tuple)
+        rows = torch.split(inputs, _ROWS) if listed else ()
+        if targets is not None and (len(rows) < 2 or len(inputs) != len(targets)):
             self._add(inputs, targets)
             return self
         fresh = self._empty()
-        for batch in inputs:
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise UserTypeError(
-                    f"Expected every batch to be a pair (inputs, targets), but got `{type(batch).__name__}`."
-                )
-            fresh._add(*batch)
+        if targets is not None:
+            for number, part in enumerate(rows):
+                fresh._add(part, targets[number * _ROWS : (number + 1) * _ROWS], first_row=number * _ROWS)
+        else:
+            for batch in inputs:
+                if not isinstance(batch, tuple | list) or len(batch) != 2:
+                    raise UserTypeError(
+                        f"Expected every batch to be a pair (inputs, targets), but got `{type(batch).__name__}`."
+                    )
+                fresh._add(*batch)
         if fresh._moments is None:
             raise UserValueError("Expected at least one sample, but got none.")
         together = self + fresh
         self._kind, self._moments = together._kind, together._moments
         return self
 
-    def _add(self, inputs: Any, targets: Any) -> None:
+    def _add(self, inputs: Any, targets: Any, *, first_row: int = 0) -> None:
         if self._map is None:
             raise UserValueError("Expected a feature map to make features of inputs, but got None.")
         features = self._map(inputs)
@@ -138,8 +151,8 @@ class PathStatistics:
         of_features = Kind(self._map.fingerprint(), str(features.dtype).removeprefix("torch."), features.shape[1])
         joined = kind.joined(of_features).joined(of_targets)
         encoded = joined.encode(read, of_targets).to(features.device)
-        check_summable("features", features)
-        check_summable("targets", encoded)
+        check_summable("features", features, first_row)
+        check_summable("targets", encoded, first_row)
         moments = Moments(features.shape[1], 0, features.device) if self._moments is None else self._moments
         if moments.num_targets != joined.num_targets:
             moments = moments.with_targets(joined.num_targets, list(range(moments.num_targets)))
@@ -153,10 +166,11 @@ class PathStatistics:
         return empty
 
     def _aligned(self, kind: Kind) -> Moments:
-        """Return the sums with the targets of a kind that includes the own one."""
+        """Return the sums with the targets of a kind that includes the own one; the own sums where it is no other."""
         assert self._moments is not None
-        places = self._kind.places_in(kind)
-        return self._moments.with_targets(kind.num_targets, places)
+        if kind.num_targets == self._moments.num_targets and kind.classes == self._kind.classes:
+            return self._moments
+        return self._moments.with_targets(kind.num_targets, self._kind.places_in(kind))
 
     def forget(self, inputs: Any, targets: Any = None) -> Self:
         """Take samples away that were added before, as if they had never been.
@@ -197,8 +211,14 @@ class PathStatistics:
         merged._map = self._map or other._map
         merged._kind = self._kind.joined(other._kind)
         parts = [one._aligned(merged._kind) for one in (self, other) if one._moments is not None]
-        merged._moments = reduce(Moments.plus, parts) if parts else None
+        if parts:
+            empty = Moments(parts[0].num_features, parts[0].num_targets, parts[0].high.device)
+            merged._moments = reduce(Moments.plus, parts if len(parts) > 1 else [*parts, empty])
         return merged
+
+    def __radd__(self, other: object) -> "PathStatistics":
+        """Let ``sum`` start from 0."""
+        return self + self._empty() if other == 0 else NotImplemented
 
     def all_reduce(self, group: "ProcessGroup | None") -> Self:
         """Add up what the processes of a group hold, in one reduction, so that all hold the statistics of everything.
@@ -224,7 +244,7 @@ class PathStatistics:
         if own is None:
             moments = Moments(kind.num_features, kind.num_targets, _device_of(group))
         else:
-            moments = self._aligned(kind)
+            moments = copy.copy(self._aligned(kind))
         largest = torch.zeros(kind.num_features + 1 + kind.num_targets, dtype=torch.float64)
         for other, theirs, _ in said:
             if theirs is not None:
@@ -247,7 +267,7 @@ class PathStatistics:
     def solve(
         self,
         l2: float | list[float] | None = None,
-        validation: "PathStatistics | tuple[Any, Any] | None" = None,
+        validation: Any = None,
         head: LinearHead = "ridge",
         class_weights: Literal["balanced"] | Sequence[float] | Mapping[Label, float] | None = None,
     ) -> LinearSolution:
@@ -256,9 +276,9 @@ class PathStatistics:
         Args:
             l2: strength of the penalty, or several to choose from; ``None`` for 17 strengths relative to the mean
                 variance of the features. All are solved from one eigendecomposition.
-            validation: statistics of other samples, or (inputs, targets); the strength with the smallest squared error
-                on them is taken. ``None`` chooses by generalised cross-validation, which needs no other samples.
-                ``RidgeSolver`` keeps rows, and chooses by leaving each one out.
+            validation: statistics of other samples, or (inputs, targets), or batches of them; the strength with the
+                smallest squared error on them is taken. ``None`` chooses by generalised cross-validation, which needs
+                no other samples. ``RidgeSolver`` keeps rows, and chooses by leaving each one out.
             head: ``"ridge"``; ``"lda"``, linear discriminant analysis, with ``l2`` added to the variances within
                 classes; or ``"prototypes"``, the nearest mean of a class. The last two are for class labels.
             class_weights: how much the samples of each class count: one number a class, numbers by label, or
@@ -313,10 +333,9 @@ class PathStatistics:
             began=began,
         )
 
-    def _validation(self, given: "PathStatistics | tuple[Any, Any]") -> "PathStatistics":
+    def _validation(self, given: Any) -> "PathStatistics":
         if not isinstance(given, PathStatistics):
-            inputs, targets = given
-            given = self._empty().update(inputs, targets)
+            given = self._empty().update(*given if isinstance(given, tuple) else (given,))
         kind = self._kind.joined(given._kind)
         if kind.classes != self._kind.classes:
             new = next(label for label in kind.classes or () if label not in (self._kind.classes or ()))
@@ -374,12 +393,14 @@ class PathStatistics:
         return self._load(check_state(state, "the state"))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the statistics to a file of tensors and primitives.
+        """Write the statistics to a file of tensors and primitives, whole or not at all.
 
         Raises:
             ValueError: if nothing was added yet.
         """
-        torch.save(self.state_dict(), path)
+        part = Path(f"{os.fspath(path)}.part")
+        torch.save(self.state_dict(), part)
+        part.replace(path)
 
     def load(self, path: str | PathLike[str]) -> Self:
         """Read the statistics from a file, in place of what there was; nothing in it is executed.

@@ -54,7 +54,9 @@ class Kind:
                 raise UserValueError(message.format(ours[name], theirs[name]))
         joined = {name: theirs[name] if value is None else value for name, value in ours.items()}
         if self.classes is not None and other.classes is not None:
-            joined["classes"] = check_classes((*self.classes, *(c for c in other.classes if c not in self.classes)))
+            known = set(self.classes)
+            new = [label for label in other.classes if label not in known]
+            joined["classes"] = check_classes((*self.classes, *new)) if new else self.classes
         return Kind(**joined)
 
     def places_in(self, other: "Kind") -> list[int]:

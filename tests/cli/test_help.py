@@ -13,7 +13,7 @@ from glai_lightning.cli.main import main
 from glai_lightning.comparison.variants import VARIANTS
 from glai_lightning.datamodules import __all__ as data_modules
 
-COMMANDS = ("fit", "validate", "test", "predict", "export", "compare")
+COMMANDS = ("fit", "validate", "test", "predict", "export", "solve", "compare")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -83,7 +83,11 @@ def test_a_module_is_made_from_its_configuration_too(folder):
         (["--add", "rows.npz"], "Expected 'rows.npz' to hold as many targets `y` as rows `x`"),
         (["--add", "first.npz", "--forget", "second.npz"], "Expected to forget"),
         (["--add", "first.npz", "--head", "forest"], "Expected `head` to be 'ridge', 'lda' or 'prototypes'"),
-        (["--ckpt_path", "nothing.ckpt", "--add", "first.npz"], "which does not exist"),
+        (
+            ["--ckpt_path", "nothing.ckpt", "--add", "first.npz"],
+            "which does not exist",
+        ),
+        (["--to", "no/solved.ckpt", "--add", "first.npz"], "Expected `--to` to be in a folder that is there"),
     ],
 )
 def test_what_cannot_be_solved_is_a_sentence_and_writes_nothing(folder, capsys, arguments, message):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from process_groups import run_in_processes
 from torch import Tensor, nn
 
-from glai_lightning import freeze_structure, mlp_head
+from glai_lightning import GLAIHead, eugen_head, freeze_structure, mlp_head, random_feature_head
 from glai_lightning.solvers import LogisticSolver, PathStatistics, RidgeSolver, average_heads, set_last_layer
 
 ROWS, WIDTH, CLASSES = 1500, 24, 4
@@ -57,7 +57,7 @@ def test_shards_updates_and_forgetting_have_the_solution_of_all_samples(
     features, labels = make_data(condition, dtype)
     whole = statistics(features, labels).solve(l2)
     shards = [statistics(*part, classes=range(CLASSES)) for part in parts(features.chunk(8), labels.chunk(8))]
-    assert apart(sum(shards[1:], shards[0]).solve(l2), whole) <= merged_within
+    assert apart(sum(shards).solve(l2), whole) <= merged_within
     updated = statistics(classes=range(CLASSES))
     for part in parts(features.flip(0).split(151), labels.flip(0).split(151)):
         updated.update(*part)
@@ -98,7 +98,8 @@ def test_a_strength_is_chosen_by_statistics_of_validation_data():
     assert chosen.report.l2 == pytest.approx(min(errors, key=errors.get))
     for l2, score in chosen.report.tried:
         assert score == pytest.approx(-errors[l2], rel=1e-9)
-    assert torch.equal(training.solve(strengths, validation=held_out).weight, chosen.weight)
+    for other in (held_out, [held_out]):
+        assert torch.equal(training.solve(strengths, validation=other).weight, chosen.weight)
 
 
 def test_without_validation_the_generalised_cross_validation_score_chooses():
@@ -127,6 +128,16 @@ def test_classes_are_matched_by_label_and_new_ones_appended():
     grown = statistics(features[first], labels[first]).update(features[~first], labels[~first])
     assert grown.classes == [0, 1, 2, 3]
     assert torch.allclose(grown.solve(0.1).weight, whole.weight, rtol=1e-10)
+
+
+def test_many_rows_are_added_some_at_a_time_and_none_where_one_is_bad(monkeypatch):
+    features, labels = make_data()
+    whole = statistics(features, labels)
+    monkeypatch.setattr("glai_lightning.solvers.statistics._ROWS", 400)
+    assert apart(statistics(features, labels).solve(0.0), whole.solve(0.0)) <= 1e-10
+    with pytest.raises(ValueError, match="but got infinity in row 901"):
+        whole.update(features.index_fill(0, torch.tensor([901]), math.inf), labels)
+    assert whole.samples == ROWS
 
 
 def test_a_class_that_is_forgotten_leaves_no_trace():
@@ -201,6 +212,16 @@ def test_a_head_is_solved_and_grows_with_its_classes(paths):
     twin = make_head(1)
     RidgeSolver(l2=1e-3).solve(twin, features, (labels == 1).long())
     assert torch.allclose(single(features), twin(features), atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [random_feature_head, eugen_head])
+def test_a_head_on_fixed_features_is_frozen_and_solved(make):
+    features, labels = make_data(10.0, torch.float32)
+    head = random_feature_head(WIDTH, 200, CLASSES) if make is random_feature_head else eugen_head(WIDTH, CLASSES)
+    scaled = nn.Sequential(nn.LayerNorm(WIDTH, elementwise_affine=False), head)
+    set_last_layer(head, PathStatistics(scaled).update(features, labels).solve(class_weights="balanced"))
+    assert isinstance(head, GLAIHead)
+    assert float((scaled(features).argmax(1) == labels).float().mean()) > 0.6
 
 
 def test_a_cross_entropy_solve_goes_on_from_the_merged_solution():
@@ -351,6 +372,7 @@ def test_statistics_of_other_features_are_refused():
         (lambda state: state | {"high": -state["high"]}, "Expected counts of samples of at least 0"),
         (lambda state: state | {"high": state["high"] * math.nan}, "to be finite, but got NaN"),
         (lambda state: state | {"high": state["high"][:, 1:]}, "to be of one size"),
+        (lambda state: state | {"high": torch.zeros((), dtype=torch.float64).expand(10**6, 10**6 + 4)}, "of one size"),
         (lambda state: state | {"classes": [0, "a", 2, 3]}, "all integers or all strings"),
         (lambda state: {k: v for k, v in state.items() if k != "low"}, "Expected `low` in "),
     ],
