@@ -52,6 +52,34 @@ def hastie() -> tuple[np.ndarray, np.ndarray]:
     return x, y > 0
 
 
+def teacher() -> tuple[np.ndarray, np.ndarray]:
+    """Return the six classes of a random network of 24 units, with noise."""
+    random = np.random.RandomState(5)
+    x, hidden, last = random.randn(20_000, 30), random.randn(30, 24) / np.sqrt(30), random.randn(24, 6)
+    logits = np.maximum(x @ hidden, 0) @ last
+    logits = (logits - logits.mean(0)) / logits.std(0)
+    return x, (logits + 0.3 * random.randn(*logits.shape)).argmax(1)
+
+
+def by_quantile(x: np.ndarray, y: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return classes of equal size in place of numbers."""
+    return x, np.searchsorted(np.quantile(y, np.linspace(0, 1, classes + 1)[1:-1]), y)
+
+
+def parity() -> tuple[np.ndarray, np.ndarray]:
+    """Return the parity of the signs of three of twelve columns, one label in twenty turned around."""
+    random = np.random.RandomState(6)
+    x = random.randn(16_000, 12)
+    y = (x[:, :3] > 0).sum(1) % 2
+    return x, np.where(random.rand(len(y)) < 0.05, 1 - y, y)
+
+
+def swiss_roll() -> tuple[np.ndarray, np.ndarray]:
+    """Return eight stretches of a Swiss roll, with nine columns of noise."""
+    x, along = datasets.make_swiss_roll(16_000, noise=0.8, random_state=7)
+    return by_quantile(np.hstack([x, np.random.RandomState(7).randn(len(x), 9)]), along, 8)
+
+
 MADE: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
     "clusters of 7 classes": lambda: datasets.make_classification(
         40_000, 50, n_informative=30, n_redundant=10, n_classes=7, n_clusters_per_class=4, random_state=0
@@ -67,7 +95,13 @@ MADE: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
     ),
     "hastie": hastie,
     "digits": lambda: datasets.load_digits(return_X_y=True),
+    "network of 24 units": teacher,
+    "friedman": lambda: by_quantile(*datasets.make_friedman1(15_000, 12, noise=1.0, random_state=8), 6),
+    "parity of 3 columns": parity,
+    "swiss roll": swiss_roll,
 }
+#: No rule was chosen on these.
+HELD_OUT = ("parity of 3 columns", "swiss roll")
 STORED = ("clinc150_minilm", "cifar10_resnet_features", "fashion_mnist", "letter")
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from glai_lightning import find_heads
 from glai_lightning.heads.joined import head_at
 from glai_lightning.heads.layout import read_head
 from glai_lightning.heads.recording import is_layer
@@ -100,15 +101,36 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             inner = next((own for own, part in parts["intermediate"].named_modules() if is_layer(part)), "")
             last = next(own for own, part in parts["output"].named_modules() if is_layer(part))
             if inner:
-                yield type(module).__name__, module, f"intermediate.{inner}+output.{last}"
+                place = f"{name}." if name else ""
+                yield type(module).__name__, model, f"{place}intermediate.{inner}+{place}output.{last}"
             continue
         kind = type(module).__name__
         layers = sum(map(is_layer, module.modules()))
-        attends = any("atten" in type(part).__name__.lower() for part in module.modules())
+        attends = any("att" in type(part).__name__.lower() for part in module.modules())
         named = NAMED.search(kind) or NAMED.search(name.rpartition(".")[2])
         if name and layers > 1 and named and not attends and not isinstance(module, nn.ModuleList | nn.ModuleDict):
             holder = kind if type(module) is not nn.Sequential else f"Sequential `{name.rpartition('.')[2]}`"
             yield holder, module, ""
+
+
+def real_batch(model: nn.Module) -> dict[str, torch.Tensor] | torch.Tensor:
+    """Return two samples for a whole model."""
+    device = next(model.parameters()).device
+    config = getattr(model, "config", None)
+    if getattr(model, "main_input_name", "pixel_values") == "input_ids":
+        mask = torch.ones(2, 16, dtype=torch.long, device=device)
+        return {"input_ids": mask, "attention_mask": mask}
+    size = getattr(config, "image_size", 224)
+    images = torch.zeros(2, 3, *(size if isinstance(size, list | tuple) else (size, size)), device=device)
+    return images if config is None else {"pixel_values": images}
+
+
+def why_unreadable(module: nn.Module, joined: str) -> str | None:
+    try:
+        layout = read_head(head_at(module, joined) if joined else module)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if layout.widths else "no widths"
 
 
 def main() -> None:
@@ -123,24 +145,31 @@ def main() -> None:
     }
     rows, rest = [], []
     for library, models in libraries.items():
-        seen: dict[tuple[str, str], str | None] = {}
+        seen: dict[tuple[str, bool], str | None] = {}
         count = 0
         for model_name, model in models():
             count += 1
+            called = False
             for kind, module, joined in candidates(model):
-                own = (kind if not kind.startswith("Sequential") else f"{model_name} {kind}", joined)
+                own = (f"{model_name} {kind}" if kind.startswith("Sequential") else kind, "+" in joined)
                 if seen.get(own, "unseen") is None:
                     continue
-                try:
-                    read_head(head_at(module, joined) if joined else module)
-                    seen[own] = None
-                except Exception as error:
-                    seen.setdefault(own, f"{type(error).__name__}: {error}")
+                reason = why_unreadable(module, joined)
+                if reason is not None and not called:
+                    # What cannot be called with made-up inputs is read from a call of the whole model.
+                    called = True
+                    with contextlib.suppress(Exception):
+                        find_heads(model, real_batch(model))
+                if reason is not None:
+                    reason = why_unreadable(module, joined)
+                seen[own] = reason
         readable = sum(reason is None for reason in seen.values())
         rows.append(f"| {library} | {count} | {len(seen)} | {readable} | {readable / max(len(seen), 1):.0%} |")
         for (kind, joined), reason in seen.items():
             if reason is not None:
-                rest.append(f"| {library} | {kind} {joined} | {' '.join(reason.split())[:200].replace('|', '/')} |")
+                kind += ", intermediate and output" * joined
+                why = " ".join(reason.split())[:200].replace("|", "/")
+                rest.append(f"| {library} | {kind} | {why} |")
     print("| library | models | MLP heads | readable | |\n|---|---|---|---|---|")
     print("\n".join(rows))
     print("\nThe rest:\n\n| library | class | why |\n|---|---|---|")

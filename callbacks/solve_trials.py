@@ -7,16 +7,19 @@ from glai_lightning.solvers import SolveReport
 
 #: What a trial must gain over the one before for training to go on: accuracy, and a part of the mean squared error.
 _LEAST_ACCURACY, _LEAST_PART_OF_ERROR = 0.006, 0.02
+#: Epochs before the first trial, and the most trials: a structure that still gains by then gains for long.
+_FIRST_EPOCHS, _MOST_TRIALS = 2, 3
 
-_STATE = {"step": int, "score": float | None}
+_STATE = {"step": int, "count": int, "score": float | None, "start_score": float | None}
 
 
 class SolveTrials:
     """Solves of one head as its structure is trained, each after twice as many optimizer steps as the one before.
 
     Churn says that patterns have come to rest, and not what they are worth: where it is small from the start, a
-    structure may gain for long. A trial solves the head as it is. While trials gain by validation, the head trains on
-    as the MLP that it was.
+    structure may gain for long. A trial solves the head as it is. The structure is worth no more training if the
+    trial validates hardly better than the one before, and the MLP, at the pace at which it rose since then, would not
+    reach the solved head in as much time again.
     """
 
     def __init__(self) -> None:
@@ -24,12 +27,13 @@ class SolveTrials:
 
     def start_over(self) -> None:
         """Forget the trials that were."""
-        self._step = 0
+        self._step = self._count = 0
         self._score: float | None = None
+        self._start_score: float | None = None
 
-    def is_due(self, step: int) -> bool:
-        """Tell whether a trial is to be made after so many optimizer steps."""
-        return step >= 2 * self._step
+    def is_due(self, epochs: int, step: int) -> bool:
+        """Tell whether a trial is to be made after so many epochs and optimizer steps."""
+        return epochs >= _FIRST_EPOCHS and step >= 2 * self._step and self._count < _MOST_TRIALS
 
     def why_settled(self, step: int, report: SolveReport) -> str | None:
         """Take note of a trial, and say why training the structure further is not worth it; ``None`` if it may be.
@@ -38,18 +42,20 @@ class SolveTrials:
             step: optimizer steps by then.
             report: what the solve did.
         """
-        before, self._score = self._score, report.score
-        before_step, self._step = self._step, step
-        if report.score is None:
+        before, start_before, before_step = self._score, self._start_score, self._step
+        self._step, self._count = step, self._count + 1
+        score, start = self._score, self._start_score = report.score, report.start_score
+        if score is None or start is None:
             return None
         is_accuracy = report.method != "closed_form"
-        if is_accuracy and 1.0 - report.score <= _LEAST_ACCURACY:
-            return f"solved as it is, it validates at {report.score:.4f}"
-        if before is None or report.score - before > (
-            _LEAST_ACCURACY if is_accuracy else _LEAST_PART_OF_ERROR * -before
-        ):
+        if is_accuracy and 1.0 - score <= _LEAST_ACCURACY:
+            return f"solved as it is, it validates at {score:.4f}"
+        if before is None or start_before is None:
             return None
-        return f"solved as it is, it validates at {report.score:.4f}, after {before:.4f} at step {before_step}"
+        gains = score - before > (_LEAST_ACCURACY if is_accuracy else _LEAST_PART_OF_ERROR * -before)
+        if gains or start - start_before >= score - start:
+            return None
+        return f"solved as it is, it validates at {score:.4f}, after {before:.4f} at step {before_step}"
 
     def describe(self) -> str:
         """Say that training goes on after a trial."""
@@ -57,7 +63,7 @@ class SolveTrials:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs, in primitives."""
-        return {"step": self._step, "score": self._score}
+        return {"step": self._step, "count": self._count, "score": self._score, "start_score": self._start_score}
 
     @staticmethod
     def check_state(state: object, name: str) -> None:
@@ -70,4 +76,5 @@ class SolveTrials:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the state of a checkpoint."""
-        self._step, self._score = state["step"], state["score"]
+        self._step, self._count = state["step"], state["count"]
+        self._score, self._start_score = state["score"], state["start_score"]

@@ -8,7 +8,6 @@ from typing import Any, Literal, Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.fitting.across_processes import process_group, processes_of, share_buffers
 from glai_lightning.fitting.head_data import HeadPass
@@ -25,8 +24,7 @@ from glai_lightning.heads.chain import title
 from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.heads.layout import CannotBeCalledError
 from glai_lightning.heads.optimizers import copy_state, forget_state
-from glai_lightning.heads.path_kinds import IndependentPathWeights
-from glai_lightning.heads.patterns import layout_of
+from glai_lightning.heads.patterns import changing_steps, holds_weight, layout_of
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
 Solver = LogisticSolver | RidgeSolver
@@ -57,9 +55,9 @@ def check_solvable(head: nn.Module, head_name: str, paths: str) -> None:
         layout = layout_of(head)
     except CannotBeCalledError as error:
         raise UserMisconfigurationError(f"The head at {head_name!r} cannot be solved. {error}") from error
-    acting = [module for module in layout.trailing if not isinstance(module, _DropoutNd | nn.Identity)]
-    if acting or not isinstance(layout.output, nn.Linear | IndependentPathWeights):
-        got = f"`{title(acting[0])}` after it" if acting else f"`{type(layout.output).__name__}`"
+    acting = changing_steps(layout)
+    if acting or not holds_weight(layout.output):
+        got = f"`{title(acting[0])}` after it" if acting else "one whose weight is no parameter of it"
         raise UserMisconfigurationError(
             f"Expected the head at {head_name!r} to end with its last Linear, so that it can be solved, but got {got}."
         )

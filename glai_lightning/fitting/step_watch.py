@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from glai_lightning.fitting.loss_reading import LossKind, LossNotReadError
-from glai_lightning.heads.joined import ends_of
+from glai_lightning.heads.chain import FunctionStep
+from glai_lightning.heads.joined import JoinedHead, entry_of
+from glai_lightning.heads.patterns import changing_steps, layout_of
 
 _LOSSES: dict[Callable[..., Any], LossKind] = {
     F.cross_entropy: "cross_entropy",
@@ -64,26 +66,26 @@ class StepWatch(TorchFunctionMode):
         self._passed: list[Tensor] = []
 
     def __enter__(self) -> "StepWatch":
-        entry, last = ends_of(self._head)
+        entry, last = entry_of(self._head), self._last_layer()
         self._kept = [(module, module.__dict__.get("forward")) for module in (entry, last)]
         forward, enter = last.forward, entry.forward
         given: list[Tensor] = []
 
         def entered(*args: Any, **kwargs: Any) -> Any:
-            given.append(args[0])
+            given.append(self._inputs_among(args, kwargs))
             return enter(*args, **kwargs)
 
         @functools.wraps(forward)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            if not tensors:
+            own = self._inputs_among(args, kwargs)
+            inputs = own if entry is last else given.pop()
+            if own is None or inputs is None:
                 return forward(*args, **kwargs)
-            if len(tensors) > 1 and self._replacement is not None:
-                raise LossNotReadError("Expected a head that is given one tensor, so that it can be solved.")
-            inputs = tensors[0] if entry is last else given.pop()
             outputs = forward(*args, **kwargs) if self._replacement is None else self._replacement(inputs)
             if not isinstance(outputs, Tensor):
                 return outputs
+            if entry is not last:
+                outputs = outputs.reshape(*own.shape[:-1], -1)
             # What follows may change the copy in place; the gradient is asked for by the original.
             passed = outputs.clone()
             self.inputs.append(inputs)
@@ -95,6 +97,21 @@ class StepWatch(TorchFunctionMode):
         last.__dict__["forward"] = noted
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
+
+    def _last_layer(self) -> nn.Module:
+        """Return the module whose outputs are the head's: its last Linear, where another form of them is returned."""
+        if isinstance(self._head, JoinedHead):
+            return self._head[-1]
+        layout = layout_of(self._head)
+        changed = any(isinstance(step, FunctionStep | nn.LogSoftmax | nn.Flatten) for step in layout.trailing)
+        last: nn.Module = layout.output
+        return last if changed and not changing_steps(layout) else self._head
+
+    def _inputs_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if len(tensors) > 1 and self._replacement is not None:
+            raise LossNotReadError("Expected a head that is given one tensor, so that it can be solved.")
+        return tensors[0] if tensors else None
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_integer, expect_number
-from glai_lightning.heads.joined import ends_of
+from glai_lightning.heads.joined import entry_of
 from glai_lightning.heads.layout import CannotBeCalledError, HeadLayout, read_head
 from glai_lightning.heads.patterns import layout_of, patterns_of
 
@@ -151,13 +151,13 @@ class ChurnProbe:
             self._layout = layout_of(head)
         self.snapshot = self._copied()
         self.inputs: deque[Tensor] = deque()
-        #: What else the head was given, call by call.
-        self._others: deque[tuple[tuple[Any, ...], dict[str, Any]]] = deque()
+        #: All that the head was given, call by call; ``None`` where that is one tensor.
+        self._others: deque[tuple[tuple[Any, ...], dict[str, Any]] | None] = deque()
         self._kept = 0
         #: Inputs seen since the last measurement, kept or not.
         self.seen = 0
         self._listens = True
-        self._detach = _watch_inputs(ends_of(head)[0], self._keep)
+        self._detach = _watch_inputs(entry_of(head), self._keep)
 
     def _tensors(self) -> dict[str, Tensor]:
         if self._layout is not None:
@@ -170,26 +170,41 @@ class ChurnProbe:
         return {name: value.clone() for name, value in self._tensors().items()}
 
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (ends_of(self.head)[0].training and torch.is_grad_enabled()):
+        if not (entry_of(self.head).training and torch.is_grad_enabled()):
             return
         if self._layout is None:
             self._layout = read_head(self.head, *args, **kwargs)
             own = self._tensors()
             self.snapshot = {name: value for name, value in self.snapshot.items() if name in own}
-        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        x: Tensor = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
-        if self._layout.takes_rows and x.ndim != 2:
-            x = x.reshape(-1, x.shape[-1])
-            args, kwargs = (x,), {}
-        self.seen += len(x)
+        # Most heads are given one tensor, in every step of a fit.
+        plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        x = args[0] if plain else next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        flattened = self._layout.takes_rows
+        rows = x.shape[:-1].numel() if flattened else len(x)
+        self.seen += rows
         if not self._listens:
             return
+        x = x.detach()
+        if flattened and x.ndim != 2:
+            x = x.reshape(-1, x.shape[-1])
         self.inputs.append(x)
-        self._others.append((args, kwargs))
-        self._kept += len(x)
+        others = None if plain or flattened else tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        self._others.append(others)
+        self._kept += rows
         while self._kept - len(self.inputs[0]) >= self.probe_size:
             self._kept -= len(self.inputs.popleft())
             self._others.popleft()
+
+    def _calls(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Yield what to call the head with, to see it on the inputs kept: as few calls as will do."""
+        surplus = max(0, self._kept - self.probe_size)
+        if all(others is None for others in self._others) and len({x.shape[1:] for x in self.inputs}) == 1:
+            yield (torch.cat([self.inputs[0][surplus:], *list(self.inputs)[1:]]),), {}
+            return
+        for x, others in zip(self.inputs, self._others, strict=True):
+            given = ((x,), {}) if others is None else others
+            yield tree_map_only(Tensor, partial(_last_rows, rows=len(x), surplus=surplus), given)
+            surplus = 0
 
     @property
     def has_inputs(self) -> bool:
@@ -251,11 +266,8 @@ class ChurnProbe:
                 "Expected the head to be called in training before churn is measured, but it saw no input."
             )
         assert self._layout is not None
-        surplus = max(0, self._kept - self.probe_size)
         flipped, bits = torch.zeros((), dtype=torch.int64, device=self.inputs[0].device), 0
-        for x, given in zip(self.inputs, self._others, strict=True):
-            args, kwargs = tree_map_only(Tensor, partial(_last_rows, rows=len(x), surplus=surplus), given)
-            surplus = 0
+        for args, kwargs in self._calls():
             before = patterns_of(self._layout, args, kwargs, self.snapshot)
             more_flipped, more_bits = count_flipped(before, patterns_of(self._layout, args, kwargs))
             flipped += more_flipped

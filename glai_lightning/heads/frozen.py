@@ -355,7 +355,8 @@ def replaced_parameters(head: nn.Module) -> dict[Tensor, list[tuple[str, nn.Para
 
 
 def _structure(head: nn.Module) -> list[HiddenUnits]:
-    return reference_units(layout_of(head), record_of(head).references)
+    layout = layout_of(head)
+    return reference_units(layout, hidden_units(layout), record_of(head).references)
 
 
 class _ReachedOutput(BaseException):

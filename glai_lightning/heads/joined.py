@@ -60,9 +60,9 @@ class JoinedHead(nn.Sequential):
         return self[0]
 
 
-def ends_of(head: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Return the modules that a step of a user calls: the head itself, or the first and last layer of a joined one."""
-    return (head[0], head[-1]) if isinstance(head, JoinedHead) else (head, head)
+def entry_of(head: nn.Module) -> nn.Module:
+    """Return the module that a step of a user calls: the head itself, or the first layer of a joined one."""
+    return head.entry if isinstance(head, JoinedHead) else head
 
 
 #: The joined heads of modules, by their names.
@@ -83,6 +83,11 @@ def head_at(owner: nn.Module, name: str) -> nn.Module:
         joined[name] = JoinedHead(owner, _steps_of(owner, name.split("+")))
     joined[name].look_up(owner)
     return joined[name]
+
+
+def known_joined(owner: nn.Module, name: str) -> JoinedHead | None:
+    """Return the joined head of that name, if it was asked for before."""
+    return _JOINED.get(owner, {}).get(name)
 
 
 def remember_joined(owner: nn.Module, name: str, calls: Sequence[RecordedCall]) -> JoinedHead:

@@ -152,7 +152,8 @@ class HeadLayout:
     def linearised_parameters(self) -> list[str]:
         """List the names of the parameters around which tangent paths expand: all but the last bias."""
         own = self.structure_tensors()
-        return [*(name for name in own if isinstance(own[name], nn.Parameter)), f"{self.names.output}.weight"]
+        output = [f"{self.names.output}.{name}" for name, _ in self.output.named_parameters() if name != "bias"]
+        return [*(name for name in own if isinstance(own[name], nn.Parameter)), *output]
 
 
 #: What was read of heads that are still as they were, so that a fit calls each once for it.
@@ -334,7 +335,11 @@ def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hea
             "pattern, but got none."
         )
     _check_norms(calls[:last])
-    after = [(call, function_step(call) if call.module is None else call.module) for call in calls[last + 1 :]]
+    after = [
+        (call, function_step(call) if call.module is None else call.module)
+        for call in calls[last + 1 :]
+        if call.follows or last in call.feeds_on
+    ]
     final = recorder.positions[len(points) - 1]
     late = [call.name for call in calls[final:last] if isinstance(call.module, _DropoutNd)]
     early = {call.name for call in calls[:last]}
@@ -345,7 +350,7 @@ def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hea
         kept=tuple(dict.fromkeys(kept)),
         trailing=(
             *(module if call.module is None else call.name for call, module in after if not does_nothing(module)),
-            *(() if returned == "Tensor" else (FunctionStep(returned),)),
+            *(() if returned == "Tensor" else (FunctionStep(f"returned {returned}"),)),
         ),
         activations=tuple(recorder.kinds[: len(points)]),
         widths=(
@@ -381,19 +386,16 @@ def _check_output(head: nn.Module, output: RecordedCall, layers: Sequence[Record
     module: Any = output.module
     if sum(call.module is module for call in layers) > 1:
         raise UserValueError("Expected every Linear of the head to be called once, but got one that is called twice.")
-    # A weight that is computed from others (weight_norm, spectral_norm, a parametrization) cannot be set.
-    plain = "forward" not in vars(module) and "weight" in module._parameters
-    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-        plain = plain and _maps_linearly(module)
-    if not plain:
+    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    if "forward" in vars(module) or (own_forward and not _maps_linearly(module)):
         raise UserValueError(
-            f"Expected the Linear at '{output.name}' to compute x W^T + b with a weight that is a parameter, "
-            f"but got `{type(module).__name__}`."
+            f"Expected the Linear at '{output.name}' to compute x W^T + b, but got `{type(module).__name__}`."
         )
     if not module.weight.is_floating_point():
         raise UserValueError(
             f"Expected the Linear at '{output.name}' to hold real numbers, but got {module.weight.dtype}."
         )
+    # With weight_norm the weight is none of the parameters.
     names = [name for name, own in head.named_parameters(remove_duplicate=False) if own is module.weight]
     if len(names) > 1:
         raise UserValueError(

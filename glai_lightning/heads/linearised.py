@@ -79,6 +79,7 @@ def check_linearised(head: nn.Module) -> None:
                 head.forward(inputs)
         except (RuntimeError, NotImplementedError) as error:
             raise UserValueError(
-                f"Expected a head with derivatives in forward mode, for 'tangent' paths, but got one without ({error})."
+                f"Expected a head with derivatives in forward mode, for 'tangent' paths, but got one without "
+                f"({str(error).splitlines()[0]})"
             ) from error
         return

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
+from glai_lightning.heads.chain import FunctionStep, title
 from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.heads.patterns import check_inputs
 
@@ -31,6 +32,9 @@ def output_layers(head: GLAIHead) -> nn.Sequential:
     _check_frozen(head)
     if head.paths != "output":
         raise UserValueError(f"Expected `paths` to be 'output' to train on path activations, but got {head.paths!r}.")
+    functions = [title(step) for step in head.layout.trailing if isinstance(step, FunctionStep)]
+    if functions:
+        raise UserValueError(f"Expected modules alone after the last Linear of the head, but got `{functions[0]}`.")
     return nn.Sequential(head.layout.output, *head.layout.trailing)
 
 

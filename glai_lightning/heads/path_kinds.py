@@ -176,7 +176,7 @@ class TangentPaths(FrozenHead):
         output = layout.output
         reference = record.references[f"{layout.names.output}.weight"]
         logits = tangent_logits(
-            units, reference_units(layout, record.references), x, output.weight, reference, output.bias
+            units, reference_units(layout, units, record.references), x, output.weight, reference, output.bias
         )
         return apply_trailing(layout, logits)
 
@@ -289,11 +289,13 @@ def has_hidden_bias(layout: HeadLayout) -> list[bool]:
     return [units.bias is not None or units.running_mean is not None for units in hidden_units(layout)]
 
 
-def reference_units(layout: HeadLayout, references: Mapping[str, Tensor]) -> list[HiddenUnits]:
+def reference_units(
+    layout: HeadLayout, units: Sequence[HiddenUnits], references: Mapping[str, Tensor]
+) -> list[HiddenUnits]:
     """Return hidden layers with the weights that they had at the freeze."""
     return [
-        units.with_tensors({field: references[name] for field, name in names.items() if name in references})
-        for units, names in zip(hidden_units(layout), _unit_names(layout), strict=True)
+        layer.with_tensors({field: references[name] for field, name in names.items() if name in references})
+        for layer, names in zip(units, _unit_names(layout), strict=True)
     ]
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map_only
 
 from glai_lightning.checks import UserTypeError, UserValueError
-from glai_lightning.heads.chain import Chain, HiddenLayer
+from glai_lightning.heads.chain import Chain, FunctionStep, HiddenLayer
 from glai_lightning.heads.layout import HeadLayout, in_mode, read_head
 from glai_lightning.heads.record import find_record
 from glai_lightning.heads.recording import CallRecorder, ReachedOutput, call_with, unchanged
@@ -121,6 +122,28 @@ def layout_of(head: nn.Module) -> HeadLayout:
     """Return the layout of a head, or the one that a frozen head carries."""
     record = find_record(head)
     return read_head(head) if record is None else record.names.find(head)
+
+
+def holds_weight(output: nn.Module) -> bool:
+    """Tell whether the last layer of a head can be set: a Linear, or independent paths, with a weight of its own."""
+    kind = isinstance(output, nn.Linear) or hasattr(output, "path_weights")
+    return kind and ("weight" in output._parameters or hasattr(output, "path_weights"))
+
+
+#: Functions after which the outputs of the last Linear are still what a loss is computed of, in another form.
+_FORMS = {"log_softmax", "squeeze", "unsqueeze", "flatten", "view", "reshape", "float", "double", "to", "contiguous"}
+
+
+def changing_steps(layout: HeadLayout) -> list[nn.Module]:
+    """List what comes after the last Linear of a head and changes its outputs in eval mode."""
+    return [module for module in layout.trailing if not _keeps_outputs(module)]
+
+
+def _keeps_outputs(module: nn.Module) -> bool:
+    if isinstance(module, FunctionStep):
+        returned = module.function.startswith("returned ") and module.function != "returned other tensor"
+        return returned or module.function in _FORMS
+    return isinstance(module, _DropoutNd | nn.Identity | nn.LogSoftmax | nn.Flatten)
 
 
 def hidden_units(layout: HeadLayout) -> list[HiddenUnits]:

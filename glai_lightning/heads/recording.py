@@ -142,7 +142,7 @@ class CallRecorder(TorchFunctionMode):
     def type_of(self, outputs: Any) -> str:
         """Return the type of what the head returned: 'Tensor' if that is the result of the last step and no other."""
         if isinstance(outputs, Tensor):
-            return "Tensor" if outputs is self._last else "another tensor"
+            return "Tensor" if outputs is self._last else "other tensor"
         return type(outputs).__name__
 
     def __enter__(self) -> "CallRecorder":

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from glai_lightning.heads.frozen import GLAIHead, check_freezable, freeze_in_place
-from glai_lightning.heads.joined import JoinedHead, head_at
+from glai_lightning.heads.joined import JoinedHead, head_at, known_joined
 from glai_lightning.heads.record import find_record
 from glai_lightning.heads.state_dicts import FREEZE_METADATA, FreezeMetadata, check_head_fits, read_freeze
 
@@ -136,7 +136,8 @@ class _FreezeNote:
         self.head_name = head_name
 
     def __call__(self, module: nn.Module, state_dict: Any, prefix: str, _: Any) -> None:
-        record = find_record(head_at(module, self.head_name))
+        head = known_joined(module, self.head_name)
+        record = None if head is None else find_record(head)
         metadata = getattr(state_dict, "_metadata", None)
         if record is not None and metadata is not None:
             freeze = FreezeMetadata(record.paths, record.freeze_epoch).to_primitives()

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.checks import UserTypeError, UserValueError
 from glai_lightning.heads.chain import title
 from glai_lightning.heads.frozen import GLAIHead
-from glai_lightning.heads.patterns import layout_of
+from glai_lightning.heads.patterns import changing_steps, holds_weight, layout_of
 from glai_lightning.heads.record import record_of
 from glai_lightning.solvers.feature_batches import Batches, Data, FeatureBatches, as_batches, as_tensors
 from glai_lightning.solvers.processes import Processes
@@ -102,13 +101,13 @@ class LinearPathWeights:
                 f"Expected the head to be a `GLAIHead`, but got `{type(head).__name__}`: freeze it first."
             )
         layout, kind = layout_of(head), record_of(head).paths
-        acting = [module for module in layout.trailing if not isinstance(module, _DropoutNd)]
+        acting = changing_steps(layout)
         if acting:
             names = ", ".join(map(title, acting))
             raise UserValueError(f"Expected no module after the head's last Linear to solve for it, but got {names}.")
-        if isinstance(layout.output, nn.modules.conv._ConvNd) or not hasattr(layout.output, "in_features"):
+        if not holds_weight(layout.output):
             raise UserValueError(
-                f"Expected the head's last layer to be a Linear to solve for it, but got "
+                f"Expected the head's last layer to be a Linear whose weight is a parameter, to solve for it, but got "
                 f"`{type(layout.output).__name__}`."
             )
         self.head = head

@@ -73,25 +73,33 @@ def test_without_validation_the_training_loss_takes_its_place():
 
 
 class ScriptedSolver(LogisticSolver):
-    """Solves, and says that it scores as it is told, in the order of its solves."""
+    """Solves, and says that it scores as it is told, before and after, in the order of its solves."""
 
     scores: typing.ClassVar = []
 
     def solve(self, *args, **kwargs):
-        return replace(super().solve(*args, **kwargs), score=self.scores.pop(0))
+        start, score = self.scores.pop(0)
+        return replace(super().solve(*args, **kwargs), start_score=start, score=score)
 
 
-@pytest.mark.parametrize(
-    ("scores", "epoch"), [([0.5, 0.6, 0.604], 8), ([0.5, 0.499], 4), ([0.999], 2), ([0.5, 0.6, 0.7, 0.8], 9)]
-)
+TRIALS = {
+    "gains no more": ([(0.3, 0.5), (0.4, 0.6), (0.42, 0.604)], 8),
+    "worse": ([(0.3, 0.5), (0.3, 0.499)], 4),
+    "nothing left to gain": ([(0.3, 0.999)], 2),
+    "the MLP will be there soon": ([(0.3, 0.5), (0.45, 0.502), (0.49, 0.503), (0.5, 0.504)], 9),
+    "gains to the end": ([(0.3, 0.5), (0.3, 0.6), (0.3, 0.7), (0.3, 0.8)], 9),
+}
+
+
+@pytest.mark.parametrize(("scores", "epoch"), TRIALS.values(), ids=TRIALS)
 def test_a_head_is_solved_once_solves_tried_after_twice_the_steps_gain_no_more(monkeypatch, scores, epoch):
     monkeypatch.setattr(ScriptedSolver, "scores", list(scores))
     callback = StructureFreezeCallback(HEAD, min_steps=1, solver=ScriptedSolver(), churn_tolerance=1.0)
     trainer = make_trainer(callback, EarlyStopping("score", mode="max", patience=99), max_epochs=9)
-    # Validation still rises. In the first epoch the loss is where it started. The last epoch is solved in any case.
+    # Validation still rises. The last epoch is solved in any case.
     trainer.fit(Scored([float(number) for number in range(9)]), make_loader(), make_loader())
     assert (callback.freeze_epoch, trainer.current_epoch) == (epoch, epoch)
-    assert callback.solve_report.score == scores[-1]
+    assert callback.solve_report.score == scores[-1][1]
 
 
 class BeforeEpoch(Callback):
@@ -115,7 +123,7 @@ def test_a_trial_that_is_taken_back_changes_nothing_of_the_fit(monkeypatch, path
         trainer.fit(Scored([1.0, 2.0, 3.0, 4.0, 5.0]), make_loader(), make_loader())
         return notes.copied
 
-    monkeypatch.setattr(ScriptedSolver, "scores", [0.5, 0.6, 0.7])
+    monkeypatch.setattr(ScriptedSolver, "scores", [(0.3, 0.5), (0.3, 0.6), (0.3, 0.7)])
     assert differences(fit(ScriptedSolver()), fit(None)) == []
     assert len(ScriptedSolver.scores) < 3
 

@@ -110,5 +110,5 @@ def test_a_linear_head_is_linear_in_its_inputs_and_keeps_what_stands_around():
 
 
 def test_a_head_that_cannot_be_read_cannot_be_matched():
-    with pytest.raises(ValueError, match="Expected the head to be an MLP"):
+    with pytest.raises(ValueError, match="Expected a head with at least one hidden layer"):
         matched_head(nn.Linear(4, 3))

@@ -7,9 +7,11 @@ from head_examples import C, D, H
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from glai_lightning import ChurnProbe, activation_patterns, freeze_structure
 from glai_lightning.heads import unfreeze_in_place
+from glai_lightning.solvers import LogisticSolver
 
 ACTIVATIONS = {
     "relu": nn.ReLU,
@@ -118,6 +120,15 @@ class Pooled(Plain):
         return self.fc2(tokens.mean(1)), tokens.shape
 
 
+class WeightNormed(Plain):
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__(activation)
+        self.fc1, self.fc2 = weight_norm(self.fc1), weight_norm(self.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.normalize(self.act(self.fc1(x))))
+
+
 class Convolutions(Plain):
     def __init__(self, activation: nn.Module) -> None:
         super().__init__(activation)
@@ -127,7 +138,7 @@ class Convolutions(Plain):
         return self.fc2(self.act(self.fc1(x[..., None, None]))).flatten(1)
 
 
-WRITINGS = [Plain, Gated, Normed, TwoInARow, Residual, Flagged, Pooled, Convolutions]
+WRITINGS = [Plain, Gated, Normed, TwoInARow, Residual, Flagged, Pooled, WeightNormed, Convolutions]
 
 
 def outputs_of(head: nn.Module, x: Tensor) -> Tensor:
@@ -150,6 +161,9 @@ def made(writing, activation: str, dtype: torch.dtype) -> nn.Module:
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_a_freeze_is_exact_for_every_activation_and_way_of_writing(writing, activation, paths, dtype):
+    if writing is WeightNormed:
+        # Torch has no derivatives of it in forward mode.
+        paths = "output"
     head = made(writing, activation, dtype)
     x = torch.randn(20, D, dtype=dtype)
     frozen, expected = freeze_structure(head, paths=paths), outputs_of(head, x)
@@ -177,12 +191,22 @@ def test_output_paths_train_the_last_linear_and_what_follows_it_alone(writing):
     x = torch.randn(20, D)
     before = outputs_of(head.eval(), x), head.patterns(x)
     outputs_of(head.train(), x).sum().backward()
-    assert [name for name, p in head.named_parameters() if p.grad is not None] == ["fc2.weight", "fc2.bias"]
+    trained = {name for name, p in head.named_parameters() if p.grad is not None}
+    assert trained == {name for name, _ in head.named_parameters() if name.startswith("fc2.")}
     assert torch.equal(outputs_of(head.eval(), x), before[0])
     assert type(unfreeze_in_place(head)) is writing
 
 
-@pytest.mark.parametrize("writing", WRITINGS)
+def test_a_head_without_derivatives_in_forward_mode_has_no_tangent_paths():
+    head = made(WeightNormed, "gelu", torch.float32)
+    with pytest.raises(ValueError, match="Expected a head with derivatives in forward mode"):
+        freeze_structure(head, paths="tangent")
+    assert type(head) is WeightNormed
+    with pytest.raises(ValueError, match="a Linear whose weight is a parameter, to solve for it"):
+        LogisticSolver().solve(freeze_structure(head), torch.randn(9, D), torch.zeros(9, dtype=torch.long))
+
+
+@pytest.mark.parametrize("writing", [writing for writing in WRITINGS if writing is not WeightNormed])
 def test_tangent_paths_are_the_first_order_expansion(writing):
     head = made(writing, "tanh", torch.float64)
     if writing is Flagged:
@@ -225,8 +249,10 @@ def test_churn_is_measured_on_the_calls_that_the_head_saw(writing):
     for _ in range(3):
         head(torch.randn(8, D))
     with torch.no_grad():
-        head.fc1.weight.neg_()
+        for parameter in head.fc1.parameters():
+            parameter.neg_()
     flipped, bits = probe.measure()
     assert bits == 12 * H * (3 if writing is Pooled else 1)
-    assert flipped > 0.5 * bits
+    # Of a weight that is normalised the length and the direction change their sign.
+    assert flipped > (0.0 if writing is WeightNormed else 0.5) * bits
     probe.close()

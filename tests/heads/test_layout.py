@@ -3,7 +3,6 @@ import torch
 import torch.nn.functional as F
 from head_examples import HEADS, C, D, H
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from glai_lightning import freeze_structure
 from glai_lightning.heads.layout import read_head
@@ -83,7 +82,6 @@ TIED[2].weight = TIED[0].weight
         (nn.Sequential(SHARED, nn.ReLU(), SHARED), "one that is called twice"),
         (TIED, "to be its own, but got it as ['0.weight', '2.weight'] too"),
         (nn.Sequential(nn.LazyLinear(H), nn.ReLU(), nn.Linear(H, C)), "but got `LazyLinear`"),
-        (nn.Sequential(nn.Linear(D, H), nn.ReLU(), weight_norm(nn.Linear(H, C))), "but got `ParametrizedLinear`"),
         (Branching(), "Expected two layers of `Branching` to be called, but 1 were"),
         (TwoOutputs(), "at 'fc2', to feed it, but got 'fc1' beside it"),
         (TwoTensors(), "reads it from a real call"),
