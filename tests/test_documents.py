@@ -14,9 +14,11 @@ import numpy as np
 import pandas
 import pytest
 import timm
+import torch
 import yaml
 from PIL import Image
 
+from glai_lightning import SupervisedModule, mlp_head
 from glai_lightning.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -97,7 +99,12 @@ def names():
 
 @pytest.mark.parametrize(("document", "code"), blocks("python"))
 def test_python_runs(document, code, names):
-    known = names.setdefault(document, {"rows": np.load("rows.npz")["x"]})
+    given = {
+        "rows": np.load("rows.npz")["x"],
+        "module": SupervisedModule(mlp_head(4, 8, 3)),
+        "loader": [(torch.ones(2, 4), torch.tensor([0, 1]))],
+    }
+    known = names.setdefault(document, given)
     exec(compile(code, str(document), "exec"), known)
     if "module" in known and "data" in known:
         known["data"].setup()

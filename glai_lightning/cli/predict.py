@@ -3,6 +3,7 @@
 import csv
 import os
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,11 @@ class PredictionWriter(BasePredictionWriter):
         outputs = torch.cat([batch.float().flatten(1) if batch.ndim > 1 else batch[:, None] for batch in predictions])
         columns = _columns(outputs.cpu(), _names(trainer, len(outputs)), _classes(trainer, pl_module, outputs))
         if self.to.suffix == ".npz":
-            np.savez(self.to, **columns)  # type: ignore[arg-type]
+            # `numpy.savez` takes no array by the name of `file`.
+            with zipfile.ZipFile(self.to, "w") as archive:
+                for name, array in columns.items():
+                    with archive.open(f"{name}.npy", "w") as member:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
         else:
             with self.to.open("w", encoding="utf-8", newline="") as file:
                 _write_csv(csv.writer(file), columns)

@@ -50,7 +50,12 @@ def test_the_images_recipe_freezes_its_head_and_is_tested(capsys):
     predicted = read_predictions()
     assert [row["file"] for row in predicted][:2] == ["bright/0.png", "bright/1.png"]
     assert len(predicted) == 20
-    assert {row["label"] for row in predicted} <= {"0", "1", "bright", "dark"}
+    assert {row["label"] for row in predicted} <= {"bright", "dark"}
+    assert main(["predict", "--ckpt_path=best", "--data=my_images/train", "--to=predictions.npz"]) == 0
+    with np.load("predictions.npz") as arrays:
+        assert arrays["file"].tolist() == [row["file"] for row in predicted]
+        written = [[float(row["probability_bright"]), float(row["probability_dark"])] for row in predicted]
+        assert np.allclose(arrays["probabilities"], written, atol=1e-5)
 
 
 @pytest.mark.parametrize("backbone", ["SentenceTransformersBackbone", "TransformersBackbone"])
