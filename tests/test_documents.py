@@ -70,6 +70,12 @@ def folder(tmp_path_factory):
             image.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(image)
         np.savez("samples.npz", x=generator.random((2000, 4)), y=np.arange(2000) % 100)
+        portion = {"x": generator.integers(0, 17, (60, 64)), "y": np.arange(60) % 10}
+        for name, rows in (("portion", 60), ("withdrawn", 20)):
+            np.savez(f"{name}.npz", **{key: values[:rows] for key, values in portion.items()})
+        for site in ("site.pt", "other_site.pt"):
+            solve = ["solve", "--ckpt_path=best.ckpt", f"--statistics={site}", "--add=portion.npz", "--to=updated.ckpt"]
+            assert main(solve) == 0
         np.savez("views.npz", views=generator.random((2, 40, 192), dtype=np.float32))
     return folder
 

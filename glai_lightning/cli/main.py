@@ -82,8 +82,13 @@ def _run(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS and not command.startswith("-"):
         raise UserValueError(f"Expected a command, {', '.join(COMMANDS)}, but got '{command}'.")
-    for option in _joined(arguments[1:]):
-        name, path = option.split("=", 1)
+    options = [option.split("=", 1) for option in _joined(arguments[1:])]
+    if command in ("fit", "compare") and not {"--config", "-c", "--model", "--help", "-h"} & {n for n, _ in options}:
+        raise UserValueError(
+            "Expected `--config` or `--model` to say what is fitted, but got neither. `glai recipes supervised` copies "
+            "a configuration to begin with."
+        )
+    for name, path in options:
         if name in ("--config", "-c") and os.path.isfile(path) and not _is_text(path):
             raise UserValueError(f"Expected `--config` to be a YAML file in UTF-8, but got '{path}'.")
     # Lightning takes seconds to import.
@@ -110,9 +115,9 @@ def _run(arguments: list[str]) -> int:
     from glai_lightning.cli.predict import predict_alone
 
     with warnings.catch_warnings():
-        options = dict(option.removeprefix("--").split("=", 1) for option in _joined(arguments[1:]))
-        alone = command == "predict" and {"ckpt_path", "data"} <= options.keys() <= {"ckpt_path", "data", "to"}
-        if not (alone and predict_alone(options["ckpt_path"], options["data"], options.get("to", "predictions.csv"))):
+        given = {name.removeprefix("--"): value for name, value in options}
+        alone = command == "predict" and {"ckpt_path", "data"} <= given.keys() <= {"ckpt_path", "data", "to"}
+        if not (alone and predict_alone(given["ckpt_path"], given["data"], given.get("to", "predictions.csv"))):
             GlaiCLI(complete(arguments))
     return 0
 

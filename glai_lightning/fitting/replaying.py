@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -38,7 +38,7 @@ class FixedCalls:
 
     def __init__(self, pl_module: nn.Module, heads: Sequence[nn.Module]) -> None:
         inside = {id(module) for head in heads for module in head.modules()}
-        around = {id(module) for module in pl_module.modules() if any(head in module.modules() for head in heads)}
+        around = {id(m) for m in pl_module.modules() if any(id(part) in inside for part in m.modules())}
         compiled = {
             id(part)
             for module in pl_module.modules()
@@ -49,6 +49,15 @@ class FixedCalls:
         self.compiled = any(map(_is_compiled, pl_module.modules()))
         passed_over = inside | around | compiled
         self._modules = [(n, m) for n, m in pl_module.named_modules() if id(m) not in passed_over]
+        # Networks that hold a head: what they do before it need not be kept if they return what it returns.
+        self._networks = [
+            (name, module, head)
+            for name, module in pl_module.named_modules()
+            for head in heads
+            # By identity: a metric equals whatever it is compared with.
+            if name and module is not head and not self.compiled and any(part is head for part in module.modules())
+        ]
+        self._given: list[tuple[Tensor, Any]] = []
         self._calls: dict[str, deque[tuple[list[Any], Any]]] = {}
         self._depth = 0
         self._mode: Mode = "run"
@@ -69,7 +78,10 @@ class FixedCalls:
     @contextmanager
     def keeping(self) -> Iterator[None]:
         """Context in which what modules return is kept for ``reusing``, up to ``KEPT_FOR_VALIDATION`` bytes."""
-        with self._installed("keep"):
+        with ExitStack() as stack:
+            for head in {id(head): head for *_, head in self._networks}.values():
+                stack.callback(head.register_forward_hook(self._note_head).remove)
+            stack.enter_context(self._installed("keep"))
             yield
 
     @contextmanager
@@ -78,17 +90,25 @@ class FixedCalls:
         with self._installed("reuse"):
             yield
 
+    def _note_head(self, head: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if len(args) == 1 and isinstance(args[0], Tensor):
+            self._given.append((args[0], output))
+
     @contextmanager
     def _installed(self, mode: Mode) -> Iterator[None]:
-        replaced = [(vars(m), _entry(m), vars(m).get(_entry(m))) for _, m in self._modules]
+        networks = self._networks if mode in ("keep", "reuse") else []
+        touched = [module for _, module in self._modules] + [module for _, module, _ in networks]
+        replaced = [(vars(m), _entry(m), vars(m).get(_entry(m))) for m in touched]
         for name, module in self._modules:
             vars(module)[_entry(module)] = self._wrapped(name, module, getattr(module, _entry(module)))
+        for name, module, head in networks:
+            vars(module)["forward"] = self._wrapped_network(name, head, module.forward)
         try:
             with self._in(mode):
                 yield
         finally:
-            for attributes, entry, before in replaced:
-                del attributes[entry]
+            for attributes, entry, before in reversed(replaced):
+                attributes.pop(entry, None)
                 if before is not None:
                     attributes[entry] = before
 
@@ -146,6 +166,21 @@ class FixedCalls:
             ):
                 self.random |= before is not None and not all(map(torch.equal, before, _generator_states(module)))
                 self._calls.setdefault(name, deque()).append((tree_leaves((args, kwargs)), output))
+            return output
+
+        return called
+
+    def _wrapped_network(self, name: str, head: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            key = (name, *_fingerprint((args, kwargs)))
+            if key in self._kept:
+                return head(self._kept[key])
+            kept, room, self._given = dict(self._kept), self._room, []
+            output = run(*args, **kwargs)
+            if len(self._given) == 1 and output is self._given[0][1]:
+                self._kept, self._room = kept, room
+                # Of a view the whole would be kept.
+                self._keep(key, self._given[0][0].detach().clone())
             return output
 
         return called

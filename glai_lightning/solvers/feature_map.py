@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.checks import UserTypeError, UserValueError
-from glai_lightning.heads.frozen import GLAIHead
-from glai_lightning.heads.layout import in_mode
+from glai_lightning.heads.frozen import GLAIHead, freeze_in_place
+from glai_lightning.heads.layout import in_mode, read_head
 from glai_lightning.heads.record import find_record, record_of
 from glai_lightning.solvers.head_weights import LinearPathWeights
 
@@ -22,7 +22,8 @@ class FeatureMap:
 
     Args:
         module: a ``GLAIHead`` with output or independent paths, whose features are its path activations, alone or as
-            the last of an ``nn.Sequential``; or a module from a batch of inputs to features (n, F).
+            the last of an ``nn.Sequential``; or a module from a batch of inputs to features (n, F). A head of which
+            nothing but the last Linear requires gradients, such as ``random_feature_head`` makes, is frozen in place.
 
     Raises:
         TypeError: if it is not a module.
@@ -37,8 +38,11 @@ class FeatureMap:
         self._prefix, head = "", module
         if isinstance(module, nn.Sequential) and len(module) and not isinstance(module, GLAIHead):
             name, last = list(module.named_children())[-1]
+            _freeze_fixed(last)
             if isinstance(last, GLAIHead):
                 self._before, self._prefix, head = module[:-1], f"{name}.", last
+        if head is module:
+            _freeze_fixed(module)
         self._head = LinearPathWeights(head) if isinstance(head, GLAIHead) else None
         self._known: tuple[tuple[Any, ...], str] | None = None
 
@@ -107,3 +111,16 @@ class FeatureMap:
             digest.update(f"{name}:{entry.dtype}{tuple(entry.shape)}\n".encode())
             digest.update(entry.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def _freeze_fixed(module: nn.Module) -> None:
+    """Freeze a head of which only the last Linear is trained."""
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    if isinstance(module, GLAIHead) or not trained or len(trained) == len(list(module.parameters())):
+        return
+    try:
+        output = read_head(module).names.output
+    except UserValueError:
+        return
+    if all(name.startswith(f"{output}.") for name in trained):
+        freeze_in_place(module)

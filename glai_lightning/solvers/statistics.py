@@ -1,5 +1,6 @@
 """Statistics of features and targets that add up: over portions, sites and classes, and back without some samples."""
 
+import copy
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,9 @@ class PathStatistics:
 
     Args:
         feature_map: a ``GLAIHead`` with output or independent paths, or any module that returns features (n, F); it
-            must not change. ``None`` for statistics that are loaded, merged and solved only.
+            must not change. A head of which nothing but the last Linear requires gradients, such as
+            ``random_feature_head`` makes, is frozen in place. ``None`` for statistics that are only loaded, merged and
+            solved.
         classes: labels of the classes, all of them integers or all strings; ``None`` to take them from the targets. A
             ``GLAIHead`` has the classes 0 to C - 1.
 
@@ -113,7 +116,8 @@ class PathStatistics:
             ValueError: if there are no samples, shapes or dtypes disagree, a number is not finite, or the feature map
                 has changed. Nothing is added then.
         """
-        rows = inputs.split(_ROWS) if isinstance(inputs, Tensor) and isinstance(targets, Tensor | list | tuple) else ()
+        listed = isinstance(inputs, Tensor) and isinstance(targets, Tensor | list | tuple)
+        rows = torch.split(inputs, _ROWS) if listed else ()
         if targets is not None and (len(rows) < 2 or len(inputs) != len(targets)):
             self._add(inputs, targets)
             return self
@@ -162,10 +166,11 @@ class PathStatistics:
         return empty
 
     def _aligned(self, kind: Kind) -> Moments:
-        """Return the sums with the targets of a kind that includes the own one."""
+        """Return the sums with the targets of a kind that includes the own one; the own sums where it is no other."""
         assert self._moments is not None
-        places = self._kind.places_in(kind)
-        return self._moments.with_targets(kind.num_targets, places)
+        if kind.num_targets == self._moments.num_targets and kind.classes == self._kind.classes:
+            return self._moments
+        return self._moments.with_targets(kind.num_targets, self._kind.places_in(kind))
 
     def forget(self, inputs: Any, targets: Any = None) -> Self:
         """Take samples away that were added before, as if they had never been.
@@ -206,7 +211,9 @@ class PathStatistics:
         merged._map = self._map or other._map
         merged._kind = self._kind.joined(other._kind)
         parts = [one._aligned(merged._kind) for one in (self, other) if one._moments is not None]
-        merged._moments = reduce(Moments.plus, parts) if parts else None
+        if parts:
+            empty = Moments(parts[0].num_features, parts[0].num_targets, parts[0].high.device)
+            merged._moments = reduce(Moments.plus, parts if len(parts) > 1 else [*parts, empty])
         return merged
 
     def __radd__(self, other: object) -> "PathStatistics":
@@ -237,7 +244,7 @@ class PathStatistics:
         if own is None:
             moments = Moments(kind.num_features, kind.num_targets, _device_of(group))
         else:
-            moments = self._aligned(kind)
+            moments = copy.copy(self._aligned(kind))
         largest = torch.zeros(kind.num_features + 1 + kind.num_targets, dtype=torch.float64)
         for other, theirs, _ in said:
             if theirs is not None:

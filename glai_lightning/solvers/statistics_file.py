@@ -58,16 +58,19 @@ def check_state(state: object, name: str) -> Mapping[str, Any]:
         if not isinstance(state.get(entry), kind):
             raise UserValueError(f"Expected `{entry}` in {name}, but got a `{type(state.get(entry)).__name__}`.")
     high, low, squares, classes = (state[entry] for entry in ("high", "low", "squares", "classes"))
+    sums = (high, low, squares)
     rows, targets = high.shape[0] if high.ndim == 2 else 0, squares.shape[-1] if squares.ndim == 2 else -1
-    fits = rows > 1 and high.shape[1] == rows + targets and squares.shape[0] == 2
-    fits &= low.shape in ((), high.shape) and all(part.dtype == torch.float64 for part in (high, low, squares))
+    # Views and sparse tensors of a small file could be of any size.
+    plain = all(part.layout == torch.strided and part.is_contiguous() and not part.is_meta for part in sums)
+    fits = plain and rows > 1 and high.shape[1] == rows + targets and squares.shape[0] == 2
+    fits &= low.shape in ((), high.shape) and all(part.dtype == torch.float64 for part in sums)
     if (
         not fits
         or state["targets"] not in ("labels", "numbers")
         or (state["targets"] == "labels") != (classes is not None and len(classes) == targets)
     ):
         raise UserValueError(f"Expected the sums in {name} to be of one size, in float64, but got others.")
-    if not all(bool(part.isfinite().all()) for part in (high, low, squares)):
+    if not all(bool(part.isfinite().all()) for part in sums):
         raise UserValueError(f"Expected the sums in {name} to be finite, but got NaN or infinity.")
     counts = high[-1, rows - 1 :] if classes is not None else high[-1, rows - 1 : rows]
     if bool((counts < 0).any()):

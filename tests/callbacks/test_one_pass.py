@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorD
 
 from glai_lightning import mlp_head
 from glai_lightning.callbacks import FitReport, StructureFreezeCallback, StructureRevert
-from glai_lightning.fitting import head_data, kept_inputs
+from glai_lightning.fitting import head_data, kept_inputs, replaying
 
 HIDDEN, SAMPLES = 16, 150
 
@@ -281,15 +281,16 @@ def test_a_folder_without_room_is_named(monkeypatch):
 
 
 class Whole(nn.Module):
-    """A network that ends with the head."""
+    """A network that ends with the head, and has wide activations before it."""
 
     def __init__(self):
         super().__init__()
         self.backbone = Backbone()
+        self.widen = nn.Upsample(scale_factor=50)
         self.fc = mlp_head(FEATURES, HIDDEN, CLASSES)
 
     def forward(self, x):
-        return self.fc(torch.relu(self.backbone(x)))
+        return self.fc(self.widen(self.backbone(x)[:, None])[:, 0, ::50])
 
 
 class TwoHeads(lightning.pytorch.LightningModule):
@@ -307,9 +308,42 @@ class TwoHeads(lightning.pytorch.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
-def test_heads_inside_a_network_train_and_are_solved_together(capsys):
+class JoinedHead(lightning.pytorch.LightningModule):
+    """A network whose head is two layers of its own, which its forward calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Backbone()
+        self.hidden, self.last = nn.Linear(FEATURES, HIDDEN), nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.hidden(self.backbone(x))))
+
+
+class Outer(TwoHeads):
+    def __init__(self):
+        super().__init__()
+        self.networks = nn.ModuleList([JoinedHead()])
+
+
+class CountFromHere(Callback):
+    """Where the layers of a joined head stand is read off a call with made-up inputs, before the fit."""
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.networks[0].backbone.seen.rows = 0
+
+
+def test_the_layers_of_a_joined_head_are_no_part_of_what_is_recorded():
+    module, freeze = Outer(), freezing(head="networks.0.hidden+networks.0.last")
+    fit(module, CountFromHere(), freeze)
+    assert freeze.frozen
+    assert module.networks[0].backbone.seen.rows == SAMPLES + 60
+
+
+def test_heads_inside_a_network_train_and_are_solved_together(capsys, monkeypatch):
+    monkeypatch.setattr(replaying, "KEPT_FOR_VALIDATION", 2 * 60 * FEATURES * 4)
     module = TwoHeads()
-    freeze = freezing(head="networks.*.fc")
+    freeze = freezing(head=["networks.0.fc", "networks.1.fc"])
     trainer = fit(module, FitReport(), freeze)
     assert [network.backbone.seen.rows for network in module.networks] == [60 + SAMPLES + 60] * 2
     assert all(watch.frozen and watch.solve.report is not None for watch in freeze.heads.values())

@@ -36,6 +36,8 @@ def fitted(tmp_path_factory):
         save(SupervisedModule(mlp_head(64, 8, 3), conv_backbone(3, 4, 1)), "images.ckpt")
         save(SupervisedModule(torch.nn.Linear(4, 3), num_classes=3), "own.ckpt", lambda d: d.update(head=None))
         save(SupervisedModule(mlp_head(4, 8, 3)), "later.ckpt", lambda d: d.update(version=9))
+        np.savez("rows.npz", x=np.random.default_rng(0).integers(0, 17, (7, 64)).astype(np.float32))
+        Path("fit.yaml").write_text("model: torch.nn.Linear")
     return folder
 
 
@@ -49,8 +51,7 @@ def export(*arguments):
 
 
 def test_the_exported_model_predicts_what_glai_predict_writes(capsys):
-    rows = np.random.default_rng(0).integers(0, 17, (7, 64)).astype(np.float32)
-    np.savez("rows.npz", x=rows)
+    rows = np.load("rows.npz")["x"]
     assert main(["predict", "--ckpt_path=best", "--data=rows.npz", "--to=rows_labelled.npz"]) == 0
     assert export("--ckpt_path=best", "--to=onnx") == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("best.ckpt as onnx: model.onnx")
@@ -89,7 +90,8 @@ def test_a_backbone_of_the_users_own_needs_the_shape_of_an_input():
         (["--ckpt_path=later.ckpt", "--to=onnx"], "to describe its module in version 1, but got version 9"),
         (["--ckpt_path=own.ckpt", "--to=onnx"], "Expected `--config` to name the configuration of the fit"),
         (["--ckpt_path=own.ckpt", "--to=onnx", "--config=nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
-        (["--ckpt_path=own.ckpt", "--to=onnx", "--config=rows.npz"], "to configure a `HeadModule` as `model`, but: "),
+        (["--ckpt_path=own.ckpt", "--to=onnx", "--config=rows.npz"], "to be a YAML file in UTF-8, but got 'rows.npz'"),
+        (["--ckpt_path=own.ckpt", "--to=onnx", "--config=fit.yaml"], "to configure a `HeadModule` as `model`, but: "),
         (["--ckpt_path=images.ckpt", "--to=onnx"], "`glai export --shape 3,32,32` makes up one of that shape"),
         (["--ckpt_path=images.ckpt", "--to=onnx", "--shape=3x8"], "to hold the sizes of one input, as in 3,32,32"),
         (["--ckpt_path=images.ckpt", "--to=onnx", "--shape=3,9,99"], "that torch can trace, but it cannot: mat1 and"),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from process_groups import run_in_processes
 from torch import Tensor, nn
 
-from glai_lightning import freeze_structure, mlp_head
+from glai_lightning import GLAIHead, eugen_head, freeze_structure, mlp_head, random_feature_head
 from glai_lightning.solvers import LogisticSolver, PathStatistics, RidgeSolver, average_heads, set_last_layer
 
 ROWS, WIDTH, CLASSES = 1500, 24, 4
@@ -214,6 +214,16 @@ def test_a_head_is_solved_and_grows_with_its_classes(paths):
     assert torch.allclose(single(features), twin(features), atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [random_feature_head, eugen_head])
+def test_a_head_on_fixed_features_is_frozen_and_solved(make):
+    features, labels = make_data(10.0, torch.float32)
+    head = random_feature_head(WIDTH, 200, CLASSES) if make is random_feature_head else eugen_head(WIDTH, CLASSES)
+    scaled = nn.Sequential(nn.LayerNorm(WIDTH, elementwise_affine=False), head)
+    set_last_layer(head, PathStatistics(scaled).update(features, labels).solve(class_weights="balanced"))
+    assert isinstance(head, GLAIHead)
+    assert float((scaled(features).argmax(1) == labels).float().mean()) > 0.6
+
+
 def test_a_cross_entropy_solve_goes_on_from_the_merged_solution():
     features, labels = make_data(10.0, torch.float32)
     head = make_head()
@@ -362,6 +372,7 @@ def test_statistics_of_other_features_are_refused():
         (lambda state: state | {"high": -state["high"]}, "Expected counts of samples of at least 0"),
         (lambda state: state | {"high": state["high"] * math.nan}, "to be finite, but got NaN"),
         (lambda state: state | {"high": state["high"][:, 1:]}, "to be of one size"),
+        (lambda state: state | {"high": torch.zeros((), dtype=torch.float64).expand(10**6, 10**6 + 4)}, "of one size"),
         (lambda state: state | {"classes": [0, "a", 2, 3]}, "all integers or all strings"),
         (lambda state: {k: v for k, v in state.items() if k != "low"}, "Expected `low` in "),
     ],
