@@ -69,7 +69,7 @@ class StepWatch(TorchFunctionMode):
         entry, last = entry_of(self._head), self._last_layer()
         self._kept = [(module, module.__dict__.get("forward")) for module in (entry, last)]
         forward, enter = last.forward, entry.forward
-        given: list[Tensor] = []
+        given: list[Tensor | None] = []
 
         def entered(*args: Any, **kwargs: Any) -> Any:
             given.append(self._inputs_among(args, kwargs))
