@@ -24,6 +24,7 @@ from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.fitting.replaying import FixedCalls
 from glai_lightning.fitting.solving import ReadBatch
 from glai_lightning.fitting.step_reading import isolated_step
+from glai_lightning.fitting.step_watch import StepWatches
 
 Heads = Sequence[tuple[HeadWatch, HeadSlot]]
 
@@ -115,11 +116,10 @@ class OnePass:
 
     def _keep_live(self, trainer: Any, readers: Mapping[str, Any], step: Callable[[], Any]) -> Any:
         """Read a step as it runs: nothing is run again where one plain loss call is the whole loss."""
-        with ExitStack() as stack:
-            watches = {name: stack.enter_context(reader.watched()) for name, reader in readers.items()}
+        with StepWatches({name: reader.module for name, reader in readers.items()}) as seen:
             returned = step()
         with self._raising(trainer):
-            for name, watch in watches.items():
+            for name, watch in seen.watches.items():
                 self._keep(name, readers[name].read_watched(watch))
         return returned
 

@@ -73,7 +73,8 @@ class KeptHead:
         inputs, targets, weights = self.inputs.rows(numbers)
         reader = self.solve.reader
         assert reader is not None
-        outputs: Tensor = self.slot.module(inputs)
+        # Of a head that ends by changing the shape of its outputs: what was read is of the last Linear.
+        outputs = self.slot.module(inputs).reshape(len(inputs), -1)
         losses = _losses(self._kind(reader), outputs, targets, self._label_smoothing(reader))
         return (losses if weights is None else losses * weights).mean() * reader.scale
 

@@ -27,7 +27,7 @@ import inspect
 import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -184,12 +184,8 @@ class StepReader:
         """Whether the first batch showed that one plain loss call in ``training_step`` is the whole loss."""
         return self._stops.get("training", False)
 
-    def watched(self) -> AbstractContextManager["StepWatch"]:
-        """Return a context in which a step of the fit runs as always, to be read by ``read_watched``."""
-        return StepWatch(self.module)
-
     def read_watched(self, watch: "StepWatch") -> HeadBatch | None:
-        """Read the batch of a step that was watched; ``None`` if it does not call the head.
+        """Read the batch of a step of the fit that was watched; ``None`` if it does not call the head.
 
         Raises:
             MisconfigurationException: if the loss was not called as in the first batch.

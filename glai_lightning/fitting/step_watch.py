@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ _LOSSES: dict[Callable[..., Any], LossKind] = {
     F.binary_cross_entropy_with_logits: "binary_cross_entropy",
     F.mse_loss: "mse",
 }
+
+_SIGNATURES = {loss: inspect.signature(loss) for loss in _LOSSES}
 
 
 class LossReached(BaseException):
@@ -66,6 +68,16 @@ class StepWatch(TorchFunctionMode):
         self._passed: list[Tensor] = []
 
     def __enter__(self) -> "StepWatch":
+        self.watch_head()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self.leave_head()
+
+    def watch_head(self) -> None:
+        """Note from here on what the head is given and returns."""
         entry, last = entry_of(self._head), self._last_layer()
         self._kept = [(module, module.__dict__.get("forward")) for module in (entry, last)]
         forward, enter = last.forward, entry.forward
@@ -95,8 +107,6 @@ class StepWatch(TorchFunctionMode):
 
         entry.__dict__["forward"] = entered
         last.__dict__["forward"] = noted
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
 
     def _last_layer(self) -> nn.Module:
         """Return the module whose outputs are the head's: its last Linear, where another form of them is returned."""
@@ -113,8 +123,8 @@ class StepWatch(TorchFunctionMode):
             raise LossNotReadError("Expected a head that is given one tensor, so that it can be solved.")
         return tensors[0] if tensors else None
 
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+    def leave_head(self) -> None:
+        """Let the head run as it did before."""
         for module, kept in dict(self._kept).items():
             del module.__dict__["forward"]
             if kept is not None:
@@ -125,16 +135,20 @@ class StepWatch(TorchFunctionMode):
     ) -> Any:
         """Run a torch function, and note what is of interest."""
         kwargs = kwargs or {}
-        if func in _LOSSES and self._passed:
-            call = self._plain_call(_LOSSES[func], inspect.signature(func).bind(*args, **kwargs))
-            if call is not None:
-                self.calls.append(call)
-                if self._stop:
-                    raise LossReached
+        if func in _LOSSES and self.note_loss(func, args, kwargs) and self._stop:
+            raise LossReached
         result = func(*args, **kwargs)
         if self._passed and isinstance(result, Tensor) and result.ndim == 0 and result.requires_grad:
             self.numbers.append(result)
         return result
+
+    def note_loss(self, loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Note a call of a known loss function; tell whether it is a plain one on what the head returned."""
+        if not self._passed:
+            return False
+        call = self._plain_call(_LOSSES[loss], _SIGNATURES[loss].bind(*args, **kwargs))
+        self.calls += [] if call is None else [call]
+        return call is not None
 
     def _plain_call(self, kind: LossKind, bound: inspect.BoundArguments) -> LossCall | None:
         bound.apply_defaults()
@@ -150,3 +164,41 @@ class StepWatch(TorchFunctionMode):
                 smoothing, ignored = arguments.get("label_smoothing", 0.0), arguments.get("ignore_index", -100)
                 return LossCall(kind, place, targets.detach(), float(smoothing), ignored)
         return None
+
+
+class StepWatches(TorchFunctionMode):
+    """Context that notes, in a step that runs as always, what several heads are given and which loss each has.
+
+    One context for all of them: torch functions pass through contexts one after the other.
+
+    Args:
+        heads: the heads by name.
+
+    Attributes:
+        watches: what is noted of each head, by name.
+    """
+
+    def __init__(self, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.watches = {name: StepWatch(head) for name, head in heads.items()}
+
+    def __enter__(self) -> "StepWatches":
+        for watch in self.watches.values():
+            watch.watch_head()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        for watch in reversed(self.watches.values()):
+            watch.leave_head()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a torch function, and note the loss of a head."""
+        kwargs = kwargs or {}
+        if func in _LOSSES:
+            for watch in self.watches.values():
+                watch.note_loss(func, args, kwargs)
+        return func(*args, **kwargs)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from glai_lightning.checks import UserValueError
-from glai_lightning.heads.layout import HeadLayout, made_up_inputs
+from glai_lightning.heads.layout import HeadLayout, in_mode, made_up_inputs
 from glai_lightning.heads.record import record_of
 from glai_lightning.heads.recording import call_with, unchanged
 
@@ -81,7 +81,7 @@ def check_linearised(head: nn.Module) -> None:
             # The head does not take inputs of this shape.
             continue
         try:
-            with unchanged(head), torch.no_grad():
+            with unchanged(head), torch.no_grad(), in_mode([head], training=False):
                 head.forward(inputs)
         except (RuntimeError, NotImplementedError) as error:
             raise UserValueError(

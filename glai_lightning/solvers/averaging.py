@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from glai_lightning.checks import UserValueError, expect_number
+from glai_lightning.checks import UserTypeError, UserValueError, expect_number
 from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.solvers.feature_map import FeatureMap
 from glai_lightning.solvers.head_weights import LinearPathWeights
@@ -36,6 +36,9 @@ def average_heads(heads: Sequence[GLAIHead], weights: Sequence[float] | None = N
         >>> torch.allclose(average_heads([first, second])(x), (first(x) + second(x)) / 2, atol=1e-6)
         True
     """
+    for name, given in (("heads", heads), ("weights", weights)):
+        if not isinstance(given, list | tuple | None):
+            raise UserTypeError(f"Expected `{name}` to be a list, but got {given!r}.")
     if not heads:
         raise UserValueError("Expected at least one head, but got none.")
     shares = [1.0] * len(heads) if weights is None else list(weights)

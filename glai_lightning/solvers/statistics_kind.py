@@ -134,8 +134,10 @@ def check_classes(classes: Sequence[Label]) -> tuple[Label, ...]:
         TypeError: if they are not all integers or all strings.
         ValueError: if one is there twice.
     """
+    if not isinstance(classes, Sequence | range) or isinstance(classes, str):
+        raise UserTypeError(f"Expected `classes` to be a list of labels, but got {classes!r}.")
     kinds = {type(label) for label in classes}
-    if not isinstance(classes, Sequence | range) or isinstance(classes, str) or kinds not in ({int}, {str}):
+    if kinds not in ({int}, {str}):
         got = " and ".join(sorted(f"`{kind.__name__}`" for kind in kinds)) or "none"
         raise UserTypeError(f"Expected labels of classes to be all integers or all strings, but got {got}.")
     if len(set(classes)) < len(classes):

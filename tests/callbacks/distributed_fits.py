@@ -32,22 +32,30 @@ HIDDEN = 12
 class SyncBatchNormOnCpu(nn.modules.batchnorm._BatchNorm):
     """PyTorch's own trains on GPUs only. Its forward stays the class's own, by which a head is read."""
 
-    def __call__(self, x):
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        samples = len(x) * dist.get_world_size()
-        total, total_square = all_reduce(torch.stack([x.sum(0), x.square().sum(0)]))
-        mean = total / samples
-        variance = total_square / samples - mean.square()
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * samples / (samples - 1), self.momentum)
-            self.num_batches_tracked += 1
-        return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+    def _check_input_dim(self, x):
+        assert x.ndim == 2
+
+
+def synchronised(x, running_mean, running_var, weight, bias, training=False, momentum=0.1, eps=1e-5):
+    if not training:
+        return alone(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    samples = len(x) * dist.get_world_size()
+    total, total_square = all_reduce(torch.stack([x.sum(0), x.square().sum(0)]))
+    mean = total / samples
+    variance = total_square / samples - mean.square()
+    with torch.no_grad():
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(variance * samples / (samples - 1), momentum)
+    return (x - mean) * (variance + eps).rsqrt() * weight + bias
+
+
+alone = F.batch_norm
 
 
 class SyncOnCpu(TorchSyncBatchNorm):
     def apply(self, model):
+        # The process ends with its fit.
+        F.batch_norm = synchronised
         model = super().apply(model)
         for module in model.modules():
             if type(module) is nn.SyncBatchNorm:
