@@ -102,7 +102,12 @@ def _match(pl_module: nn.Module, given: str, argument: str) -> list[str]:
         return _match_joined(pl_module, given.split("+"), argument)
     if not is_pattern(given):
         return [given]
-    matching = [name for name in list_heads(pl_module) if fnmatch.fnmatchcase(name, given)]
+    # Only what matches is called, to be read.
+    matching = [
+        name
+        for name, module in pl_module.named_modules()
+        if name and fnmatch.fnmatchcase(name, given) and why_no_head(module) is None
+    ]
     heads = [name for name in matching if not any(name.startswith(f"{outer}.") for outer in matching)]
     if not heads:
         raise UserMisconfigurationError(

@@ -14,6 +14,7 @@ from glai_lightning.heads.record import record_of
 from glai_lightning.heads.recording import call_with, unchanged
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def linearised_outputs(
     layout: HeadLayout,
     forward: Callable[..., Any],
@@ -39,6 +40,11 @@ def linearised_outputs(
     def summed(_: nn.Module, __: Any, outputs: Any) -> Any:
         return tree_map_only(Tensor, _sum, outputs)
 
+    if torch.is_inference_mode_enabled():
+        # Tensors that are made in inference mode carry no derivatives, in either mode.
+        with torch.inference_mode(False), torch.no_grad():
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+            return linearised_outputs(layout, forward, references, args, kwargs)
     with forward_mode.dual_level():
         duals = {
             name: forward_mode.make_dual(  # type: ignore[no-untyped-call]

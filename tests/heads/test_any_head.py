@@ -226,6 +226,11 @@ def test_tangent_paths_are_the_first_order_expansion(writing):
             for parameter, direction in zip(frozen.parameters(), directions, strict=True):
                 parameter.add_(direction)
     torch.testing.assert_close(moved[2] - moved[1], moved[1] - moved[0])
+    # As Lightning validates.
+    with torch.no_grad():
+        expected = outputs_of(frozen, x)
+    with torch.inference_mode():
+        assert torch.equal(outputs_of(frozen, x.clone()), expected)
 
 
 @pytest.mark.parametrize("paths", ["output", "tangent"])
