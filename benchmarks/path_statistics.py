@@ -4,9 +4,8 @@ Classes come in steps, and the test rows of all classes seen so far are classifi
 units is trained by one epoch of Adam (rate 1e-3, batches of 128): on the first step's rows alone, or on all rows, and
 frozen. Random features are relu(x W) with W normal, RanPAC's way (McDonnell et al. 2023). Penalties are chosen by
 statistics of validation rows of the classes seen so far. Beside them: an MLP of 512 units that is trained anew on all
-rows (``--epochs`` of Adam under a one-cycle schedule to 3e-3), and one that goes on with Adam on the new rows alone.
-'cross-entropy finish' goes on from the ridge solution with ``LogisticSolver``. Inputs are standardised. One thread, CPU
-seconds.
+rows so far (``--epochs`` of Adam under a one-cycle schedule to 3e-3), and one that goes on with Adam on the new rows
+alone. Inputs are standardised. One thread, CPU seconds.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from measuring import RESULTS, interleave, measure, median_cpu, save_results, us
 from torch import Tensor, nn
 
 from glai_lightning import freeze_structure, mlp_head
-from glai_lightning.solvers import LogisticSolver, PathStatistics, set_last_layer
+from glai_lightning.solvers import PathStatistics
 
 Rows = tuple[Tensor, Tensor]
 Data = tuple[Rows, Rows, Rows]
@@ -188,15 +187,6 @@ def without_a_class(features: Features, data: Data) -> Row:
     }
 
 
-def finished(features: Features, data: Data) -> Row:
-    """Go on from the ridge solution by cross-entropy, over all rows."""
-    head = copy.deepcopy(features.feature_map)
-    set_last_layer(head, features.statistics(data[0]).solve(validation=features.statistics(data[1])))
-    seconds = measure(lambda: LogisticSolver().solve(head, *data[0], validation=data[1])).cpu
-    weight, bias = (parameter.detach().double() for parameter in head[-1].parameters())
-    return {"accuracy": round(features.accuracy((weight, bias, None)), 2), "cpu_seconds": round(seconds, 3)}
-
-
 def apart(found: Model, expected: Model) -> float:
     """Return how far weights are from others, relative to their norm."""
     return float((found[0] - expected[0]).norm() / expected[0].norm())
@@ -230,12 +220,10 @@ def run(data: Data, num_steps: int, hidden: int, random: list[int], epochs: int)
     steps = list(torch.randperm(num_classes, generator=torch.Generator().manual_seed(0)).tensor_split(num_steps))
     rows: list[Row] = []
     first = None
-    with_finish = []
     for name, trained_on in (("first step", of_classes(data[0], steps[0])), ("all rows", data[0])):
         torch.manual_seed(0)
         features = Features(freeze_structure(train(mlp_head(width, hidden, num_classes), trained_on, 1)), data[2])
         first = first or features
-        with_finish.append((f"{hidden}, trained on {name}", features))
         rows.append(
             {"example": "steps", "features": f"{hidden}, trained on {name}"} | in_steps(features, data, steps, None)[0]
         )
@@ -250,8 +238,6 @@ def run(data: Data, num_steps: int, hidden: int, random: list[int], epochs: int)
         rows.append({"example": "steps", "features": f"{size}, random"} | found)
     for name, found in by_gradients(data, steps, hidden, epochs).items():
         rows.append({"example": "steps", "features": name} | found)
-    for name, features in with_finish:
-        rows.append({"example": "cross-entropy finish", "features": name} | finished(features, data))
     assert first is not None
     rows.append({"example": "sites", "features": f"{hidden}, trained on first step"} | over_sites(first, data))
     rows.append({"example": "forgotten", "features": f"{hidden}, trained on first step"} | without_a_class(first, data))

@@ -155,14 +155,14 @@ class SupervisedModule(ScoredModule):
 
         Args:
             solution: what ``PathStatistics.solve`` returned, for features of ``feature_map``.
-            classes: labels of its outputs. They are kept as names of the classes where they are strings.
+            classes: labels of its outputs. They are kept as names of the classes, unless they are 0, 1, 2 and so on.
 
         Raises:
             TypeError: if the head is not frozen.
             ValueError: if it has other features. The module is then as it was.
         """
         set_last_layer(self.head, solution)  # type: ignore[arg-type]
-        if classes is not None and isinstance(next(iter(classes), None), str):
+        if classes is not None and list(classes) != list(range(len(classes))):
             self.classes = [str(label) for label in classes]
         outputs = layout_of(self.head).num_outputs
         if outputs != self.num_classes and outputs > 1:

@@ -62,6 +62,19 @@ def test_a_new_class_gets_an_output_and_its_name(folder):
     assert PathStatistics(None).load("merged.pt").samples == 120 + 280
 
 
+def test_numbers_that_outputs_do_not_have_become_names():
+    module = SupervisedModule(mlp_head(FEATURES, 16, CLASSES))
+    rows, labels = make_data(60)
+    statistics = PathStatistics(module.feature_map()).update(rows, labels)
+    module.set_solution(statistics.solve(), statistics.classes)
+    assert module.classes is None
+    statistics.update(rows + 20.0, torch.full((60,), 7))
+    module.set_solution(statistics.solve(), statistics.classes)
+    assert module.classes == ["0", "1", "2", "7"]
+    assert set(module.predict(rows + 20.0).labels) == {"7"}
+    assert module.num_classes == 4
+
+
 def test_a_module_is_made_from_its_configuration_too(folder):
     (folder / "config.yaml").write_text(
         "model:\n  class_path: glai_lightning.SupervisedModule\n  init_args:\n    head:\n"
