@@ -65,10 +65,10 @@ def plain_mlp(module: Any) -> nn.Sequential:
     head = module.head
     if isinstance(head, GLAIHead):
         head = head.to_mlp()
-    elif not isinstance(head, nn.Sequential):
+    if not isinstance(head, nn.Sequential):
         raise UserValueError(
-            f"Expected a head that is an `nn.Sequential` or frozen, to write it as an MLP, but got "
-            f"`{type(head).__name__}`."
+            f"Expected a head that is an `nn.Sequential`, to write it as an MLP, but got `{type(head).__name__}`. "
+            "Write it as 'onnx' or 'torch-export'."
         )
     layers = [copy.deepcopy(layer) for layer in head]
     if module.standardise is not None and module.standardise.is_set:
