@@ -135,7 +135,7 @@ def check_classes(classes: Sequence[Label]) -> tuple[Label, ...]:
         ValueError: if one is there twice.
     """
     if not isinstance(classes, Sequence | range) or isinstance(classes, str):
-        raise UserTypeError(f"Expected `classes` to be a list of labels, but got {classes!r}.")
+        raise UserTypeError(f"Expected `classes` to be a list, all integers or all strings, but got {classes!r}.")
     kinds = {type(label) for label in classes}
     if kinds not in ({int}, {str}):
         got = " and ".join(sorted(f"`{kind.__name__}`" for kind in kinds)) or "none"
