@@ -99,8 +99,8 @@ class Rule:
 
     patience: int
     least_gain: float | None = None
-    trials: tuple[int, ...] = (2, 4, 8)
-    pace: float = 1.0
+    trials: tuple[int, ...] = (2, 4)
+    pace: float = 0.6
 
     def freezes(self, rows: Sequence[Row]) -> tuple[int, int]:
         """Return the epoch of the freeze, and how many trials were taken back by then."""
@@ -138,10 +138,9 @@ class Rule:
 RULES = {
     "churn alone": Rule(0),
     "churn and standstill": Rule(2),
-    "trials from epoch 1, no pace": Rule(2, 0.006, (1, 2, 4, 8), -math.inf),
-    "trials from epoch 1": Rule(2, 0.006, (1, 2, 4, 8)),
-    "trials from epoch 2, half pace": Rule(2, 0.006, pace=0.5),
-    "trials from epoch 2": Rule(2, 0.006),
+    "trials after 1, 2, 4, 8, no pace": Rule(2, 0.006, (1, 2, 4, 8), -math.inf),
+    "trials after 2, 4, 8, full pace": Rule(2, 0.006, (2, 4, 8), 1.0),
+    "trials after 2, 4": Rule(2, 0.006),
 }
 
 

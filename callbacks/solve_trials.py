@@ -8,7 +8,9 @@ from glai_lightning.solvers import SolveReport
 #: What a trial must gain over the one before for training to go on: accuracy, and a part of the mean squared error.
 _LEAST_ACCURACY, _LEAST_PART_OF_ERROR = 0.006, 0.02
 #: Epochs before the first trial, and the most trials: a structure that still gains by then gains for long.
-_FIRST_EPOCHS, _MOST_TRIALS = 2, 3
+_FIRST_EPOCHS, _MOST_TRIALS = 2, 2
+#: What part of its rise since the trial before the MLP must be short of the solved head by.
+_PACE = 0.6
 
 _STATE = {"step": int, "count": int, "score": float | None, "start_score": float | None}
 
@@ -18,8 +20,8 @@ class SolveTrials:
 
     Churn says that patterns have come to rest, and not what they are worth: where it is small from the start, a
     structure may gain for long. A trial solves the head as it is. The structure is worth no more training if the
-    trial validates hardly better than the one before, and the MLP, at the pace at which it rose since then, would not
-    reach the solved head in as much time again.
+    trial validates hardly better than the one before, and the MLP is behind the solved head by more than it rose, at a
+    somewhat slower pace, since then.
     """
 
     def __init__(self) -> None:
@@ -53,7 +55,7 @@ class SolveTrials:
         if before is None or start_before is None:
             return None
         gains = score - before > (_LEAST_ACCURACY if is_accuracy else _LEAST_PART_OF_ERROR * -before)
-        if gains or start - start_before >= score - start:
+        if gains or _PACE * (start - start_before) >= score - start:
             return None
         return f"solved as it is, it validates at {score:.4f}, after {before:.4f} at step {before_step}"
 

@@ -83,11 +83,11 @@ class ScriptedSolver(LogisticSolver):
 
 
 TRIALS = {
-    "gains no more": ([(0.3, 0.5), (0.4, 0.6), (0.42, 0.604)], 8),
+    "gains no more": ([(0.3, 0.5), (0.4, 0.504)], 4),
     "worse": ([(0.3, 0.5), (0.3, 0.499)], 4),
     "nothing left to gain": ([(0.3, 0.999)], 2),
-    "the MLP will be there soon": ([(0.3, 0.5), (0.45, 0.502), (0.49, 0.503), (0.5, 0.504)], 9),
-    "gains to the end": ([(0.3, 0.5), (0.3, 0.6), (0.3, 0.7), (0.3, 0.8)], 9),
+    "the MLP will be there soon": ([(0.3, 0.5), (0.45, 0.502), (0.5, 0.504)], 9),
+    "gains to the end": ([(0.3, 0.5), (0.3, 0.6), (0.3, 0.7)], 9),
 }
 
 

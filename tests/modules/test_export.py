@@ -143,7 +143,7 @@ def odd_module():
             lambda: SupervisedModule(Odd(), num_classes=3),
             "mlp",
             "m.pt",
-            "an `nn.Sequential` or frozen, .* but got `Odd`",
+            "an `nn.Sequential`, .* but got `Odd`",
         ),
         (lambda: SupervisedModule(mlp_head(4, 8, 3), conv_backbone()), "onnx", "m.onnx", "an example of the inputs of"),
         (lambda: nn.Linear(3, 4), "onnx", "m.onnx", "Expected `module` to be a `HeadModule`, but got Linear"),
