@@ -94,13 +94,17 @@ class Rule:
         patience: validations without a rise after which a settled structure is frozen; 0 for churn alone.
         least_gain: accuracy that a trial must gain for training to go on; ``None`` for no trials.
         trials: epochs of the trials.
-        pace: how many times the rise of the MLP since the last trial the solved head must be ahead of it.
+        pace: the part of its rise since the trial before by which the MLP must be behind at the last trial.
+        far_ahead: lead over the MLP, in accuracy, from which a trial is enough that gains at most ``part`` of it.
+        part: that part.
     """
 
     patience: int
     least_gain: float | None = None
-    trials: tuple[int, ...] = (2, 4)
+    trials: tuple[int, ...] = (1, 2, 4)
     pace: float = 0.6
+    far_ahead: float = 0.05
+    part: float = 0.05
 
     def freezes(self, rows: Sequence[Row]) -> tuple[int, int]:
         """Return the epoch of the freeze, and how many trials were taken back by then."""
@@ -113,7 +117,10 @@ class Rule:
             if self.least_gain is not None and learned and row["epoch"] in self.trials:
                 if before is not None:
                     gain, rise = (row[name] - before[name] for name in ("solve_val", "mlp_val"))
-                    if gain <= self.least_gain and row["solve_val"] - row["mlp_val"] > self.pace * rise:
+                    lead = row["solve_val"] - row["mlp_val"]
+                    is_last = row["epoch"] == self.trials[-1]
+                    stands_still = is_last and gain <= self.least_gain and lead > self.pace * rise
+                    if stands_still or (lead >= self.far_ahead and gain <= self.part * lead):
                         return int(row["epoch"]), trials
                 before, trials = row, trials + 1
             best, still = (row["mlp_val"], 0) if row["mlp_val"] > 1.005 * best else (best, still + 1)
@@ -138,9 +145,9 @@ class Rule:
 RULES = {
     "churn alone": Rule(0),
     "churn and standstill": Rule(2),
-    "trials after 1, 2, 4, 8, no pace": Rule(2, 0.006, (1, 2, 4, 8), -math.inf),
-    "trials after 2, 4, 8, full pace": Rule(2, 0.006, (2, 4, 8), 1.0),
-    "trials after 2, 4": Rule(2, 0.006),
+    "trials, whatever the lead": Rule(2, 0.006, far_ahead=-math.inf, part=math.inf),
+    "trials after 2 and 4, at the last": Rule(2, 0.006, (2, 4), far_ahead=math.inf),
+    "trials after 1, 2 and 4": Rule(2, 0.006),
 }
 
 
@@ -151,7 +158,7 @@ def compare(records: dict[tuple[str, int], list[Row]]) -> None:
             outcomes = {key: rule.outcome(rows) for key, rows in records.items() if (key[0] in HELD_OUT) is chosen}
             ratio = math.exp(np.mean([math.log(o[1]) for o in outcomes.values()]))
             points = [o[2] for o in outcomes.values()]
-            print(f"{name:<32}{title:<10}{ratio:6.2f} times {np.mean(points):+6.2f} points, worst {min(points):+6.2f}")
+            print(f"{name:<36}{title:<10}{ratio:6.2f} times {np.mean(points):+6.2f} points, worst {min(points):+6.2f}")
             for (data, seed), (epoch, each, difference) in outcomes.items():
                 print(f"    {data:<26}{seed} epoch {epoch:>2} {each:6.2f} times {difference:+6.2f} points")
 

@@ -285,7 +285,7 @@ class HeadWatch:
             and trainer.current_epoch + 1 >= self.settings.min_epochs
             and bool(self.churn_history)
             and self.churn_history[-1] <= self.settings.churn_tolerance
-            and self.trials.is_due(trainer.current_epoch + 1, trainer.global_step)
+            and self.trials.is_due(trainer.global_step)
         )
 
     def try_solve(

@@ -5,12 +5,14 @@ from typing import Any
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.solvers import SolveReport
 
-#: What a trial must gain over the one before for training to go on: accuracy, and a part of the mean squared error.
-_LEAST_ACCURACY, _LEAST_PART_OF_ERROR = 0.006, 0.02
-#: Epochs before the first trial, and the most trials: a structure that still gains by then gains for long.
-_FIRST_EPOCHS, _MOST_TRIALS = 2, 2
-#: What part of its rise since the trial before the MLP must be short of the solved head by.
-_PACE = 0.6
+#: A solved head is far ahead of the MLP by this much accuracy, or part of the squared error; a trial then gains little if
+#: it gains at most this part of that.
+_FAR_AHEAD, _PART_OF_LEAD = 0.05, 0.05
+#: What the last trial must gain for training to go on: accuracy, or a part of the squared error; and the part of its
+#: rise since the trial before by which the MLP must be behind.
+_LEAST_ACCURACY, _LEAST_PART_OF_ERROR, _PACE = 0.006, 0.02, 0.6
+#: The most trials: a structure that still gains by the last one gains for long.
+_MOST_TRIALS = 3
 
 _STATE = {"step": int, "count": int, "score": float | None, "start_score": float | None}
 
@@ -19,9 +21,9 @@ class SolveTrials:
     """Solves of one head as its structure is trained, each after twice as many optimizer steps as the one before.
 
     Churn says that patterns have come to rest, and not what they are worth: where it is small from the start, a
-    structure may gain for long. A trial solves the head as it is. The structure is worth no more training if the
-    trial validates hardly better than the one before, and the MLP is behind the solved head by more than it rose, at a
-    somewhat slower pace, since then.
+    structure may gain for long. A trial solves the head as it is. The structure is worth no more training if the solved
+    head is far ahead of the MLP and gained little of that lead since the trial before; at the last trial also if it
+    validates hardly better than at the one before, and the MLP is behind by more than it rose, at a slower pace.
     """
 
     def __init__(self) -> None:
@@ -33,9 +35,9 @@ class SolveTrials:
         self._score: float | None = None
         self._start_score: float | None = None
 
-    def is_due(self, epochs: int, step: int) -> bool:
-        """Tell whether a trial is to be made after so many epochs and optimizer steps."""
-        return epochs >= _FIRST_EPOCHS and step >= 2 * self._step and self._count < _MOST_TRIALS
+    def is_due(self, step: int) -> bool:
+        """Tell whether a trial is to be made after so many optimizer steps."""
+        return step >= 2 * self._step and self._count < _MOST_TRIALS
 
     def why_settled(self, step: int, report: SolveReport) -> str | None:
         """Take note of a trial, and say why training the structure further is not worth it; ``None`` if it may be.
@@ -49,13 +51,16 @@ class SolveTrials:
         score, start = self._score, self._start_score = report.score, report.start_score
         if score is None or start is None:
             return None
-        is_accuracy = report.method != "closed_form"
-        if is_accuracy and 1.0 - score <= _LEAST_ACCURACY:
+        whole = 1.0 if report.method != "closed_form" else -start
+        if report.method != "closed_form" and 1.0 - score <= _LEAST_ACCURACY:
             return f"solved as it is, it validates at {score:.4f}"
         if before is None or start_before is None:
             return None
-        gains = score - before > (_LEAST_ACCURACY if is_accuracy else _LEAST_PART_OF_ERROR * -before)
-        if gains or _PACE * (start - start_before) >= score - start:
+        gain, lead, rise = score - before, score - start, start - start_before
+        far_ahead = lead >= _FAR_AHEAD * whole and gain <= _PART_OF_LEAD * lead
+        least = _LEAST_ACCURACY if report.method != "closed_form" else _LEAST_PART_OF_ERROR * -before
+        stands_still = self._count == _MOST_TRIALS and gain <= least and lead > _PACE * rise
+        if not far_ahead and not stands_still:
             return None
         return f"solved as it is, it validates at {score:.4f}, after {before:.4f} at step {before_step}"
 
