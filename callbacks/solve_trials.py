@@ -5,8 +5,8 @@ from typing import Any
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.solvers import SolveReport
 
-#: A solved head is far ahead of the MLP by this much accuracy, or part of the squared error; a trial then gains little if
-#: it gains at most this part of that.
+#: A solved head is far ahead of the MLP by this much accuracy, or part of the squared error; a trial then gains little
+#: if it gains at most this part of that.
 _FAR_AHEAD, _PART_OF_LEAD = 0.05, 0.05
 #: What the last trial must gain for training to go on: accuracy, or a part of the squared error; and the part of its
 #: rise since the trial before by which the MLP must be behind.
