@@ -277,12 +277,9 @@ class HeadWatch:
         self._now_an_mlp()
 
     def may_be_tried(self, trainer: Any) -> bool:
-        """Tell whether a solve of the head may be tried at the end of an epoch, for all that this head knows."""
+        """Tell whether a solve of a head that is to be solved may be tried at the end of this epoch."""
         return (
-            self.solve.pending
-            and not self.frozen
-            and self.settings.freeze_at_epoch is None
-            and trainer.current_epoch + 1 >= self.settings.min_epochs
+            trainer.current_epoch + 1 >= self.settings.min_epochs
             and bool(self.churn_history)
             and self.churn_history[-1] <= self.settings.churn_tolerance
             and self.trials.is_due(trainer.global_step)

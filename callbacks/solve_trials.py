@@ -51,14 +51,14 @@ class SolveTrials:
         score, start = self._score, self._start_score = report.score, report.start_score
         if score is None or start is None:
             return None
-        whole = 1.0 if report.method != "closed_form" else -start
-        if report.method != "closed_form" and 1.0 - score <= _LEAST_ACCURACY:
+        is_accuracy = report.method != "closed_form"
+        if is_accuracy and 1.0 - score <= _LEAST_ACCURACY:
             return f"solved as it is, it validates at {score:.4f}"
         if before is None or start_before is None:
             return None
         gain, lead, rise = score - before, score - start, start - start_before
-        far_ahead = lead >= _FAR_AHEAD * whole and gain <= _PART_OF_LEAD * lead
-        least = _LEAST_ACCURACY if report.method != "closed_form" else _LEAST_PART_OF_ERROR * -before
+        far_ahead = lead >= _FAR_AHEAD * (1.0 if is_accuracy else -start) and gain <= _PART_OF_LEAD * lead
+        least = _LEAST_ACCURACY if is_accuracy else _LEAST_PART_OF_ERROR * -before
         stands_still = self._count == _MOST_TRIALS and gain <= least and lead > _PACE * rise
         if not far_ahead and not stands_still:
             return None

@@ -42,8 +42,8 @@ class StructureFreezeCallback(WatchedHeads):
     The callback works on any LightningModule. It measures *churn*, the fraction of pattern bits that flipped since the
     last check on the inputs that the head was last trained on. A structure has settled once churn is small, also
     against the largest so far, the training loss has fallen clearly, and validation rises no more. A head that can be
-    solved is also tried out on the way: a solve is kept, and the structure frozen, once it validates hardly better than
-    one at half as many optimizer steps. With output paths parameters, optimizer groups and keys stay what they were.
+    solved is also tried out on the way: a solve is kept, and the structure frozen, once it is hardly better than the
+    one tried before it. With output paths parameters, optimizer groups and keys stay what they were.
 
     It logs, once an epoch from the first on, ``structure/churn`` (NaN until it is measured, 0 once frozen),
     ``structure/frozen`` (0 or 1) and ``structure/freeze_epoch`` (-1 until then). Several heads of one module freeze
@@ -284,9 +284,10 @@ class StructureFreezeCallback(WatchedHeads):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep the inputs of the last batches before a check; see, on the first batch, that the loss can be solved."""
         for _, slot in self._watched(pl_module):
-            if slot.name in self._unread and read_first_call(trainer, slot, batch, batch_idx, self.paths):
-                self._check(trainer, slot)
-                self._unread.remove(slot.name)
+            if slot.name in self._unread:
+                read_first_call(trainer, slot, batch, batch_idx)
+                if self._check(trainer, slot):
+                    self._unread.remove(slot.name)
         if batch_idx == 0:
             # Where a fit resumes from its save after an epoch's last batch, Lightning starts no new epoch.
             self.on_train_epoch_start(trainer, pl_module)
@@ -337,11 +338,8 @@ class StructureFreezeCallback(WatchedHeads):
             reason = reason or self._due_reason(trainer, watch, epoch)
         if reason is None and trainer.is_last_batch and self._tries_solves(watch):
             reason = self._learning.last_chance(trainer)
-            if (
-                reason is None
-                and watch.may_be_tried(trainer)
-                and self._learning.missing(trainer, by_score=False) is None
-            ):
+            tries = reason is None and watch.may_be_tried(trainer)
+            if tries and self._learning.missing(trainer, by_score=False) is None:
                 self._try_solve(trainer, watch, slot, epoch)
                 return
         solves = watch.solve.pending and (reason is not None or (watch.frozen and trainer.is_last_batch))

@@ -132,13 +132,6 @@ def check_arrays(arrays: Any, required: Iterable[str] = ()) -> dict[str, Any]:
     return dict(arrays)
 
 
-def listed(values: Iterable[Any], most: int = 10) -> str:
-    """Write values in one line, the first few of them where there are many."""
-    values = list(values)
-    rest = f" and {len(values) - most} more" if len(values) > most else ""
-    return ", ".join(str(value) for value in values[:most]) + rest
-
-
 def as_tensor(key: str, array: Tensor | np.ndarray | Shards) -> Tensor:
     """Return an array of real numbers as a tensor on the CPU that shares its memory where it can.
 

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
+from glai_lightning.checks import UserTypeError, UserValueError, expect_integer, listed
 from glai_lightning.datamodules.arrays import (
     Standardisation,
     as_tensor,
     check_finite,
-    listed,
     require_keys,
     selectable,
 )

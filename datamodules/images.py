@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from glai_lightning.checks import UserValueError, expect_choice
-from glai_lightning.datamodules.arrays import existing_folder, listed
+from glai_lightning.checks import UserValueError, expect_choice, listed
+from glai_lightning.datamodules.arrays import existing_folder
 from glai_lightning.datamodules.base import Splits, expect_callable
 from glai_lightning.datamodules.cached import CachingDataModule
 from glai_lightning.datamodules.splits import SPLITS

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glai_lightning.checks import UserTypeError, UserValueError, expect_number
-from glai_lightning.datamodules.arrays import listed
+from glai_lightning.checks import UserTypeError, UserValueError, expect_number, listed
 
 SPLITS = ("train", "val", "test")
 

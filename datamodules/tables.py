@@ -7,8 +7,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from glai_lightning.checks import UserTypeError, UserValueError, expect_choice
-from glai_lightning.datamodules.arrays import Rows, Standardisation, existing_file, listed
+from glai_lightning.checks import UserTypeError, UserValueError, expect_choice, listed
+from glai_lightning.datamodules.arrays import Rows, Standardisation, existing_file
 from glai_lightning.datamodules.base import SampleDataModule, Splits, expect_one
 from glai_lightning.datamodules.features import FeatureRows
 from glai_lightning.datamodules.targets import Targets, Task

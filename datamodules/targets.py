@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glai_lightning.checks import UserTypeError, UserValueError
-from glai_lightning.datamodules.arrays import Shards, as_tensor, check_finite, listed
+from glai_lightning.checks import UserTypeError, UserValueError, listed
+from glai_lightning.datamodules.arrays import Shards, as_tensor, check_finite
 
 Task = Literal["classification", "regression"]
 

@@ -9,8 +9,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glai_lightning.checks import UserTypeError, UserValueError
-from glai_lightning.datamodules.arrays import check_finite, listed
+from glai_lightning.checks import UserTypeError, UserValueError, listed
+from glai_lightning.datamodules.arrays import check_finite
 
 #: Episodes whose rows are drawn together: drawing them one by one takes ten times as long.
 _BLOCK = 64

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glai_lightning.checks import UserTypeError, UserValueError
-from glai_lightning.datamodules.arrays import existing_file, listed
+from glai_lightning.checks import UserTypeError, UserValueError, listed
+from glai_lightning.datamodules.arrays import existing_file
 from glai_lightning.datamodules.base import Splits
 from glai_lightning.datamodules.cached import CachingDataModule
 

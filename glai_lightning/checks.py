@@ -1,6 +1,7 @@
 """Errors for the user, and checks of arguments, in one grammar: "Expected `paths` to be ..., but got 'all'."."""
 
 import math
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
@@ -41,6 +42,35 @@ def expect_integer(name: str, value: object, *, least: int | None = None) -> Non
         raise UserTypeError(f"Expected `{name}` to be an integer{bound}, but got {value!r}.")
     if least is not None and value < least:
         raise UserValueError(f"Expected `{name}` to be an integer{bound}, but got {value}.")
+
+
+def expect_sizes(**sizes: object) -> None:
+    """Check that arguments are integers of at least 1.
+
+    Args:
+        **sizes: the arguments by their names.
+
+    Raises:
+        UserTypeError: if one is not an integer.
+        UserValueError: if one is below 1.
+
+    Example:
+        >>> expect_sizes(in_features=4, out_features=3)
+    """
+    for name, size in sizes.items():
+        expect_integer(name, size, least=1)
+
+
+def listed(values: Iterable[object], most: int = 10) -> str:
+    """Write values in one line, the first few of them where there are many.
+
+    Example:
+        >>> listed(range(4), most=2)
+        '0, 1 and 2 more'
+    """
+    values = list(values)
+    rest = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(str(value) for value in values[:most]) + rest
 
 
 def expect_number(

@@ -56,6 +56,13 @@ class SomebodysModule(LightningModule):
 HEAD = "blocks.head"
 
 
+def save_unfitted(module: LightningModule, path: str) -> None:
+    """Write the checkpoint of a module that was not fitted."""
+    trainer = make_trainer()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path)
+
+
 def make_trainer(*callbacks, max_epochs: int = 6, **options) -> Trainer:
     defaults = {
         "accelerator": "cpu",

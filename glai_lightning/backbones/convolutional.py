@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from glai_lightning.checks import expect_integer
+from glai_lightning.checks import expect_sizes
 
 
 class WithChannel(nn.Module):
@@ -36,8 +36,7 @@ def conv_backbone(in_channels: int = 1, channels: int = 64, blocks: int = 4) -> 
         >>> conv_backbone(channels=32)(torch.zeros(2, 28, 28)).shape
         torch.Size([2, 32])
     """
-    for name, value in {"in_channels": in_channels, "channels": channels, "blocks": blocks}.items():
-        expect_integer(name, value, least=1)
+    expect_sizes(in_channels=in_channels, channels=channels, blocks=blocks)
     layers: list[nn.Module] = [WithChannel()]
     for block in range(blocks):
         layers += [

@@ -1,15 +1,13 @@
 """Reading a head that takes more than one tensor of features from the first call that a step of the fit makes."""
 
-import inspect
 from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
-from glai_lightning.fitting.conversion import check_head
 from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.misconfiguration import as_misconfiguration
-from glai_lightning.fitting.step_reading import isolated_step
+from glai_lightning.fitting.step_reading import call_step, isolated_step
 from glai_lightning.heads.layout import read_head
 
 
@@ -17,7 +15,7 @@ class _HeadReached(BaseException):
     """Ends a step at the head; not an error, and not for user code to catch."""
 
 
-def read_first_call(trainer: Any, slot: HeadSlot, batch: Any, batch_idx: int, paths: str) -> bool:
+def read_first_call(trainer: Any, slot: HeadSlot, batch: Any, batch_idx: int) -> None:
     """Run a training step, without a trace, as far as it calls a head, and read the head from that call.
 
     Args:
@@ -25,13 +23,9 @@ def read_first_call(trainer: Any, slot: HeadSlot, batch: Any, batch_idx: int, pa
         slot: the place of the head.
         batch: a batch on the device of the module.
         batch_idx: its index.
-        paths: what is to stay trainable.
-
-    Returns:
-        Whether the step called the head.
 
     Raises:
-        MisconfigurationException: if the head cannot be frozen.
+        MisconfigurationException: if the head cannot be read from that call.
     """
 
     def read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -39,12 +33,9 @@ def read_first_call(trainer: Any, slot: HeadSlot, batch: Any, batch_idx: int, pa
             read_head(head, *args, **kwargs)
         raise _HeadReached
 
-    step: Any = slot.pl_module.training_step
-    arguments = (batch, batch_idx) if len(inspect.signature(step).parameters) > 1 else (batch,)
     handle = slot.module.register_forward_pre_hook(read, with_kwargs=True)
     try:
         with isolated_step(slot.pl_module), trainer.precision_plugin.forward_context(), suppress(_HeadReached):
-            step(*arguments)
+            call_step(slot.pl_module.training_step, batch, batch_idx)
     finally:
         handle.remove()
-    return check_head(slot, paths)

@@ -66,13 +66,13 @@ class HeadPass:
 
     def held(self) -> HeadBatch | None:
         """Read all batches into memory; ``None`` if there are none, or they take too much of it."""
-        rows: _Rows | None = None
+        rows: GrowingRows | None = None
         targets: list[Tensor] = []
         weights: list[Tensor | None] = []
         for batch in self._batches():
             if rows is None:
                 most = INPUTS_IN_MEMORY // max(1, batch.inputs[:1].nbytes)
-                rows = _Rows(min(len(batch.inputs) * self._num_batches, most))
+                rows = GrowingRows(min(len(batch.inputs) * self._num_batches, most))
             rows.add(batch.inputs)
             targets.append(batch.targets)
             weights.append(batch.weights)
@@ -94,22 +94,39 @@ def _in_stage(trainer: Any, stage: Stage) -> Iterator[None]:
         trainer.state.stage = before
 
 
-class _Rows:
-    """Rows of tensors put together in memory that is reserved once, so that none of it is held twice."""
+def _in_memory(like: Tensor, rows: int) -> Tensor:
+    return like.new_empty((rows, *like.shape[1:]))
 
-    def __init__(self, expected: float) -> None:
+
+class GrowingRows:
+    """Rows of tensors put together in a place that is reserved once, so that none of it is held twice.
+
+    Args:
+        expected: how many rows there will be.
+        reserve: reserves room for so many rows like those of a tensor.
+    """
+
+    def __init__(self, expected: float, reserve: Callable[[Tensor, int], Tensor] = _in_memory) -> None:
         self._expected = int(expected)
+        self._reserve = reserve
         self._held: Tensor | None = None
         self._count = 0
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the rows."""
         return self.together().nbytes
 
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the place that is reserved."""
+        return 0 if self._held is None else self._held.nbytes
+
     def add(self, rows: Tensor) -> None:
+        """Put rows after those that are there."""
         count = self._count + len(rows)
         if self._held is None or count > len(self._held):
-            grown = rows.new_empty((max(count + count // 4, self._expected), *rows.shape[1:]))
+            grown = self._reserve(rows, max(count + count // 4, self._expected))
             if self._held is not None:
                 grown[: self._count] = self.together()
             self._held = grown
@@ -117,6 +134,7 @@ class _Rows:
         self._count = count
 
     def together(self) -> Tensor:
+        """Return the rows, not copied."""
         assert self._held is not None
         return self._held[: self._count]
 

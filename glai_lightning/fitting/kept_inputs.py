@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glai_lightning.checks import UserValueError
-from glai_lightning.fitting.head_data import INPUTS_IN_MEMORY, joined_targets, joined_weights
+from glai_lightning.fitting.head_data import INPUTS_IN_MEMORY, GrowingRows, joined_targets, joined_weights
 from glai_lightning.fitting.loss_reading import HeadBatch
 
 _ROWS_READ_TOGETHER = 4096
@@ -39,7 +39,7 @@ class KeptInputs:
     def __init__(self, num_batches: int) -> None:
         self.samples = 0
         self._num_batches = num_batches
-        self._inputs: Tensor | None = None
+        self._inputs: GrowingRows | None = None
         self._targets: list[Tensor] = []
         self._weights: list[Tensor | None] = []
 
@@ -54,18 +54,13 @@ class KeptInputs:
         Raises:
             ValueError: if the temporary folder has no room for the inputs.
         """
-        count = self.samples + len(batch.inputs)
-        if self._inputs is None or count > len(self._inputs):
-            expected = len(batch.inputs) * self._num_batches if self._inputs is None else count + count // 4
-            grown = _reserved(batch.inputs, max(count, expected))
-            if self._inputs is not None:
-                grown[: self.samples] = self._inputs[: self.samples]
-            self._inputs = grown
-        self._inputs[self.samples : count] = batch.inputs
+        if self._inputs is None:
+            self._inputs = GrowingRows(len(batch.inputs) * self._num_batches, _reserved)
+        self._inputs.add(batch.inputs)
         # Of a view the whole would be kept.
         self._targets.append(batch.targets.clone())
         self._weights.append(batch.weights)
-        self.samples = count
+        self.samples += len(batch.inputs)
 
     def leave_out_last(self, rows: int) -> None:
         """Forget the last rows."""
@@ -96,14 +91,14 @@ class KeptInputs:
 
     @property
     def _is_in_file(self) -> bool:
-        return self._inputs is not None and self._inputs.nbytes > INPUTS_IN_MEMORY
+        return self._inputs is not None and self._inputs.reserved_bytes > INPUTS_IN_MEMORY
 
     def _joined(self) -> HeadBatch:
         assert self._inputs is not None
         if len(self._targets) > 1:
             weights = joined_weights(self._weights, self._targets)
             self._targets, self._weights = [joined_targets(self._targets)], [weights]
-        return HeadBatch(self._inputs[: self.samples], self._targets[0], self._weights[0])
+        return HeadBatch(self._inputs.together()[: self.samples], self._targets[0], self._weights[0])
 
 
 def _reserved(like: Tensor, rows: int) -> Tensor:

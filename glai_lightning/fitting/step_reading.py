@@ -107,6 +107,12 @@ def _log_nothing(*_: Any, **__: Any) -> None:
     return None
 
 
+def call_step(step: Any, batch: Any, batch_idx: int) -> Any:
+    """Call a step of a user with what it takes: the index of the batch may be left out."""
+    takes_index = len(inspect.signature(step).parameters) > 1
+    return step(batch, batch_idx) if takes_index else step(batch)
+
+
 class StepReader:
     """Reads off the steps of a module what one of its heads is given, and what it is trained on.
 
@@ -269,10 +275,9 @@ class StepReader:
         while getattr(step, "is_seen", False):
             # The next step is to be seen for another head.
             step = step.__wrapped__
-        arguments = (batch, batch_idx) if len(inspect.signature(step).parameters) > 1 else (batch,)
         watch, returned = StepWatch(self.module, stand_in, stop=stop), None
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context(), suppress(LossReached), watch:
-            returned = step(*arguments)
+            returned = call_step(step, batch, batch_idx)
         return watch, returned
 
     def _read_loss(

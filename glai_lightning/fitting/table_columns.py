@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glai_lightning.checks import UserTypeError, UserValueError
+from glai_lightning.checks import UserTypeError, UserValueError, listed
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class TableColumns:
         lacking = [f"{name!r} ({number})" for name, number in absent.items() if number]
         if lacking and not self.imputes:
             raise UserValueError(
-                f"Expected a value in every row of {source}, but got missing ones in the columns {_listed(lacking)}. "
+                f"Expected a value in every row of {source}, but got missing ones in the columns {listed(lacking)}. "
                 "With `on_missing='impute'` they are imputed."
             )
         numbers = [_as_numbers(frame[name], source) for name in self.numbers]
@@ -110,12 +110,12 @@ def require_columns(frame: Any, names: Sequence[str], source: str) -> None:
     missing = [name for name in names if name not in columns]
     if missing:
         raise UserValueError(
-            f"Expected {source} to have the columns {_listed(map(repr, missing))}, but got "
-            f"{_listed(map(repr, columns)) or 'none'}."
+            f"Expected {source} to have the columns {listed(map(repr, missing))}, but got "
+            f"{listed(map(repr, columns)) or 'none'}."
         )
     twice = sorted({name for name in names if columns.count(name) > 1})
     if twice:
-        raise UserValueError(f"Expected {source} to have each column once, but got {_listed(map(repr, twice))} twice.")
+        raise UserValueError(f"Expected {source} to have each column once, but got {listed(map(repr, twice))} twice.")
 
 
 def table_of(holder: Any) -> TableColumns | None:
@@ -145,8 +145,3 @@ def _as_categories(column: Any, source: str) -> np.ndarray:
     values = np.array(list(texts), dtype=object)
     values[column.isna().to_numpy()] = None
     return values
-
-
-def _listed(names: Any, most: int = 10) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

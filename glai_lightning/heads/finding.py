@@ -13,7 +13,7 @@ from glai_lightning.checks import UserError, UserTypeError, UserValueError
 from glai_lightning.heads.chain import Chain
 from glai_lightning.heads.joined import JoinedHead, remember_joined
 from glai_lightning.heads.layout import HeadLayout, in_mode, read_head
-from glai_lightning.heads.recording import CallRecorder, RecordedCall, is_layer, unchanged
+from glai_lightning.heads.recording import CallRecorder, RecordedCall, is_layer, layer_sizes, unchanged
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,11 @@ def _note_sizes(module: nn.Module, sizes: dict[str, int]) -> list[Any]:
 
     def note(name: str) -> Any:
         def count(layer: Any, _: Any, outputs: Tensor) -> None:
-            sizes[name] = sizes.get(name, 0) + outputs.numel() * layer.weight.numel() // _outputs(layer)
+            sizes[name] = sizes.get(name, 0) + outputs.numel() * layer_sizes(layer)[0]
 
         return count
 
     return [part.register_forward_hook(note(name)) for name, part in module.named_modules() if is_layer(part)]
-
-
-def _outputs(layer: Any) -> int:
-    return int(layer.weight.shape[1 if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") else 0])
 
 
 def _call(module: nn.Module, batch: Any) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glai_lightning.checks import expect_choice, expect_integer, expect_number
+from glai_lightning.checks import expect_choice, expect_number, expect_sizes
 
 GateKind = Literal["glu", "swiglu", "geglu", "reglu"]
 _GATES = {"glu": nn.Sigmoid, "swiglu": nn.SiLU, "geglu": nn.GELU, "reglu": nn.ReLU}
@@ -52,15 +52,9 @@ def glu_head(in_features: int, hidden_features: int, out_features: int, *, kind:
         >>> glu_head(4, 8, 3, kind="geglu")(torch.randn(5, 4)).shape
         torch.Size([5, 3])
     """
-    _check_sizes(in_features, hidden_features, out_features)
+    expect_sizes(in_features=in_features, hidden_features=hidden_features, out_features=out_features)
     expect_choice("kind", kind, get_args(GateKind))
     return GLUHead(in_features, hidden_features, out_features, kind)
-
-
-def _check_sizes(in_features: int, hidden_features: int, out_features: int) -> None:
-    expect_integer("in_features", in_features, least=1)
-    expect_integer("hidden_features", hidden_features, least=1)
-    expect_integer("out_features", out_features, least=1)
 
 
 class RoutedActivation(nn.Module):
@@ -156,7 +150,7 @@ def polyglu_head(
         >>> head(torch.randn(5, 4)).shape, head.no_weight_decay()
         (torch.Size([5, 3]), {'alpha'})
     """
-    _check_sizes(in_features, hidden_features, out_features)
+    expect_sizes(in_features=in_features, hidden_features=hidden_features, out_features=out_features)
     expect_number("temperature", temperature, low=0.0, above=True)
     expect_number("lowest_temperature", lowest_temperature, low=0.0, above=True)
     expect_number("decay", decay, low=0.0, high=1.0, above=True)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -358,7 +359,7 @@ def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hea
             *(point.shape[channels] for point in points),
             layer_sizes(output.module)[1],
         ),
-        products=tuple(_product(layer_sizes(calls[position].module)) for position in layers),
+        products=tuple(math.prod(layer_sizes(calls[position].module)) for position in layers),
         chain=read_chain(kind, calls, returned),
     )
 
@@ -376,10 +377,6 @@ def record(
         outputs = head.forward(*args, **kwargs)
         returned = recorder.type_of(outputs)
     return recorder.calls, returned, recorder
-
-
-def _product(sizes: tuple[int, int]) -> int:
-    return sizes[0] * sizes[1]
 
 
 def _check_output(head: nn.Module, output: RecordedCall, layers: Sequence[RecordedCall]) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glai_lightning.checks import expect_integer
+from glai_lightning.checks import expect_sizes
 from glai_lightning.heads.patterns import HiddenUnits
 
 
@@ -40,9 +40,7 @@ def matched_hidden_features(in_features: int, hidden_features: int, out_features
         >>> matched_hidden_features(512, 512, 10)
         52
     """
-    expect_integer("in_features", in_features, least=1)
-    expect_integer("hidden_features", hidden_features, least=1)
-    expect_integer("out_features", out_features, least=1)
+    expect_sizes(in_features=in_features, hidden_features=hidden_features, out_features=out_features)
     return max(1, round(hidden_features * (in_features + out_features) / (in_features * out_features)))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glai_lightning.checks import UserTypeError, expect_flag, expect_integer
+from glai_lightning.checks import UserTypeError, expect_flag, expect_sizes
 
 
 def random_feature_head(
@@ -34,7 +34,7 @@ def random_feature_head(
         >>> [name for name, parameter in head.named_parameters() if parameter.requires_grad]
         ['2.weight', '2.bias']
     """
-    _check_sizes(in_features, hidden_features, out_features)
+    expect_sizes(in_features=in_features, hidden_features=hidden_features, out_features=out_features)
     kind = getattr(nn, activation, None) if isinstance(activation, str) else activation
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise UserTypeError(f"Expected `activation` to be a class of `torch.nn`, but got {activation!r}.")
@@ -42,12 +42,6 @@ def random_feature_head(
     nn.init.normal_(projection.weight, std=in_features**-0.5)
     projection.weight.requires_grad_(False)
     return nn.Sequential(projection, kind(), nn.Linear(hidden_features, out_features))
-
-
-def _check_sizes(in_features: int, features: int, out_features: int) -> None:
-    expect_integer("in_features", in_features, least=1)
-    expect_integer("features", features, least=1)
-    expect_integer("out_features", out_features, least=1)
 
 
 class Product(nn.Module):
@@ -114,13 +108,9 @@ def eugen_head(
         ValueError: if a size is below 1.
 
     Example:
-        >>> from typing import Any
-
-    import torch
         >>> eugen_head(4, 3, features=16)(torch.randn(5, 4)).shape
         torch.Size([5, 3])
     """
-    _check_sizes(in_features, features, out_features)
-    expect_integer("order", order, least=1)
+    expect_sizes(in_features=in_features, features=features, out_features=out_features, order=order)
     expect_flag("trained", trained)
     return EUGenHead(in_features, out_features, order, features, trained)

@@ -28,7 +28,7 @@ def weighted(covariances: Covariances, weights: Tensor) -> Covariances:
         weights: of the classes, (C,); at least one class with samples has a positive one.
     """
     present = covariances.targets_mean > 0
-    apart = torch.where(present, covariances.cross / covariances.targets_mean, 0.0)
+    apart = _apart(covariances)
     shares = weights * covariances.targets_mean
     shares = shares / shares.sum()
     shift = apart @ shares

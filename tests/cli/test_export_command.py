@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from fits import save_unfitted
 
 from glai_lightning import SupervisedModule, mlp_head
 from glai_lightning.backbones import conv_backbone
@@ -18,10 +18,8 @@ QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=
 
 
 def save(module, path, spoil=lambda checkpoint: None):
-    """Write the checkpoint of a module that was not fitted."""
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.strategy.connect(module)
-    trainer.save_checkpoint(path)
+    """Write the checkpoint of a module that was not fitted, with a description that is spoilt."""
+    save_unfitted(module, path)
     checkpoint = torch.load(path, weights_only=True)
     spoil(checkpoint["glai_lightning"])
     torch.save(checkpoint, path)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from fits import CLASSES, FEATURES, make_data, make_trainer
+from fits import CLASSES, FEATURES, make_data, save_unfitted
 
 from glai_lightning import SupervisedModule, mlp_head
 from glai_lightning.cli.main import main
@@ -21,9 +21,7 @@ def folder(tmp_path, monkeypatch):
     module.classes, module.inputs_standardised = NAMES, True
     rows, labels = make_data(240)
     module.standardise.set(rows.mean(0), rows.std(0))
-    trainer = make_trainer()
-    trainer.strategy.connect(module)
-    trainer.save_checkpoint("fit.ckpt")
+    save_unfitted(module, "fit.ckpt")
     for name, part in (("first", slice(120)), ("second", slice(120, None)), ("all", slice(None))):
         np.savez(f"{name}.npz", x=rows[part].numpy(), y=np.array(NAMES)[labels[part].numpy()])
     np.savez("new.npz", x_train=rows[:40].numpy() + 20.0, y_train=np.array(["dog"] * 40))
