@@ -129,6 +129,7 @@ class HeadSolve:
         self._declined = False
         self._news: str | None = None
         self._after_step: Callable[[], None] | None = None
+        self._reads_validation = True
 
     def start_over(self) -> None:
         """Forget the solve that was, because its head is an MLP again."""
@@ -331,7 +332,7 @@ class HeadSolve:
             data = source.held()
         # The fit validates next, on what the modules before the head return here.
         with nullcontext() if kept is None else kept.calls.keeping():
-            validation = _read_validation(trainer, read, reader)
+            validation = self._read_validation(trainer, read)
         if processes.sum_numbers(data is None) != [0.0]:
             data = None
         weighted = processes.sum_numbers(source.weighted) != [0.0]
@@ -355,30 +356,34 @@ class HeadSolve:
             )
         return report
 
+    def _read_validation(self, trainer: Any, read: ReadBatch) -> HeadPass | tuple[Tensor, Tensor] | None:
+        """Read the validation data; where its loss cannot be read, say so once a fit, and leave it alone from there."""
+        loader = validation_loader(trainer)
+        if loader is None or not self._reads_validation:
+            return None
+        assert self._reader is not None
+        read_batch = _read_in("validation", read, self._reader)
+        batches = HeadPass(trainer, loader, trainer.num_val_batches[0], "validation", read_batch)
+        problem, held = None, None
+        with processes_of(trainer).failing_together():
+            try:
+                held = batches.held()
+            except LossNotReadError as error:
+                problem = error
+        if not trainer.strategy.reduce_boolean_decision(problem is None):
+            self._reads_validation = False
+            say(f"The solve does not look at the validation data. {problem or ''}")
+            return None
+        if processes_of(trainer).sum_numbers(batches.samples) == [0.0]:
+            self._reads_validation = False
+            say("The solve does not look at the validation data: `validation_step` does not call the head.")
+            return None
+        held_everywhere = processes_of(trainer).sum_numbers(held is None) == [0.0]
+        return held[:2] if held is not None and held_everywhere else batches
+
 
 def _read_in(stage: Stage, read: ReadBatch, reader: StepReader) -> Callable[[Any, int], HeadBatch | None]:
     return lambda batch, batch_idx: _as_head_batch(read(batch, batch_idx, stage, reader))
-
-
-def _read_validation(trainer: Any, read: ReadBatch, reader: StepReader) -> HeadPass | tuple[Tensor, Tensor] | None:
-    loader = validation_loader(trainer)
-    if loader is None:
-        return None
-    batches = HeadPass(trainer, loader, trainer.num_val_batches[0], "validation", _read_in("validation", read, reader))
-    problem, held = None, None
-    with processes_of(trainer).failing_together():
-        try:
-            held = batches.held()
-        except LossNotReadError as error:
-            problem = error
-    if not trainer.strategy.reduce_boolean_decision(problem is None):
-        say(f"The solve does not look at the validation data. {problem or ''}")
-        return None
-    if processes_of(trainer).sum_numbers(batches.samples) == [0.0]:
-        say("The solve does not look at the validation data: `validation_step` does not call the head.")
-        return None
-    held_everywhere = processes_of(trainer).sum_numbers(held is None) == [0.0]
-    return held[:2] if held is not None and held_everywhere else batches
 
 
 def _as_head_batch(read: HeadBatch | tuple[Tensor, ...] | None) -> HeadBatch | None:

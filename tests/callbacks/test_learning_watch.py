@@ -93,7 +93,7 @@ TRIALS = {
 
 
 @pytest.mark.parametrize(("scores", "epoch"), TRIALS.values(), ids=TRIALS)
-def test_a_head_is_solved_once_solves_tried_after_twice_the_steps_gain_no_more(monkeypatch, scores, epoch):
+def test_a_head_is_solved_once_solves_tried_after_twice_the_steps_gain_no_more(monkeypatch, caplog, scores, epoch):
     monkeypatch.setattr(ScriptedSolver, "scores", list(scores))
     callback = StructureFreezeCallback(HEAD, min_steps=1, solver=ScriptedSolver(), churn_tolerance=1.0)
     trainer = make_trainer(callback, EarlyStopping("score", mode="max", patience=99), max_epochs=9)
@@ -101,6 +101,8 @@ def test_a_head_is_solved_once_solves_tried_after_twice_the_steps_gain_no_more(m
     trainer.fit(Scored([float(number) for number in range(9)]), make_loader(), make_loader())
     assert (callback.freeze_epoch, trainer.current_epoch) == (epoch, epoch)
     assert callback.solve_report.score == scores[-1][1]
+    # Of a validation that does not call the head the user is told once, however many solves there are.
+    assert caplog.text.count("does not look at the validation data") == 1
 
 
 class BeforeEpoch(Callback):
