@@ -278,12 +278,12 @@ class HeadWatch:
 
     def may_be_tried(self, trainer: Any) -> bool:
         """Tell whether a solve of a head that is to be solved may be tried at the end of this epoch."""
-        return (
-            trainer.current_epoch + 1 >= self.settings.min_epochs
-            and bool(self.churn_history)
-            and self.churn_history[-1] <= self.settings.churn_tolerance
-            and self.trials.is_due(trainer.global_step)
-        )
+        return trainer.current_epoch + 1 >= self.settings.min_epochs and self.trials.is_due(trainer.global_step)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether churn was at most ``churn_tolerance`` at the last check, however large it was before."""
+        return bool(self.churn_history) and self.churn_history[-1] <= self.settings.churn_tolerance
 
     def try_solve(
         self,
