@@ -127,7 +127,10 @@ class Solved:
     report: SolveReport
 
     def __str__(self) -> str:
-        return f"Solved for the path weights of {self.head!r}: {self.report}"
+        same = self.report.best_step == 0 and self.report.steps > 0
+        return f"Solved for the path weights of {self.head!r}: {self.report}" + (
+            " None were better than those before, which stay." if same else ""
+        )
 
 
 class HeadWatch:

@@ -351,11 +351,6 @@ class HeadSolve:
         forget_state(trainer.optimizers[0], (p for p in head.parameters() if p.requires_grad))
         self.solved = True
         self.report = report
-        if report.best_step == 0 and report.steps > 0:
-            rank_zero_warn(
-                f"The solve of {slot.name!r} found no path weights that are better than those it started from, "
-                "and leaves these as they were."
-            )
         return report
 
     def validation(self, trainer: Any, read: ReadBatch, kept: KeptEpoch) -> Validation:
