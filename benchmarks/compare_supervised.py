@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", choices=names, default=names)
     parser.add_argument("--to", type=Path, default=Path("runs") / "comparison", help="folder for the runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="compare_supervised", help="of the files of results")
     arguments, more = parser.parse_known_args()
     use_one_thread()
     comparisons = compare_all(arguments.configs, Path(arguments.data), arguments.to, more)
@@ -65,9 +66,9 @@ def main() -> None:
         for name, comparison in comparisons.items()
         for row in comparison_rows(comparison)
     ]
-    save_results("compare_supervised", rows, arguments.results)
+    save_results(arguments.name, rows, arguments.results)
     summaries = {name: summary_of(comparison) for name, comparison in comparisons.items()}
-    path = arguments.results / f"compare_supervised_{machine()}.json"
+    path = arguments.results / f"{arguments.name}_{machine()}.json"
     path.write_text(json.dumps(summaries, indent=1) + "\n")
     print(f"Written to {path}")
     for schedule in ("constant", "onecycle", "highrate"):
