@@ -1,7 +1,7 @@
 """The FFN blocks of a small causal language model, frozen while it trains, against never frozen.
 
 About a million parameters: four layers of ``nn.TransformerEncoderLayer`` with a causal mask, width 144, FFNs of 576
-units, characters, 64 of them at a time, 8 rows a step, AdamW at a constant 1e-3 after 50 steps of warm-up. The text is
+units, characters, 64 of them at a time, 8 rows a step, AdamW at a constant 3e-3 after 50 steps of warm-up. The text is
 what Python and scikit-learn ship: the language reference of ``pydoc_data.topics`` and the descriptions of data sets,
 508 kB; its last tenth is for validation. All sides see the same batches. An epoch is ``--epoch_steps`` steps.
 
@@ -34,7 +34,7 @@ from glai_lightning.heads.joined import head_at
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-WIDTH, LAYERS, HEADS, CONTEXT, BATCH, RATE, WARMUP = 144, 4, 4, 64, 8, 1e-3, 50
+WIDTH, LAYERS, HEADS, CONTEXT, BATCH, RATE, WARMUP = 144, 4, 4, 64, 8, 3e-3, 50
 FFN = "layers.*.linear1+linear2"
 SIDES = ("never frozen", "frozen by churn", "frozen at half", "frozen by churn, with StructureRevert")
 
@@ -268,8 +268,8 @@ def main() -> None:
     """Train every side with every activation, in turn, and write two tables and a picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--activations", nargs="+", default=["relu", "gelu"])
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--epoch_steps", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epoch_steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=20, help="of the steps that are timed")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
