@@ -47,7 +47,7 @@ def head_in_place(head: nn.Module, name: str) -> nn.Module:
         >>> from glai_lightning import mlp_head
         >>> mlp = mlp_head(64, 1024, 10)
         >>> [sum(p.numel() for p in head.parameters()) for head in (mlp, head_in_place(mlp, "glu"))]
-        [76810, 76794]
+        [76810, 76870]
     """
     layout = read_head(head)
     return _around(layout, HEADS[name].layers(layout))
