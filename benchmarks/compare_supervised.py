@@ -36,7 +36,8 @@ def compare_all(names: list[str], data: Path, to: Path, more: list[str]) -> dict
 def summary_of(comparison: Comparison) -> dict[str, object]:
     """Return what a comparison says, without its runs."""
     summary = {variant: dataclasses.asdict(side) for variant, side in comparison.summary.items()}
-    return {"verdict": comparison.verdict.sentence, "machine": comparison.machine, "summary": summary}
+    heads = {head: dataclasses.asdict(side) for head, side in comparison.heads.items()}
+    return {"verdict": comparison.verdict.sentence, "machine": comparison.machine, "summary": summary, "heads": heads}
 
 
 def print_geometric_means(comparisons: dict[str, Comparison], schedule: str) -> None:

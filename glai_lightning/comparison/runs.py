@@ -152,8 +152,7 @@ def run_fit(fit: Fit, seed: int, test_score: str | None, on_validated: Callable[
             fit.module.load_state_dict(recorder.best_weights)
         fit.trainer.test(fit.module, datamodule=fit.data, verbose=False)
         tested = float(fit.trainer.callback_metrics[test_score])
-    named = {"variant": fit.variant.name, "seed": seed, "head_parameters": head_parameters}
-    return Run(**vars(record), **named, test_score=tested)
+    return Run(**vars(record), variant=fit.variant.name, seed=seed, test_score=tested, head_parameters=head_parameters)
 
 
 class RunsFile:
