@@ -53,12 +53,14 @@ def one_pass_if_possible(
     epochs = trainer.max_epochs
     ends = (epochs is not None and epochs > 1) or trainer.max_steps > 0
     timed = any(hasattr(callback, "time_remaining") for callback in trainer.callbacks)
-    if epochs == 1 or not ends or timed or trainer.num_training_batches < len(trainer.train_dataloader):
+    if epochs == 1 or not ends or timed:
         return None
     try:
-        return OnePass(trainer, pl_module, heads, read, automatic=True, **options)
+        one_pass = OnePass(trainer, pl_module, heads, read, automatic=True, **options)
     except UserMisconfigurationError:
         return None
+    # Of a part of the data another part may be drawn in every epoch.
+    return one_pass if trainer.num_training_batches >= len(trainer.train_dataloader) else None
 
 
 class OnePass:
