@@ -39,7 +39,7 @@ from glai_lightning.datamodules import FeaturesDataModule
 MakeFit = Callable[[int], tuple[SupervisedModule, LightningDataModule, Trainer]]
 EPOCHS, PRETRAINING_CLASSES, HEAD_CLASSES, HIDDEN = 12, 4, 6, 512
 #: Of the generated sequences: how many to train and to validate or test on, tokens in each, and words there are.
-TRAIN, HELD_OUT, LENGTH, WORDS = 512, 128, 8, 1000
+TRAIN, HELD_OUT, LENGTH, WORDS = 512, 128, 24, 1000
 
 
 def make_backbone() -> nn.Sequential:
@@ -65,11 +65,11 @@ def pretrain(images: torch.Tensor, labels: torch.Tensor) -> nn.Sequential:
 class Transformer(nn.Module):
     """An encoder of MiniLM's size with random weights: six layers, 384 wide; the mean over the tokens is returned."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 6) -> None:
         super().__init__()
         self.words = nn.Embedding(WORDS, 384)
         layer = nn.TransformerEncoderLayer(384, 12, 1536, 0.0, activation="gelu", batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embed tokens (batch, LENGTH) -> (batch, 384)."""

@@ -263,7 +263,8 @@ class StructureFreezeCallback(WatchedHeads):
     @property
     def _finished(self) -> bool:
         judged = any(judge.is_judging(name) for judge in self._judges for name in self.heads)
-        return not judged and all(watch.solve.solved for watch in self.heads.values())
+        left = [] if self._module is None else [watch for watch, _ in self._watched(self._module())]
+        return not judged and all(watch.solve.solved for watch in left)
 
     def stop_if_finished(self, trainer: Any) -> None:
         """Stop the fit if that was asked for, and the last head is solved and not judged any more."""
@@ -398,9 +399,10 @@ class StructureFreezeCallback(WatchedHeads):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say which heads are still MLPs."""
-        for watch in self.heads.values():
+        for watch, _ in self._watched(pl_module):
             if not watch.frozen:
                 self.say(watch.describe_unfrozen())
+        for watch in self.heads.values():
             watch.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -148,7 +148,9 @@ class WatchedHeads(Callback):
         return pl_module
 
     def _watched(self, pl_module: Any) -> Iterator[tuple[HeadWatch, HeadSlot]]:
-        return ((watch, HeadSlot(pl_module, name)) for name, watch in self.heads.items())
+        # A module that trains several heads may say which of them it has dropped.
+        dropped = getattr(pl_module, "dropped_heads", ())
+        return ((watch, HeadSlot(pl_module, name)) for name, watch in self.heads.items() if name not in dropped)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """See to it that a frozen structure stands still, whatever was done to ``requires_grad``."""
