@@ -1,0 +1,101 @@
+"""What mkdocs does to the pages of this folder to make the site: pages from beside it, the reference, the results."""
+
+import fnmatch
+import posixpath
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import tables  # noqa: E402
+
+#: What the site shows of the rest of the repository.
+BESIDE = ("CHANGELOG.md", "benchmarks/README.md", "benchmarks/results/*.png", "benchmarks/results/*.md", "recipes/*.md")
+PACKAGE = ROOT / "build" / "source" / "glai_lightning"
+#: Parts of the package that lie beside its folder.
+PARTS = ("callbacks", "datamodules")
+#: The pages of the reference, with the modules whose public names they document.
+REFERENCE = {
+    "callbacks": ["glai_lightning.callbacks"],
+    "solvers": ["glai_lightning.solvers"],
+    "heads": ["glai_lightning.heads", "glai_lightning"],
+    "modules": ["glai_lightning.modules", "glai_lightning.modules.export"],
+    "datamodules": ["glai_lightning.datamodules"],
+    "backbones": ["glai_lightning.backbones"],
+    "comparison": ["glai_lightning.comparison"],
+}
+
+
+def on_startup(command: str, dirty: bool) -> None:
+    """Lay the package out as it is installed, for the reader of docstrings, which imports nothing."""
+    shutil.rmtree(PACKAGE, ignore_errors=True)
+    shutil.copytree(ROOT / "glai_lightning", PACKAGE)
+    for part in PARTS:
+        shutil.copytree(ROOT / part, PACKAGE / part)
+    # That reader knows the section by its plural alone.
+    for path in PACKAGE.rglob("*.py"):
+        path.write_text(re.sub(r"^( +)Example:$", r"\1Examples:", path.read_text(), flags=re.MULTILINE))
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that do not lie in ``docs/``, and put them and others into the navigation by pattern."""
+    for pattern in BESIDE:
+        for path in sorted(ROOT.glob(pattern)):
+            files.append(File(str(path.relative_to(ROOT)), str(ROOT), config.site_dir, config.use_directory_urls))
+    for name, modules in REFERENCE.items():
+        files.append(File.generated(config, f"reference/{name}.md", content=reference_page(name, modules)))
+    pages = sorted(file.src_uri for file in files.documentation_pages())
+    config.nav = expand(config.nav, pages)
+    return files
+
+
+def expand(nav: list[Any], pages: list[str]) -> list[Any]:
+    """Return the navigation with the pages that stand in the place of a pattern."""
+    expanded: list[Any] = []
+    for entry in nav:
+        if isinstance(entry, str):
+            expanded += fnmatch.filter(pages, entry)
+            continue
+        ((title, value),) = entry.items()
+        if isinstance(value, list):
+            expanded.append({title: expand(value, pages)})
+        elif "*" not in value:
+            expanded.append({title: value})
+        elif matches := fnmatch.filter(pages, value):
+            expanded.append({title: matches})
+    return expanded
+
+
+def reference_page(name: str, modules: list[str]) -> str:
+    """Return the page that documents what these modules export."""
+    lines = [f"# {name}"]
+    for module in modules:
+        lines += ["", f"::: {module}", "    options: {members: true}"]
+    return "\n".join(lines)
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Put tables out of the files of results in their places, and point links at pages of the site."""
+    markdown = re.sub(r"<!-- table: (\w+) -->", lambda match: tables.as_markdown(tables.TABLES[match[1]]()), markdown)
+    folder = posixpath.dirname(page.file.src_uri if is_beside(page.file.src_uri) else f"docs/{page.file.src_uri}")
+    here = posixpath.dirname(page.file.src_uri)
+
+    def on_the_site(match: re.Match[str]) -> str:
+        target, anchor = match[1], match[2] or ""
+        path = posixpath.normpath(posixpath.join(folder, target)).removeprefix("docs/")
+        if files.get_file_from_path(path) is None:
+            return match[0]
+        return f"]({posixpath.relpath(path, here or '.')}{anchor})"
+
+    return re.sub(r"\]\((?!\w+:)([^)#]+)(#[^)]*)?\)", on_the_site, markdown)
+
+
+def is_beside(path: str) -> bool:
+    """Tell whether a page of the site lies outside of ``docs/``."""
+    return any(fnmatch.fnmatch(path, pattern) for pattern in BESIDE)
