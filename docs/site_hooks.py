@@ -1,5 +1,6 @@
 """What mkdocs does to the pages of this folder to make the site: pages from beside it, the reference, the results."""
 
+import ast
 import fnmatch
 import posixpath
 import re
@@ -20,15 +21,15 @@ BESIDE = ("CHANGELOG.md", "benchmarks/README.md", "benchmarks/results/*.png", "b
 PACKAGE = ROOT / "build" / "source" / "glai_lightning"
 #: Parts of the package that lie beside its folder.
 PARTS = ("callbacks", "datamodules")
-#: The pages of the reference, with the modules whose public names they document.
-REFERENCE = {
-    "callbacks": ["glai_lightning.callbacks"],
-    "solvers": ["glai_lightning.solvers"],
-    "heads": ["glai_lightning.heads", "glai_lightning"],
-    "modules": ["glai_lightning.modules", "glai_lightning.modules.export"],
-    "datamodules": ["glai_lightning.datamodules"],
-    "backbones": ["glai_lightning.backbones"],
-    "comparison": ["glai_lightning.comparison"],
+#: The pages of the reference: modules, with the names that are documented, ``None`` for all that they export.
+REFERENCE: dict[str, dict[str, list[str] | None]] = {
+    "callbacks": {"glai_lightning.callbacks": None},
+    "solvers": {"glai_lightning.solvers": None},
+    "heads": {"glai_lightning.heads": None, "glai_lightning": None},
+    "modules": {"glai_lightning.modules": None, "glai_lightning.modules.export": ["export_model"]},
+    "datamodules": {"glai_lightning.datamodules": None},
+    "backbones": {"glai_lightning.backbones": None},
+    "comparison": {"glai_lightning.comparison": None},
 }
 
 
@@ -48,8 +49,8 @@ def on_files(files: Files, config: Any) -> Files:
     for pattern in BESIDE:
         for path in sorted(ROOT.glob(pattern)):
             files.append(File(str(path.relative_to(ROOT)), str(ROOT), config.site_dir, config.use_directory_urls))
-    for name, modules in REFERENCE.items():
-        files.append(File.generated(config, f"reference/{name}.md", content=reference_page(name, modules)))
+    for name in REFERENCE:
+        files.append(File.generated(config, f"reference/{name}.md", content=reference_page(name)))
     pages = sorted(file.src_uri for file in files.documentation_pages())
     config.nav = expand(config.nav, pages)
     return files
@@ -72,12 +73,22 @@ def expand(nav: list[Any], pages: list[str]) -> list[Any]:
     return expanded
 
 
-def reference_page(name: str, modules: list[str]) -> str:
-    """Return the page that documents what these modules export."""
+def reference_page(name: str) -> str:
+    """Return the page that documents what some modules export."""
     lines = [f"# {name}"]
-    for module in modules:
-        lines += ["", f"::: {module}", "    options: {members: true}"]
+    for module, names in REFERENCE[name].items():
+        members = exported(module) if names is None else names
+        lines += ["", f"::: {module}", f"    options: {{members: [{', '.join(members)}]}}"]
     return "\n".join(lines)
+
+
+def exported(module: str) -> list[str]:
+    """Return the names in ``__all__`` of a package; of the first one those alone that are on no other page."""
+    text = (PACKAGE.parent / module.replace(".", "/") / "__init__.py").read_text()
+    (names,) = re.findall(r"^__all__ = (\[.*?\])", text, flags=re.DOTALL | re.MULTILINE)
+    below = [part for page in REFERENCE.values() for part in page if part.startswith(f"{module}.")]
+    elsewhere = {name for part in below if part != "glai_lightning.modules.export" for name in exported(part)}
+    return [name for name in ast.literal_eval(names) if name not in elsewhere]
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
