@@ -6,6 +6,7 @@ import posixpath
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import tables  # noqa: E402
 
 #: What the site shows of the rest of the repository.
-BESIDE = ("CHANGELOG.md", "benchmarks/README.md", "benchmarks/results/*.png", "benchmarks/results/*.md", "recipes/*.md")
+BESIDE = ("[!R]*.md", "benchmarks/README.md", "benchmarks/results/*.png", "benchmarks/results/*.md", "recipes/*.md")
 PACKAGE = ROOT / "build" / "source" / "glai_lightning"
 #: Parts of the package that lie beside its folder.
 PARTS = ("callbacks", "datamodules")
@@ -51,25 +52,32 @@ def on_files(files: Files, config: Any) -> Files:
             files.append(File(str(path.relative_to(ROOT)), str(ROOT), config.site_dir, config.use_directory_urls))
     for name in REFERENCE:
         files.append(File.generated(config, f"reference/{name}.md", content=reference_page(name)))
-    pages = sorted(file.src_uri for file in files.documentation_pages())
-    config.nav = expand(config.nav, pages)
+    config.nav = expand(
+        config.nav, set(named(config.nav)), sorted(file.src_uri for file in files.documentation_pages())
+    )
     return files
 
 
-def expand(nav: list[Any], pages: list[str]) -> list[Any]:
-    """Return the navigation with the pages that stand in the place of a pattern."""
+def named(nav: list[Any]) -> Iterator[str]:
+    """Yield the pages that the navigation names one by one."""
+    for entry in nav:
+        value = entry if isinstance(entry, str) else next(iter(entry.values()))
+        yield from named(value) if isinstance(value, list) else [value]
+
+
+def expand(nav: list[Any], known: set[str], pages: list[str]) -> list[Any]:
+    """Return the navigation with pages that it does not name in the place of patterns, and without empty sections."""
     expanded: list[Any] = []
     for entry in nav:
-        if isinstance(entry, str):
-            expanded += fnmatch.filter(pages, entry)
-            continue
-        ((title, value),) = entry.items()
-        if isinstance(value, list):
-            expanded.append({title: expand(value, pages)})
-        elif "*" not in value:
-            expanded.append({title: value})
-        elif matches := fnmatch.filter(pages, value):
-            expanded.append({title: matches})
+        if isinstance(entry, dict):
+            ((title, value),) = entry.items()
+            part = expand(value, known, pages) if isinstance(value, list) else value
+            expanded += [{title: part}] if part else []
+        elif "*" in entry:
+            found = [page for page in fnmatch.filter(pages, entry) if page.count("/") == entry.count("/")]
+            expanded += [page for page in found if page not in known]
+        else:
+            expanded.append(entry)
     return expanded
 
 
@@ -92,21 +100,20 @@ def exported(module: str) -> list[str]:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Put tables out of the files of results in their places, and point links at pages of the site."""
+    """Put tables out of the files of results in their places, and point links at pages of the site.
+
+    A link to a file of the repository that is not on the site becomes plain text. One to nothing is left to mkdocs,
+    which warns.
+    """
     markdown = re.sub(r"<!-- table: (\w+) -->", lambda match: tables.as_markdown(tables.TABLES[match[1]]()), markdown)
-    folder = posixpath.dirname(page.file.src_uri if is_beside(page.file.src_uri) else f"docs/{page.file.src_uri}")
-    here = posixpath.dirname(page.file.src_uri)
+    folder = posixpath.dirname(page.file.src_uri)
+    in_repository = folder if page.file.src_dir == str(ROOT) else posixpath.join("docs", folder)
 
     def on_the_site(match: re.Match[str]) -> str:
-        target, anchor = match[1], match[2] or ""
-        path = posixpath.normpath(posixpath.join(folder, target)).removeprefix("docs/")
-        if files.get_file_from_path(path) is None:
-            return match[0]
-        return f"]({posixpath.relpath(path, here or '.')}{anchor})"
+        text, target, anchor = match[1], match[2], match[3] or ""
+        path = posixpath.normpath(posixpath.join(in_repository, target))
+        if files.get_file_from_path(path.removeprefix("docs/")) is not None:
+            return f"{text}({posixpath.relpath(path.removeprefix('docs/'), folder or '.')}{anchor})"
+        return text[1:-1] if text[0] == "[" and (ROOT / path).exists() else match[0]
 
-    return re.sub(r"\]\((?!\w+:)([^)#]+)(#[^)]*)?\)", on_the_site, markdown)
-
-
-def is_beside(path: str) -> bool:
-    """Tell whether a page of the site lies outside of ``docs/``."""
-    return any(fnmatch.fnmatch(path, pattern) for pattern in BESIDE)
+    return re.sub(r"(!?\[[^\]]*\])\((?!\w+:)([^)#]+)(#[^)]*)?\)", on_the_site, markdown)
