@@ -109,7 +109,7 @@ def clinc_episodes(folder: Path, seed: int) -> EpisodesDataModule:
 
 
 def omniglot() -> MakeFit:
-    """Return the fits of a head on the 67 characters of three alphabets, after a backbone that is trained on the others.
+    """Return the fits of a head on 67 characters of three alphabets, after a backbone that is trained on the others.
 
     Of the 20 people who drew each of them four are for testing, and the rest for training and validation.
     """
