@@ -127,7 +127,10 @@ class Solved:
     report: SolveReport
 
     def __str__(self) -> str:
-        return f"Solved for the path weights of {self.head!r}: {self.report}"
+        same = self.report.best_step == 0 and self.report.steps > 0
+        return f"Solved for the path weights of {self.head!r}: {self.report}" + (
+            " None were better than those before, which stay." if same else ""
+        )
 
 
 class HeadWatch:
@@ -278,12 +281,12 @@ class HeadWatch:
 
     def may_be_tried(self, trainer: Any) -> bool:
         """Tell whether a solve of a head that is to be solved may be tried at the end of this epoch."""
-        return (
-            trainer.current_epoch + 1 >= self.settings.min_epochs
-            and bool(self.churn_history)
-            and self.churn_history[-1] <= self.settings.churn_tolerance
-            and self.trials.is_due(trainer.global_step)
-        )
+        return trainer.current_epoch + 1 >= self.settings.min_epochs and self.trials.is_due(trainer.global_step)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether churn was at most ``churn_tolerance`` at the last check, however large it was before."""
+        return bool(self.churn_history) and self.churn_history[-1] <= self.settings.churn_tolerance
 
     def try_solve(
         self,

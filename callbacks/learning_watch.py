@@ -15,6 +15,8 @@ _SMALLEST_FALL, _STANDARD_ERRORS = 0.05, 3.0
 #: By what part of the largest score so far a validation must be better than the best to count as a rise, and how many
 #: in a row that are not better end it.
 _SMALLEST_RISE, _VALIDATIONS_WITHOUT_RISE = 0.005, 2
+#: Validations in a row that are not better than the best, by however little: early stopping would end the fit by then.
+_VALIDATIONS_WITHOUT_BEST = 3
 
 _STATE = {
     "start": list,
@@ -24,6 +26,8 @@ _STATE = {
     "best": int | float | None,
     "largest": int | float,
     "without_rise": int,
+    "top": int | float | None,
+    "without_best": int,
 }
 
 
@@ -54,6 +58,8 @@ class LearningWatch:
         self._best: float | None = None
         self._largest = 0.0
         self._without_rise = 0
+        self._top: float | None = None
+        self._without_best = 0
 
     def after_batch(self, outputs: Any) -> None:
         """Take note of the loss of a training batch, as Lightning hands it to callbacks."""
@@ -72,6 +78,10 @@ class LearningWatch:
         self._validated = True
         self._note(trainer, *_monitored(trainer))
 
+    def before_pass(self, trainer: Any, score: float | None) -> None:
+        """Take note of a validation score before a pass over kept inputs; of the training loss where there is none."""
+        self._note(trainer, score, "max")
+
     def after_epoch(self, trainer: Any) -> None:
         """Take note of the training loss of an epoch, in a fit without validation."""
         if not self._validated:
@@ -82,8 +92,11 @@ class LearningWatch:
             score, mode = self._last.over_processes(trainer)[0], "min"
         if score is None or not math.isfinite(score):
             return
-        better = math.inf if self._best is None else (score - self._best) * (1.0 if mode == "max" else -1.0)
+        sign = 1.0 if mode == "max" else -1.0
+        better = math.inf if self._best is None else (score - self._best) * sign
         self._largest = max(self._largest, abs(score))
+        is_best = self._top is None or (score - self._top) * sign > 0.0
+        self._top, self._without_best = (score, 0) if is_best else (self._top, self._without_best + 1)
         if better > _SMALLEST_RISE * self._largest:
             self._best, self._without_rise = score, 0
         else:
@@ -114,10 +127,15 @@ class LearningWatch:
                 return f"the training loss, {recent:.4g}, is not clearly below where it started, {start:.4g}"
         return None
 
-    def last_chance(self, trainer: Any) -> str | None:
-        """Say, in the last epoch of a fit that has learned, that it is the last; ``None`` in others."""
+    def why_over(self, trainer: Any) -> str | None:
+        """Say why a fit that has learned learns no more, whether or not patterns are at rest; ``None`` if it may."""
         is_last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-        return "the fit ends with this epoch" if is_last and self.has_learned(trainer) is None else None
+        stands_still = self._without_best >= _VALIDATIONS_WITHOUT_BEST
+        if not (is_last or stands_still) or self.has_learned(trainer) is not None:
+            return None
+        if is_last:
+            return "the fit ends with this epoch"
+        return f"the last {self._without_best} validations were not better than the one before"
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs, in primitives."""
@@ -129,6 +147,8 @@ class LearningWatch:
             "best": self._best,
             "largest": self._largest,
             "without_rise": self._without_rise,
+            "top": self._top,
+            "without_best": self._without_best,
         }
 
     def load_state_dict(self, state: Any) -> None:
@@ -141,6 +161,7 @@ class LearningWatch:
         self._start, self._recent, self._last = (_Mean(state[name]) for name in ("start", "recent", "last"))
         self._validated = state["validated"]
         self._best, self._largest, self._without_rise = state["best"], state["largest"], state["without_rise"]
+        self._top, self._without_best = state["top"], state["without_best"]
 
 
 class _Mean:

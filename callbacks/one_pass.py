@@ -22,7 +22,7 @@ from glai_lightning.fitting.loss_reading import HeadBatch
 from glai_lightning.fitting.messages import say
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.fitting.replaying import FixedCalls
-from glai_lightning.fitting.solving import ReadBatch
+from glai_lightning.fitting.solving import ReadBatch, Validation
 from glai_lightning.fitting.step_reading import isolated_step
 from glai_lightning.fitting.step_watch import StepWatches
 
@@ -61,6 +61,7 @@ class OnePass:
     Attributes:
         calls: what the modules before the heads return.
         kept: what was kept, by the names of the heads.
+        validation: the validation data, by the names of the heads, once it was read.
     """
 
     def __init__(self, trainer: Any, pl_module: Any, heads: Heads, read: ReadBatch, *, is_own: bool) -> None:
@@ -71,6 +72,7 @@ class OnePass:
         # What is compiled would be compiled anew while it is watched.
         self._reads_live = is_own and not self.calls.compiled
         self.kept = {slot.name: KeptInputs(int(trainer.num_training_batches)) for _, slot in heads}
+        self.validation: dict[str, Validation] = {}
         self._started: float | None = None
         self._is_whole = True
         self._reusing = ExitStack()
@@ -164,18 +166,25 @@ class OnePass:
                 )
         self._ended = time.perf_counter()
 
-    def train(self, trainer: Any, after: Callable[[TrainerInPass, Tensor], None]) -> None:
+    def train(
+        self,
+        trainer: Any,
+        after: Callable[[TrainerInPass, Tensor], None],
+        between: Callable[[TrainerInPass, float | None], None],
+    ) -> None:
         """Train the heads that are not frozen in passes over what was kept, as long as the fit may go on.
 
         Args:
             trainer: the Trainer of the fit.
             after: is called after each step, with the Trainer as it is in the pass and the loss; may freeze heads.
+            between: is called before each pass, with the score of the heads on the validation data, if there is one.
         """
         view = TrainerInPass(trainer)
         self._passes = 0
         shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
         with tqdm(desc="Passes over kept inputs", unit="batch", leave=False, disable=not shown) as bar:
             while view.passes_left > 0 and view.steps_left and (heads := self._left()):
+                between(view, self._score(trainer, heads))
                 self._passes += 1
                 view.current_epoch += 1
                 for batch_idx, step in train_pass(view, heads):
@@ -189,6 +198,19 @@ class OnePass:
     def _left(self) -> list[KeptHead]:
         return [KeptHead(slot, watch.solve, self.kept[slot.name]) for watch, slot in self._heads if not watch.frozen]
 
+    def _score(self, trainer: Any, heads: list[KeptHead]) -> float | None:
+        """Return the mean score of heads on the validation data; ``None`` where it is not held in memory."""
+        scores = []
+        for head in heads:
+            held = head.solve.validation(trainer, self._read, self)
+            if not isinstance(held, tuple):
+                return None
+            with trainer.precision_plugin.val_step_context():
+                score = head.score(*held)
+            total, count = processes_of(trainer).sum_numbers(*score)
+            scores.append(total / count)
+        return sum(scores) / len(scores)
+
     def finish(self) -> OnePassRecord:
         """Let the kept inputs go, and return what it took."""
         assert self._started is not None
@@ -199,7 +221,7 @@ class OnePass:
             backbone_seconds=self._ended - self._started,
             head_seconds=time.perf_counter() - self._ended,
         )
-        self.kept = {}
+        self.kept, self.validation = {}, {}
         return record
 
     def before_validation(self) -> None:

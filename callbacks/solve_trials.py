@@ -11,8 +11,9 @@ _FAR_AHEAD, _PART_OF_LEAD = 0.05, 0.05
 #: What the last trial must gain for training to go on: accuracy, or a part of the squared error; and the part of its
 #: rise since the trial before by which the MLP must be behind.
 _LEAST_ACCURACY, _LEAST_PART_OF_ERROR, _PACE = 0.006, 0.02, 0.6
-#: The most trials: a structure that still gains by the last one gains for long.
-_MOST_TRIALS = 3
+#: The most trials: a structure that still gains by the last one gains for long, as does one that gains this much, in
+#: accuracy or as a part of the squared error, from one to the next.
+_MOST_TRIALS, _MUCH_ACCURACY, _MUCH_PART_OF_ERROR = 3, 0.015, 0.05
 
 _STATE = {"step": int, "count": int, "score": float | None, "start_score": float | None}
 
@@ -58,9 +59,13 @@ class SolveTrials:
             return None
         gain, lead, rise = score - before, score - start, start - start_before
         far_ahead = lead >= _FAR_AHEAD * (1.0 if is_accuracy else -start) and gain <= _PART_OF_LEAD * lead
-        least = _LEAST_ACCURACY if is_accuracy else _LEAST_PART_OF_ERROR * -before
+        least, much = (_LEAST_ACCURACY, _MUCH_ACCURACY)
+        if not is_accuracy:
+            least, much = _LEAST_PART_OF_ERROR * -before, _MUCH_PART_OF_ERROR * -before
         stands_still = self._count == _MOST_TRIALS and gain <= least and lead > _PACE * rise
         if not far_ahead and not stands_still:
+            if gain > much:
+                self._count = _MOST_TRIALS
             return None
         return f"solved as it is, it validates at {score:.4f}, after {before:.4f} at step {before_step}"
 

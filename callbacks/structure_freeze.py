@@ -307,7 +307,7 @@ class StructureFreezeCallback(WatchedHeads):
             return
         self._one_pass.complete(trainer)
         self._after_batch(pl_module, trainer, outputs)
-        self._one_pass.train(trainer, partial(self._after_batch, pl_module))
+        self._one_pass.train(trainer, partial(self._after_batch, pl_module), self._learning.before_pass)
         for watch, slot in self._watched(pl_module):
             if not watch.frozen:
                 self._freeze_and_solve(trainer, watch, slot, "the fit allows for no further pass")
@@ -336,8 +336,8 @@ class StructureFreezeCallback(WatchedHeads):
         within_epoch = self.check_every_n_steps is not None and not trainer.fit_loop._should_accumulate()
         if watch.solve.pending if trainer.is_last_batch else within_epoch:
             reason = reason or self._due_reason(trainer, watch, epoch)
-        if reason is None and trainer.is_last_batch and self._tries_solves(watch):
-            reason = self._learning.last_chance(trainer)
+        if reason is None and trainer.is_last_batch and watch.is_quiet and self._tries_solves(watch):
+            reason = self._learning.why_over(trainer)
             tries = reason is None and watch.may_be_tried(trainer)
             if tries and self._learning.missing(trainer, by_score=False) is None:
                 self._try_solve(trainer, watch, slot, epoch)

@@ -13,9 +13,11 @@ from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.kept_inputs import KeptInputs
 from glai_lightning.fitting.loss_reading import LossKind
 from glai_lightning.fitting.solving import HeadSolve
-from glai_lightning.fitting.step_reading import StepReader
+from glai_lightning.fitting.step_reading import StepReader, isolated_step
 from glai_lightning.heads.patterns import layout_of
 from glai_lightning.solvers import LogisticSolver
+
+_ROWS_SCORED_TOGETHER = 4096
 
 
 class TrainerInPass:
@@ -77,6 +79,27 @@ class KeptHead:
         outputs = self.slot.module(inputs).reshape(len(inputs), -1)
         losses = _losses(self._kind(reader), outputs, targets, self._label_smoothing(reader))
         return (losses if weights is None else losses * weights).mean() * reader.scale
+
+    @torch.no_grad()
+    def score(self, inputs: Tensor, targets: Tensor) -> tuple[float, int]:
+        """Return how many rows (n, D) the head labels as their targets, or minus its squared errors, and their number.
+
+        Several outputs count one by one.
+        """
+        reader = self.solve.reader
+        assert reader is not None
+        kind, total, count = self._kind(reader), 0.0, 0
+        with isolated_step(self.slot.module):
+            for x, y in zip(inputs.split(_ROWS_SCORED_TOGETHER), targets.split(_ROWS_SCORED_TOGETHER), strict=True):
+                outputs = self.slot.module(x.to(y.device)).reshape(len(x), -1)
+                if kind == "cross_entropy":
+                    points = outputs.argmax(1) == (y.argmax(1) if y.ndim == 2 else y)
+                elif kind == "binary_cross_entropy":
+                    points = (outputs > 0) == (y.reshape(outputs.shape) > 0.5)
+                else:
+                    points = -(outputs - y.reshape(outputs.shape)).square()
+                total, count = total + float(points.double().sum()), count + points.numel()
+        return total, count
 
     def _kind(self, reader: StepReader) -> LossKind:
         if reader.kind is not None:

@@ -32,12 +32,16 @@ Solver = LogisticSolver | RidgeSolver
 #: weights of samples (n,) if they differ; ``None`` for a batch in which the head has no part.
 ReadBatch = Callable[[Any, int, Stage, StepReader], HeadBatch | tuple[Tensor, ...] | None]
 
+#: What a head is given and held against in validation: in memory, or read anew every time; ``None`` for nothing.
+Validation = HeadPass | tuple[Tensor, Tensor] | None
+
 
 class KeptEpoch(Protocol):
     """What was kept of an epoch: what heads were given, by their names, and a record of the modules before them."""
 
     calls: FixedCalls
     kept: dict[str, KeptInputs]
+    validation: dict[str, "Validation"]
 
 
 def check_solvable(head: nn.Module, head_name: str, paths: str) -> None:
@@ -330,9 +334,7 @@ class HeadSolve:
         source = self.collect(trainer, read) if kept is None else kept.kept[slot.name]
         with processes.failing_together():
             data = source.held()
-        # The fit validates next, on what the modules before the head return here.
-        with nullcontext() if kept is None else kept.calls.keeping():
-            validation = self._read_validation(trainer, read)
+        validation = self._read_validation(trainer, read) if kept is None else self.validation(trainer, read, kept)
         if processes.sum_numbers(data is None) != [0.0]:
             data = None
         weighted = processes.sum_numbers(source.weighted) != [0.0]
@@ -349,14 +351,19 @@ class HeadSolve:
         forget_state(trainer.optimizers[0], (p for p in head.parameters() if p.requires_grad))
         self.solved = True
         self.report = report
-        if report.best_step == 0 and report.steps > 0:
-            rank_zero_warn(
-                f"The solve of {slot.name!r} found no path weights that are better than those it started from, "
-                "and leaves these as they were."
-            )
         return report
 
-    def _read_validation(self, trainer: Any, read: ReadBatch) -> HeadPass | tuple[Tensor, Tensor] | None:
+    def validation(self, trainer: Any, read: ReadBatch, kept: KeptEpoch) -> Validation:
+        """Return the validation data, read once for what was kept: the inputs of the head are fixed."""
+        assert self._reader is not None
+        name = self._reader.name
+        if name not in kept.validation:
+            # The fit validates next, on what the modules before the head return here.
+            with kept.calls.keeping():
+                kept.validation[name] = self._read_validation(trainer, read)
+        return kept.validation[name]
+
+    def _read_validation(self, trainer: Any, read: ReadBatch) -> Validation:
         """Read the validation data; where its loss cannot be read, say so once a fit, and leave it alone from there."""
         loader = validation_loader(trainer)
         if loader is None or not self._reads_validation:

@@ -87,8 +87,9 @@ TRIALS = {
     "worse": ([(0.3, 0.5), (0.3, 0.499)], 4),
     "gains no more": ([(0.3, 0.34), (0.31, 0.35), (0.315, 0.354)], 8),
     "nothing left to gain": ([(0.3, 0.999)], 2),
+    "gains much": ([(0.3, 0.34), (0.3, 0.36), (0.3, 0.37)], 9),
     "the MLP will be there soon": ([(0.3, 0.34), (0.32, 0.345), (0.345, 0.349), (0.35, 0.35)], 9),
-    "gains to the end": ([(0.3, 0.5), (0.3, 0.6), (0.3, 0.7), (0.3, 0.8)], 9),
+    "gains to the end": ([(0.3, 0.34), (0.3, 0.35), (0.3, 0.36), (0.3, 0.37)], 9),
 }
 
 
@@ -103,6 +104,18 @@ def test_a_head_is_solved_once_solves_tried_after_twice_the_steps_gain_no_more(m
     assert callback.solve_report.score == scores[-1][1]
     # Of a validation that does not call the head the user is told once, however many solves there are.
     assert caplog.text.count("does not look at the validation data") == 1
+
+
+@pytest.mark.parametrize(("tolerance", "epoch"), [(1.0, 6), (0.0, None)])
+def test_a_quiet_structure_is_solved_once_validation_stands_still_for_three_epochs(monkeypatch, tolerance, epoch):
+    monkeypatch.setattr(ScriptedSolver, "scores", list(TRIALS["gains much"][0]))
+    # Churn never falls to such a small part of the largest.
+    options = {"min_steps": 1, "churn_tolerance": tolerance, "relative_tolerance": 1e-9}
+    callback = StructureFreezeCallback(HEAD, solver=ScriptedSolver(), **options)
+    trainer = make_trainer(callback, EarlyStopping("score", mode="max", patience=99), max_epochs=8)
+    trainer.fit(Scored([1.0, 2.0, 2.0, 1.9, 2.0, 2.0]), make_loader(), make_loader())
+    assert callback.freeze_epoch == epoch
+    assert (callback.solve_report is not None) == (epoch is not None)
 
 
 class BeforeEpoch(Callback):

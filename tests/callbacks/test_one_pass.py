@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorD
 from glai_lightning import mlp_head
 from glai_lightning.callbacks import FitReport, StructureFreezeCallback, StructureRevert
 from glai_lightning.fitting import head_data, kept_inputs, replaying
+from glai_lightning.solvers import LogisticSolver
 
 HIDDEN, SAMPLES = 16, 150
 
@@ -157,6 +158,21 @@ def test_passes_over_kept_inputs_train_as_epochs_do(loss):
     (weight, *one), (other_weight, *other) = ends
     assert one == other
     assert torch.allclose(weight, other_weight, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [head_data.INPUTS_IN_MEMORY, 0], ids=["held", "read anew"])
+def test_passes_end_once_the_validation_score_stands_still(monkeypatch, limit):
+    monkeypatch.setattr(head_data, "INPUTS_IN_MEMORY", limit)
+    # No output is ever right about a class that the training data lacks, though churn never comes to rest.
+    x, y = make_data(SAMPLES)
+    loader = DataLoader(TensorDataset(x, y % 2), batch_size=32)
+    freeze = StructureFreezeCallback(
+        one_pass=True, min_steps=1, churn_tolerance=1.0, relative_tolerance=1e-9, solver=LogisticSolver(l2=0.1)
+    )
+    module = make_module(lightning.pytorch.LightningModule)
+    trainer = make_trainer(freeze, max_epochs=9)
+    trainer.fit(module, loader, DataLoader(TensorDataset(x, torch.full_like(y, 2)), batch_size=60))
+    assert freeze.one_pass_record.passes == (4 if limit else 8)
 
 
 class Augmenting(pytorch_lightning.LightningModule):
