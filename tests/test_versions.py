@@ -1,13 +1,11 @@
 """The matrix of docs/versioning.md: what it names, what the project asks for, and what is installed."""
 
 import ast
-import json
 import re
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
-import pytest
 import yaml
 from packaging.version import Version
 
@@ -80,11 +78,3 @@ def test_the_version_is_one_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert PROJECT["version"] == glai_lightning.__version__ == released == citation["version"]
     assert citation["date-released"].isoformat() == day
-
-
-@pytest.mark.parametrize("notebook", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebooks_are_stored_without_output(notebook):
-    cells = json.loads(notebook.read_text())["cells"]
-    assert all(
-        cell["outputs"] == [] and cell["execution_count"] is None for cell in cells if cell["cell_type"] == "code"
-    )
