@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "cli": GROUND | ENGINE | {"fitting", "comparison", "recipes"} | MIDDLE,
     "__main__": {"cli"},
     "__init__": ENGINE | {"modules", "_clone"},
+    "environment": {"callbacks"},
     "_clone": set(),
 }
 #: Parts that are built on all others may use the package as its users do.
@@ -132,6 +133,7 @@ def test_no_source_file_is_too_long_to_be_read():
 STATEMENTS = {
     "import glai_lightning.cli": ["lightning", "glai_lightning.comparison"],
     "from glai_lightning.cli.main import main; main([]); main(['recipes'])": ["lightning"],
+    "import glai_lightning.environment": ["lightning", "glai_lightning.callbacks", "torchmetrics"],
     "import glai_lightning, glai_lightning.heads": ["lightning", "torchmetrics", "matplotlib", "torchvision"],
     "import glai_lightning.solvers": ["lightning", "torchmetrics", "matplotlib", "sklearn", "scipy"],
     "from glai_lightning import HeadModule": ["glai_lightning.callbacks", "glai_lightning.datamodules", "sklearn"],
