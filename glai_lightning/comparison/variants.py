@@ -28,7 +28,8 @@ ANNEALED_RATE = 3.0
 
 # By name, for a project may import them from the `pytorch_lightning` twin. What writes files or draws would be measured
 # with the fit; early stopping is the protocol's own, and so is the freeze.
-_LEFT_OUT = ("Checkpoint", "ProgressBar", "ModelSummary", "EarlyStopping", "FitReport", "StructureFreezeCallback")
+_FREEZING = ("StructureFreezeCallback", "FreezeByName")
+_LEFT_OUT = ("Checkpoint", "ProgressBar", "ModelSummary", "EarlyStopping", "FitReport", *_FREEZING)
 
 
 @dataclass(frozen=True)
