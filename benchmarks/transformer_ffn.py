@@ -212,10 +212,10 @@ def summarise(rows: list[dict[str, Any]], steps: dict[str, dict[str, float]]) ->
                 {
                     "activation": activation,
                     "side": side,
-                    "frozen_from_step": [
-                        last["step"] * (len(of_side) - epochs) // len(of_side) if epochs else "never"
+                    "frozen_from_step": " ".join(
+                        str(int(last["step"] * (len(of_side) - epochs) // len(of_side))) if epochs else "never"
                         for epochs in frozen
-                    ],
+                    ),
                     "val_loss": last["val_loss"],
                     "cpu_seconds": last["cpu_seconds"],
                     "val_loss_at_equal_seconds": round(loss_at(of_side, shortest), 4),
@@ -276,7 +276,7 @@ def main() -> None:
     arguments = parser.parse_args()
     use_one_thread()
     arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / f"transformer_ffn_curves_{machine()}.csv"
+    path = arguments.results / f"transformer_curves_{machine()}.csv"
     rows = read_rows(path) if path.exists() else []
     known = {(row["activation"], row["side"]) for row in rows}
     for side, activation in itertools.product(SIDES, arguments.activations):
