@@ -1,8 +1,8 @@
 """A search over 16 heads in one fit, against the fit of one head on the same cached features.
 
 Four widths, two rates, one and two hidden layers, under `StructureFreezeCallback("heads.*")`: all heads to the end, and
-with the worse half dropped after each validation until two are left. The one head has 512 units. CPU seconds of the whole
-fit.
+with the worse half dropped after each validation until two are left. The one head has 512 units. CPU seconds of the
+whole fit.
 
     python benchmarks/head_search.py --data folder/with/npz
 """
