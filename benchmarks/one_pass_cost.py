@@ -1,7 +1,7 @@
 """What `one_pass` adds to the first epoch, what it holds, and how fast cached features are read.
 
-The first epoch of the same fit with what the head is given kept and without, between its second batch and its last: CPU
-seconds, in turn, behind a frozen backbone of 118 times the head's multiply-adds. Memory of the process at the last batch,
+The first epoch of a fit with what the head is given kept and without, between its second batch and its last: CPU
+seconds, in turn, with a frozen backbone of 118 times the multiply-adds. Memory of the process at the last batch,
 in a process of its own for each: in memory, and spilled to a file (of which mapped pages can be given back at any time,
 and do not count). Cached features are read as in an epoch, memory-mapped.
 
