@@ -22,7 +22,7 @@ from glai_lightning import HeadSearchModule, mlp_head
 from glai_lightning.callbacks import StructureFreezeCallback
 from glai_lightning.datamodules import FeaturesDataModule
 
-ROWS, TEST_ROWS, EPOCHS = 6000, 2000, 20
+ROWS, TEST_ROWS, EPOCHS = 3000, 2000, 20
 WIDTHS, RATES = (64, 128, 256, 512), (1e-3, 3e-3)
 
 
@@ -67,6 +67,7 @@ def main() -> None:
             row |= {"cpu_seconds": round(seconds.cpu, 3), "best": module.best}
             row |= {"val_score": round(max(module.scores.values()), 4), "test_score": round(tested["test/accuracy"], 4)}
             rows.append(row)
+            print(row, flush=True)
     save_results("head_search", rows)
 
 

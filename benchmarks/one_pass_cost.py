@@ -111,4 +111,4 @@ def reading(rows: int) -> dict[str, object]:
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     use_one_thread()
-    save_results("one_pass_cost", [added(2560, 7), *memory(60_000), reading(400_000)])
+    save_results("one_pass_cost", [added(1536, 5), *memory(30_000), reading(400_000)])
