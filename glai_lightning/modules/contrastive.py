@@ -1,5 +1,6 @@
 """The contrastive loss of SimCLR, out of one matrix product."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class NTXentLoss(nn.Module):
         directions = F.normalize(torch.cat((one, other)), dim=1)
         samples, rows = len(one), len(directions)
         gathers = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        first, everyone = (dist.get_rank() * rows, _Gather.apply(directions)) if gathers else (0, directions)
+        first, everyone = (dist.get_rank() * rows, _gather(directions)) if gathers else (0, directions)
         similarities = (directions / self.temperature) @ everyone.T  # (2 batch, 2 batch * processes)
         similarities[:, first : first + rows].fill_diagonal_(-torch.inf)
         return F.cross_entropy(similarities, torch.arange(rows, device=one.device).roll(samples) + first)
@@ -54,7 +55,11 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+#: Stacks the rows of all processes: (rows, C) -> (processes * rows, C).
+_gather: Callable[[Tensor], Tensor] = _Gather.apply
