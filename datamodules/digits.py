@@ -1,6 +1,7 @@
 """Scikit-learn's handwritten digits: 1,797 images of 8x8 pixels that are installed with it."""
 
 import math
+from os import PathLike
 
 import numpy as np
 import torch
@@ -96,6 +97,8 @@ class DigitViewsDataModule(ViewsDataModule):
         val_fraction: part of the digits to validate on, in (0, 1).
         test_fraction: part of the digits to test on, in [0, 1).
         seed: of the splits, the order and the augmentation, at least 0.
+        cache: see :class:`ViewsDataModule`.
+        cached_views: see :class:`ViewsDataModule`.
 
     Raises:
         TypeError: If ``batch_size`` or ``seed`` is no int.
@@ -109,7 +112,13 @@ class DigitViewsDataModule(ViewsDataModule):
     """
 
     def __init__(
-        self, batch_size: int = 256, val_fraction: float = 0.2, test_fraction: float = 0.2, seed: int = 0
+        self,
+        batch_size: int = 256,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.2,
+        seed: int = 0,
+        cache: str | PathLike[str] | None = None,
+        cached_views: int = 8,
     ) -> None:
         images, labels = _load_digits()
         # Pixels are 0 to 16; the mean is near 5, the deviation near 6.
@@ -121,6 +130,8 @@ class DigitViewsDataModule(ViewsDataModule):
             val_fraction=val_fraction,
             test_fraction=test_fraction,
             seed=seed,
+            cache=cache,
+            cached_views=cached_views,
         )
 
 

@@ -21,6 +21,7 @@ find_parts_beside()
 
 if TYPE_CHECKING:
     from glai_lightning.modules.head_module import HeadModule
+    from glai_lightning.modules.loading import load_frozen
     from glai_lightning.modules.prototypical import PrototypicalModule
     from glai_lightning.modules.simclr import SimCLRModule
     from glai_lightning.modules.supervised import SupervisedModule
@@ -42,6 +43,7 @@ __all__ = [
     "find_heads",
     "freeze_structure",
     "glu_head",
+    "load_frozen",
     "matched_hidden_features",
     "mlp_head",
     "pattern_churn",
@@ -57,6 +59,7 @@ _LOADED_ON_USE = {
     "PrototypicalModule": "glai_lightning.modules.prototypical",
     "SimCLRModule": "glai_lightning.modules.simclr",
     "SupervisedModule": "glai_lightning.modules.supervised",
+    "load_frozen": "glai_lightning.modules.loading",
 }
 
 

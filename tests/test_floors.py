@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "cli": GROUND | ENGINE | {"fitting", "comparison", "recipes"} | MIDDLE,
     "__main__": {"cli"},
     "__init__": ENGINE | {"modules", "_clone"},
+    "environment": {"callbacks"},
     "_clone": set(),
 }
 #: Parts that are built on all others may use the package as its users do.
@@ -137,6 +138,7 @@ def test_no_source_file_is_too_long_to_be_read():
         ),
         ("import glai_lightning.callbacks", ["glai_lightning.modules", "glai_lightning.datamodules", "sklearn"]),
         ("import glai_lightning.datamodules", ["glai_lightning.callbacks", "glai_lightning.modules", "sklearn"]),
+        ("import glai_lightning.environment", ["lightning", "glai_lightning.callbacks", "torchmetrics"]),
         ("import glai_lightning.cli", ["lightning", "glai_lightning.comparison"]),
     ],
 )

@@ -84,7 +84,6 @@ def _run(variant: str, data: FeaturesDataModule, callback: Callback, max_epochs:
     module = SupervisedModule(mlp_head(data.num_features, _HIDDEN, _LETTERS))
     trainer = Trainer(
         max_epochs=max_epochs,
-        callbacks=[callback],
         accelerator="cpu",
         devices=1,
         logger=False,
@@ -93,6 +92,8 @@ def _run(variant: str, data: FeaturesDataModule, callback: Callback, max_epochs:
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
+    # And none that the environment adds.
+    trainer.callbacks = [callback]
     freeze: Any = callback if isinstance(callback, StructureFreezeCallback) else None
     fit = Fit(find_variant(variant), _RULES, module, data, trainer, freeze)
     with tqdm(bar_format=f"{_NAMES[variant]}: {{n}} epochs in {{elapsed}} minutes") as bar:

@@ -48,11 +48,15 @@ _NO_PICKLE = (
 )
 
 
-def check_checkpoint(path: str | PathLike[str]) -> None:
-    """Check that a file is a checkpoint of Lightning, which ``weights_only=True`` can read.
+def check_checkpoint(path: str | PathLike[str], *, weights_only: bool = True) -> dict[str, Any]:
+    """Check that a file is a checkpoint of Lightning.
 
     Args:
         path: a local file. Tensors in it are mapped, not read.
+        weights_only: ``False`` executes what the file holds, beside tensors and primitives.
+
+    Returns:
+        What it holds.
 
     Raises:
         ValueError: if it is no checkpoint, is cut short or damaged, holds anything but tensors and primitives, or lacks
@@ -61,13 +65,13 @@ def check_checkpoint(path: str | PathLike[str]) -> None:
     if not zipfile.is_zipfile(path):
         raise UserValueError(f"Expected '{path}' to be a checkpoint, but it is none, or is cut short.")
     try:
-        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
     except _NO_PICKLE as error:
         raise UserValueError(
             f"Expected '{path}' to be a checkpoint of tensors and primitives, but it cannot be read as one: "
             f"{_first_sentence(error)}"
         ) from error
-    if not isinstance(checkpoint, Mapping):
+    if not isinstance(checkpoint, dict):
         raise UserValueError(f"Expected '{path}' to be a checkpoint, but it holds a `{type(checkpoint).__name__}`.")
     missing = [name for name in _REQUIRED if name not in checkpoint]
     if missing:
@@ -86,6 +90,7 @@ def check_checkpoint(path: str | PathLike[str]) -> None:
             f"Expected '{path}' to describe its module in version {VERSION}, but got version {version!r}: use the "
             "version of glai-lightning that wrote it, or a later one."
         )
+    return checkpoint
 
 
 def described_modules(path: str | PathLike[str], names: Collection[str]) -> dict[str, nn.Module | None]:

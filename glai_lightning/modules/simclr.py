@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from glai_lightning.checks import UserValueError, expect_integer, expect_number
+from glai_lightning.fitting.embedded import Embedded
 from glai_lightning.modules.head_module import OptimizerFactory, SchedulerFactory
 from glai_lightning.modules.nearest_neighbours import NearestNeighbourAccuracy
 from glai_lightning.modules.scored import ScoredModule
@@ -101,7 +102,7 @@ class SimCLRModule(ScoredModule):
         """Return what a batch ``(views, labels)`` tells the metrics."""
         views, labels = self._read(batch)
         num_views, samples = views.shape[:2]
-        embeddings = self.embeddings(views.flatten(0, 1))
+        embeddings = self._embed(views, batch)
         projections = self.head(embeddings)
         return {
             "loss": (self.loss(projections.reshape(num_views, samples, -1)), samples),
@@ -112,8 +113,12 @@ class SimCLRModule(ScoredModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the embeddings (V, batch, D) of a batch, which are what is used once the head is thrown away."""
         views = _stack(batch[0])
-        embeddings = self.embeddings(views.flatten(0, 1))
+        embeddings = self._embed(views, batch)
         return embeddings.reshape(*views.shape[:2], *embeddings.shape[1:])
+
+    def _embed(self, views: Tensor, batch: Any) -> Tensor:
+        flat = views.flatten(0, 1)
+        return self.embeddings(Embedded(flat) if isinstance(batch[0], Embedded) else flat)
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         if not isinstance(batch, tuple | list) or not batch:
@@ -134,7 +139,8 @@ class SimCLRModule(ScoredModule):
         return views, labels
 
 
-def _stack(views: Tensor | Sequence[Tensor]) -> Tensor:
+def _stack(views: Tensor | Embedded | Sequence[Tensor]) -> Tensor:
+    views = views.values if isinstance(views, Embedded) else views
     if isinstance(views, Tensor):
         if views.ndim < 3:
             raise UserValueError(

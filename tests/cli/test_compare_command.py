@@ -40,11 +40,11 @@ def error_of(capsys, *arguments, config=RECIPE):
 
 
 def test_a_recipe_is_compared_and_the_exit_code_is_the_verdict(capsys):
-    code = run("--seeds=2", "--variants=mlp,random")
+    code = run("--seeds=2", "--variants=mlp,random+solve")
     comparison = read()
     assert code == EXIT_CODES[comparison["verdict"]["outcome"]]
     assert [(run["variant"], run["seed"]) for run in comparison["runs"]] == [
-        *(("mlp", 0), ("random", 0), ("mlp", 1), ("random", 1)),
+        *(("mlp", 0), ("random+solve", 0), ("mlp", 1), ("random+solve", 1)),
     ]
     printed = capsys.readouterr().out
     assert comparison["verdict"]["sentence"] in printed
@@ -54,14 +54,14 @@ def test_a_recipe_is_compared_and_the_exit_code_is_the_verdict(capsys):
     }
     # The same command has nothing left to run.
     before = (FOLDER / "runs.jsonl").read_text()
-    assert run("--seeds=2", "--variants=mlp,random") == code
+    assert run("--seeds=2", "--variants=mlp,random+solve") == code
     assert (FOLDER / "runs.jsonl").read_text() == before
 
 
 def test_seeds_begin_at_the_configured_one_and_reach_the_data():
-    run("--seeds=1", "--variants=mlp,random", "--seed_everything=7", "--to=here")
+    run("--seeds=1", "--variants=mlp,random+solve", "--seed_everything=7", "--to=here")
     first = read(Path("here"))["runs"][0]
-    run("--seeds=1", "--variants=mlp,random", "--seed_everything=8", "--to=there")
+    run("--seeds=1", "--variants=mlp,random+solve", "--seed_everything=8", "--to=there")
     assert (first["seed"], read(Path("there"))["runs"][0]["seed"]) == (7, 8)
     assert first["epochs"][0]["train_loss"] != read(Path("there"))["runs"][0]["epochs"][0]["train_loss"]
 
@@ -75,7 +75,7 @@ def test_lightnings_own_optimizer_argument_trains_a_head_of_matched_width():
 
 def test_the_solver_can_be_chosen(capsys):
     solver = ["--solver=glai_lightning.solvers.LogisticSolver", "--solver.l2=0.5"]
-    assert run("--seeds=1", "--variants=mlp,random", *solver) == 3
+    assert run("--seeds=1", "--variants=mlp,random+solve", *solver) == 3
     assert "LogisticSolver(l2=0.5" in read()["config"]["comparison"]["solver"]
     mistaken = ["--solver=glai_lightning.solvers.LogisticSolver", "--solver.l2=-1", "--to=there"]
     assert "Expected `l2`" in error_of(capsys, *mistaken)
@@ -107,7 +107,8 @@ def test_a_changed_configuration_is_not_mixed_with_finished_runs(capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--variants=mlp,nothing"], "Expected `variants` to be some of 'mlp', 'output'"),
+        (["--variants=mlp,nothing"], "Expected `variants` to be some of 'mlp', 'output+solve'"),
+        (["--heads=glue"], "Expected `heads` to be some of 'mlp', 'gelu', 'silu', 'tanh', 'glu', 'polyglu', 'eugen',"),
         (["--seeds=0"], "Expected `seeds` to be an integer of at least 1, but got 0."),
         (["--score=val/loss"], "Expected `--mode` to say whether the best 'val/loss' is the largest"),
         (["--score=val/beauty", "--mode=max"], "Expected the validation score 'val/beauty' to be logged"),

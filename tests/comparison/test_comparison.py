@@ -67,7 +67,7 @@ def run(tmp_path, make=None, **changes):
 
 
 def test_every_variant_is_run_with_every_seed_in_turn(tmp_path):
-    variants = "mlp,annealed,output,output+solve,tangent,independent,independent+solve,random,linear"
+    variants = "mlp,annealed,output,output+solve,tangent,independent,independent+solve,random+solve,linear+solve"
     comparison = run(tmp_path, Made(max_epochs=2), variants=variants, seeds=2)
     lines = (tmp_path / "comparison" / "runs.jsonl").read_text().splitlines()[1:]
     order = [(run["seed"], run["variant"]) for run in map(json.loads, lines)]
@@ -78,6 +78,24 @@ def test_every_variant_is_run_with_every_seed_in_turn(tmp_path):
     assert frozen == {variant: variant not in ("mlp", "annealed") for variant in variants.split(",")}
     epochs = {run.variant: len(run.epochs) for run in comparison.of("mlp") + comparison.of("output+solve")}
     assert epochs == {"mlp": 2, "output+solve": 1}
+
+
+def test_heads_are_run_on_both_sides_and_compared_with_themselves(tmp_path):
+    comparison = run(tmp_path, Made(max_epochs=2), variants=None, heads="glu,linear", seeds=2)
+    assert list(comparison.summary) == ["mlp", "output+solve", "glu", "glu+solve", "linear", "linear+solve"]
+    read = json.loads((tmp_path / "comparison" / "comparison.json").read_text())["heads"]
+    assert list(read) == ["mlp", "glu", "linear"]
+    mlp, solved = comparison.of("linear"), comparison.of("linear+solve")
+    differences = [other.test_score - one.test_score for one, other in zip(mlp, solved, strict=True)]
+    assert read["linear"]["difference"]["mean"] == pytest.approx(sum(differences) / 2)
+    sizes = {run.variant: run.head_parameters for run in comparison.runs}
+    assert (read["mlp"]["parameters"], read["glu"]["parameters"]) == (sizes["output+solve"], sizes["glu+solve"])
+    table = text_report(comparison).split("\n\n")[-2].splitlines()
+    assert [line.split()[:2] for line in table[1:]] == [
+        [head, f"{side['parameters']:,}"] for head, side in read.items()
+    ]
+    # Nothing before the last layer of the linear head is trained, on neither side.
+    assert {run.parameters.trainable for run in (*mlp, *solved)} == {sizes["linear"]}
 
 
 def test_files_hold_what_the_protocol_asks_for(tmp_path):
@@ -251,10 +269,10 @@ class SomebodysData(LightningDataModule):
 
 def test_somebodys_own_module_is_compared_without_test_data(tmp_path):
     make = Made(module=SomebodysModule, data=lambda seed: SomebodysData(), freeze=None)
-    variants = "mlp,output+solve,independent,random"
+    variants = "mlp,output+solve,independent,random+solve"
     comparison = run(tmp_path, make, score="val_loss", mode="min", head=HEAD, variants=variants, seeds=2)
     assert all(run.test_score is None for run in comparison.runs)
-    assert comparison.summary["random"].test_difference is None
+    assert comparison.summary["random+solve"].test_difference is None
     assert "val_loss (there is no test data)" in comparison.verdict.sentence
     assert "test (no data)" in text_report(comparison)
 
