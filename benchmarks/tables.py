@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -312,6 +312,61 @@ def race() -> Table:
 
 
 #: Every table, by the name that a page gives for it.
+HEADS = ("mlp", "gelu", "silu", "tanh", "glu", "polyglu", "eugen", "random", "linear")
+
+
+def _both_sides(head: str) -> Iterator[list[tuple[dict[str, str], dict[str, str]]]]:
+    """Yield, set by set, the runs of a head never frozen and solved, seed by seed."""
+    rows = read("compare_heads")
+    solved = "output+solve" if head == "mlp" else f"{head}+solve"
+    for name in _SETS:
+        own = where(rows, configuration=f"{name}_constant")
+        yield [(run, where(own, variant=solved, seed=run["seed"])[0]) for run in where(own, variant=head)]
+
+
+def heads() -> Table:
+    """Heads at equal parameters, frozen and solved: how many times as fast as never frozen, and the difference."""
+    rows = [["head", *_SETS.values(), "mean"]]
+    for head in HEADS:
+        ratios, differences = [], []
+        for pairs in _both_sides(head):
+            seconds = [float(a["finished_cpu_seconds"]) / float(b["finished_cpu_seconds"]) for a, b in pairs]
+            ratios.append(statistics.geometric_mean(seconds))
+            differences.append(
+                100 * statistics.fmean(float(b["test_score"]) - float(a["test_score"]) for a, b in pairs)
+            )
+        ratios.append(statistics.geometric_mean(ratios))
+        differences.append(statistics.fmean(differences))
+        rows.append([head, *(f"{times(r)}, {points(d)}" for r, d in zip(ratios, differences, strict=True))])
+    return rows
+
+
+def head_scores() -> Table:
+    """The same heads: parameters, and test accuracy never frozen and solved."""
+    rows = [["parameters; test accuracy never frozen, solved", *_SETS.values()]]
+    for head in HEADS:
+        cells = []
+        for pairs in _both_sides(head):
+            never, solved = (100 * mean([pair[side] for pair in pairs], "test_score") for side in (0, 1))
+            cells.append(f"{int(pairs[0][0]['head_parameters']):,}; {nudged(never):.2f} %, {nudged(solved):.2f} %")
+        rows.append([head, *cells])
+    return rows
+
+
+def transformer_ffn() -> Table:
+    """FFN blocks of a small language model, frozen while it trains."""
+    columns = ["loss", "CPU seconds", "loss at equal seconds", "optimizer state, gradients"]
+    rows = [["FFNs frozen", "from steps", *columns]]
+    for row in read("transformer_ffn"):
+        memory = ", ".join(f"{float(row[of]) / 1e6:.2f} MB" for of in ("optimizer_bytes", "gradient_bytes"))
+        losses = [f"{float(row[of]):.3f}" for of in ("val_loss", "val_loss_at_equal_seconds")]
+        steps = "never" if set(row["frozen_from_step"].split()) == {"never"} else row["frozen_from_step"]
+        side = row["side"].removeprefix("frozen ").replace("never frozen", "never")
+        cells = [steps, losses[0], f"{float(row['cpu_seconds']):.1f}", losses[1], memory]
+        rows.append([f"{row['activation']}, {side}", *cells])
+    return rows
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "headline": headline,
     "bare_line": bare_line,
@@ -321,6 +376,9 @@ TABLES: dict[str, Callable[[], Table]] = {
     "few_shot": few_shot,
     "contrastive": contrastive,
     "training_step": training_step,
+    "heads": heads,
+    "head_scores": head_scores,
+    "transformer_ffn": transformer_ffn,
     "race": race,
 }
 

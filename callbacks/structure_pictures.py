@@ -64,4 +64,5 @@ def pattern_map(before: Tensor, after: Tensor) -> np.ndarray:
         [[[31, 95, 168]], [[194, 65, 12]]]
     """
     old, new = (layer[:_MOST_SAMPLES, :_MOST_UNITS].T.long().cpu().numpy() for layer in (before, after))
-    return _COLOURS[new, old]
+    pixels: np.ndarray = _COLOURS[new, old]
+    return pixels
