@@ -16,6 +16,9 @@ from glai_lightning.heads.joined import entry_of
 from glai_lightning.heads.layout import CannotBeCalledError, HeadLayout, read_head
 from glai_lightning.heads.patterns import layout_of, patterns_of
 
+#: Patterns of one call of a head, one bool tensor (..., units) for each activation: before, and now.
+Compared = tuple[list[Tensor], list[Tensor]]
+
 
 def pattern_churn(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """Return the fraction of pattern bits that differ, over all hidden layers together.
@@ -251,8 +254,11 @@ class ChurnProbe:
             raise UserValueError(f"Expected the snapshot of a head with tensors of shape {own}, but got {given}.")
         self.snapshot = {name: value.to(self.snapshot[name].device) for name, value in snapshot.items()}
 
-    def measure(self) -> tuple[Tensor, int]:
+    def measure(self, show: Callable[[list[Compared]], None] | None = None) -> tuple[Tensor, int]:
         """Compare the head with the snapshot on the inputs kept, and start again from here.
+
+        Args:
+            show: is called with what was compared: for each call of the head the patterns of the snapshot and its own.
 
         Returns:
             The number of pattern bits that differ (0-d int64 tensor on the inputs' device), and the number of bits
@@ -266,14 +272,15 @@ class ChurnProbe:
                 "Expected the head to be called in training before churn is measured, but it saw no input."
             )
         assert self._layout is not None
-        flipped, bits = torch.zeros((), dtype=torch.int64, device=self.inputs[0].device), 0
-        for args, kwargs in self._calls():
-            before = patterns_of(self._layout, args, kwargs, self.snapshot)
-            more_flipped, more_bits = count_flipped(before, patterns_of(self._layout, args, kwargs))
-            flipped += more_flipped
-            bits += more_bits
+        compared = [
+            (patterns_of(self._layout, args, kwargs, self.snapshot), patterns_of(self._layout, args, kwargs))
+            for args, kwargs in self._calls()
+        ]
+        if show is not None:
+            show(compared)
         self.restart()
-        return flipped, bits
+        counts = [count_flipped(before, after) for before, after in compared]
+        return torch.stack([flipped for flipped, _ in counts]).sum(), sum(bits for _, bits in counts)
 
     def detach(self) -> None:
         """Stop watching, and keep what was seen."""

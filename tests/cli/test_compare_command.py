@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from glai_lightning.cli.compare import EXIT_CODES
 from glai_lightning.cli.main import main
@@ -62,13 +63,18 @@ def test_a_recipe_is_compared_and_the_exit_code_is_the_verdict(capsys, plots):
     printed = capsys.readouterr().out
     assert comparison["verdict"]["sentence"] in printed
     assert "best val/accuracy" in printed
-    assert {path.name for path in Path().rglob("*") if path.is_file()} == {
-        *("runs.jsonl", "comparison.json", "comparison.md", "score_over_seconds.png", "finished_head.png"),
+    plots = {"score_over_seconds", "finished_head"}
+    assert {path.name for path in Path().rglob("*") if path.is_file() and path.parent.name != "tensorboard"} == {
+        *("runs.jsonl", "comparison.json", "comparison.md", *(f"{plot}.png" for plot in plots)),
     }
+    images = EventAccumulator(str(FOLDER / "tensorboard")).Reload().Tags()["images"]
+    assert set(images) == {f"comparison/{plot}" for plot in plots}
     # The same command has nothing left to run.
     before = (FOLDER / "runs.jsonl").read_text()
     assert run("--seeds=2", "--variants=mlp,random+solve") == code
     assert (FOLDER / "runs.jsonl").read_text() == before
+    # It replaces its plots.
+    assert len(list((FOLDER / "tensorboard").iterdir())) == 1
 
 
 def test_seeds_begin_at_the_configured_one_and_reach_the_data():

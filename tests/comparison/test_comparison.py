@@ -258,6 +258,14 @@ def test_without_patience_a_fit_runs_to_its_end(tmp_path):
     assert len(run(tmp_path, make, score="val/given", variants="mlp,output", patience=None).runs[0].epochs) == 8
 
 
+def test_the_freeze_rule_goes_by_the_score_where_nothing_else_monitors_it(tmp_path):
+    # The training loss falls to the end: by that, a side that solves nothing would never freeze.
+    settled = {**SETTLED, "min_steps": 1}
+    make = Made(module=scored([0.9] + [0.5] * 9), max_epochs=8, freeze=settled)
+    comparison = run(tmp_path, make, score="val/given", variants="mlp,output", patience=None)
+    assert comparison.of("output")[0].freeze_epoch is not None
+
+
 def test_the_smallest_score_is_the_best_where_the_mode_says_so(tmp_path):
     make = Made(module=scored([3.0, 1.0, 2.0]))
     comparison = run(tmp_path, make, score="val/given", mode="min", variants="mlp,output")
