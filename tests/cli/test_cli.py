@@ -478,7 +478,6 @@ def test_the_overlay_runs_a_recipe_in_two_processes(recipe):
     cpu = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.sync_batchnorm=false"]
     short = ["--trainer.max_epochs=1", *QUIET[:2]]
     configs = ["--config", str(RECIPES / f"{recipe}.yaml"), "--config", str(OVERLAY)]
-    command = [glai, "fit", *configs, *cpu, *short]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = run(glai, "fit", *configs, *cpu, *short)
     assert done.returncode == 0, done.stderr
     assert "structure/churn" in Path(f"runs/{recipe}/version_0/metrics.csv").read_text()
