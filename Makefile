@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 # Python compiles what it imports; compiling all of torch would take longer than the demo.
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types docs clean
 
 # Installs what the demo needs (1.1 GB with a CPU build of torch), and fits a head twice: about a minute.
 demo: $(VENV)/installed
@@ -26,6 +26,11 @@ types: $(VENV)/installed-for-tests
 	rm -rf build/typed
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target build/typed .
 	python=$$(cd $(BIN) && pwd)/python && cd build/typed && "$$python" -m mypy --config-file ../../pyproject.toml -p glai_lightning
+
+# The site of the documents. A warning is an error: a dead link, a page that no one finds.
+docs: $(VENV)/installed-for-tests
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'Built build/site. To read it: $(BIN)/python -m http.server -d build/site'
 
 $(VENV)/bin/python:
 	@echo 'Installing into $(VENV): a minute or two, and more where torch comes with CUDA.'

@@ -36,7 +36,8 @@ def compare_all(names: list[str], data: Path, to: Path, more: list[str]) -> dict
 def summary_of(comparison: Comparison) -> dict[str, object]:
     """Return what a comparison says, without its runs."""
     summary = {variant: dataclasses.asdict(side) for variant, side in comparison.summary.items()}
-    return {"verdict": comparison.verdict.sentence, "machine": comparison.machine, "summary": summary}
+    heads = {head: dataclasses.asdict(side) for head, side in comparison.heads.items()}
+    return {"verdict": comparison.verdict.sentence, "machine": comparison.machine, "summary": summary, "heads": heads}
 
 
 def print_geometric_means(comparisons: dict[str, Comparison], schedule: str) -> None:
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", choices=names, default=names)
     parser.add_argument("--to", type=Path, default=Path("runs") / "comparison", help="folder for the runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="compare_supervised", help="of the files of results")
     arguments, more = parser.parse_known_args()
     use_one_thread()
     comparisons = compare_all(arguments.configs, Path(arguments.data), arguments.to, more)
@@ -65,9 +67,9 @@ def main() -> None:
         for name, comparison in comparisons.items()
         for row in comparison_rows(comparison)
     ]
-    save_results("compare_supervised", rows, arguments.results)
+    save_results(arguments.name, rows, arguments.results)
     summaries = {name: summary_of(comparison) for name, comparison in comparisons.items()}
-    path = arguments.results / f"compare_supervised_{machine()}.json"
+    path = arguments.results / f"{arguments.name}_{machine()}.json"
     path.write_text(json.dumps(summaries, indent=1) + "\n")
     print(f"Written to {path}")
     for schedule in ("constant", "onecycle", "highrate"):

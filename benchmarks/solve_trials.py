@@ -97,7 +97,7 @@ class Rule:
         pace: the part of its rise since the trial before by which the MLP must be behind at the last trial.
         far_ahead: lead over the MLP, in accuracy, from which a trial is enough that gains at most ``part`` of it.
         part: that part.
-        much: accuracy that a trial gains after which no more are made.
+        half: the part of its errors by which a solved head must be ahead of the MLP for that, and for more trials.
         end: validations in a row that are not the best after which any quiet structure is frozen.
     """
 
@@ -107,28 +107,29 @@ class Rule:
     pace: float = 0.6
     far_ahead: float = 0.05
     part: float = 0.05
-    much: float = math.inf
+    half: float = 0.0
     end: float = math.inf
 
     def freezes(self, rows: Sequence[Row]) -> tuple[int, int]:
         """Return the epoch of the freeze, and how many trials were taken back by then."""
         trials, before, best, still, largest, top, without = 0, None, 0.0, 0, 0.0, 0.0, 0
-        gains_much = False
+        ends = False
         for row in rows:
             largest = max(largest, row["churn"])
             settled = row["churn"] <= min(0.1, 0.25 * largest) and still >= self.patience
             if settled or (row["churn"] <= 0.1 and without >= self.end):
                 return int(row["epoch"]), trials
             learned = row["steps"] >= 50 and row["loss"] < 0.95 * row["loss_start"] and row["churn"] <= 0.1
-            if self.least_gain is not None and learned and row["epoch"] in self.trials and not gains_much:
+            if self.least_gain is not None and learned and row["epoch"] in self.trials and not ends:
+                lead, errors = row["solve_val"] - row["mlp_val"], 1.0 - row["solve_val"]
                 if before is not None:
                     gain, rise = (row[name] - before[name] for name in ("solve_val", "mlp_val"))
-                    lead = row["solve_val"] - row["mlp_val"]
                     is_last = row["epoch"] == self.trials[-1]
-                    stands_still = is_last and gain <= self.least_gain and lead > self.pace * rise
-                    if stands_still or (lead >= self.far_ahead and gain <= self.part * lead):
+                    if is_last and gain <= self.least_gain and lead > self.pace * rise:
                         return int(row["epoch"]), trials
-                    gains_much = gain > self.much
+                    if lead >= max(self.far_ahead, self.half * errors) and gain <= self.part * lead:
+                        return int(row["epoch"]), trials
+                ends = lead < self.half * errors
                 before, trials = row, trials + 1
             top, without = (row["mlp_val"], 0) if row["mlp_val"] > top else (top, without + 1)
             best, still = (row["mlp_val"], 0) if row["mlp_val"] > 1.005 * best else (best, still + 1)
@@ -156,7 +157,7 @@ RULES = {
     "trials, whatever the lead": Rule(2, 0.006, far_ahead=-math.inf, part=math.inf),
     "trials after 2 and 4, at the last": Rule(2, 0.006, (2, 4), far_ahead=math.inf),
     "trials after 1, 2 and 4": Rule(2, 0.006),
-    "... and an end to both": Rule(2, 0.006, much=0.015, end=3),
+    "half of the errors, a tenth": Rule(2, -math.inf, part=0.1, far_ahead=0.0, half=1.0, end=3),
 }
 
 

@@ -15,7 +15,6 @@ from glai_lightning.checks import (
     UserTypeError,
     UserValueError,
     expect_choice,
-    expect_flag,
     expect_integer,
     expect_number,
 )
@@ -59,7 +58,7 @@ class FreezeSettings:
     probe_size: int = 1024
     solver: LogisticSolver | RidgeSolver | Literal["auto"] | None = None
     stop_after_solve: bool = True
-    one_pass: bool = False
+    one_pass: bool | Literal["auto"] = False
 
     def __post_init__(self) -> None:
         expect_choice("paths", self.paths, ("output", "tangent", "independent"))
@@ -77,8 +76,9 @@ class FreezeSettings:
             raise UserTypeError(
                 f"Expected `solver` to be 'auto', a `LogisticSolver` or a `RidgeSolver`, but got {self.solver!r}."
             )
-        expect_flag("one_pass", self.one_pass)
-        if self.one_pass and (self.solver is None or not self.stop_after_solve):
+        if not isinstance(self.one_pass, bool) and self.one_pass != "auto":
+            raise UserTypeError(f"Expected `one_pass` to be True, False or 'auto', but got {self.one_pass!r}.")
+        if self.one_pass is True and (self.solver is None or not self.stop_after_solve):
             given = "solver=None" if self.solver is None else "stop_after_solve=False"
             raise UserValueError(f"Expected a solve after which the fit stops with `one_pass=True`, but got `{given}`.")
 
@@ -152,7 +152,7 @@ class HeadWatch:
     def __init__(self, name: str, settings: FreezeSettings) -> None:
         self.name = name
         self.settings = settings
-        self.solve = HeadSolve(settings.solver, settings.paths, keeps_inputs=settings.one_pass)
+        self.solve = HeadSolve(settings.solver, settings.paths, one_pass=settings.one_pass)
         self.trials = SolveTrials()
         self._watch = ChurnWatch(settings.probe_size, settings.check_every_n_steps)
         self.start_over()

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from glai_lightning.callbacks.head_watch import HeadWatch
+from glai_lightning.checks import UserError
 from glai_lightning.fitting.across_processes import processes_of
 from glai_lightning.fitting.fit_record import OnePassRecord
 from glai_lightning.fitting.heads_in_module import HeadSlot
@@ -28,6 +29,10 @@ from glai_lightning.fitting.step_watch import StepWatches
 
 Heads = Sequence[tuple[HeadWatch, HeadSlot]]
 
+#: With "auto", what the modules before the heads must take at least, as a multiple of the heads' own multiply-adds. A
+#: step of a head takes three times its forward pass: from here on half of an epoch and more is spent before it.
+WORTH_ONE_PASS = 3.0
+
 
 def check_alone(judges: Sequence[object]) -> None:
     """Refuse callbacks that would judge the freeze by validations after it.
@@ -39,6 +44,23 @@ def check_alone(judges: Sequence[object]) -> None:
         raise UserMisconfigurationError(
             f"Expected no `{type(judges[0]).__name__}` beside `one_pass=True`, after which the fit ends."
         )
+
+
+def one_pass_if_possible(
+    trainer: Any, pl_module: Any, heads: Heads, read: ReadBatch, **options: Any
+) -> "OnePass | None":
+    """Return one pass that is given up where it cannot be made, see ``OnePass``; ``None`` if that shows at once."""
+    epochs = trainer.max_epochs
+    ends = (epochs is not None and epochs > 1) or trainer.max_steps > 0
+    timed = any(hasattr(callback, "time_remaining") for callback in trainer.callbacks)
+    if epochs == 1 or not ends or timed:
+        return None
+    try:
+        one_pass = OnePass(trainer, pl_module, heads, read, automatic=True, **options)
+    except UserMisconfigurationError:
+        return None
+    # Of a part of the data another part may be drawn in every epoch.
+    return one_pass if trainer.num_training_batches >= len(trainer.train_dataloader) else None
 
 
 class OnePass:
@@ -54,6 +76,8 @@ class OnePass:
         heads: its heads that are not solved yet.
         read: reads a batch.
         is_own: whether that reads the step of the module, and is not an override of the user.
+        automatic: whether the epoch is kept only if that is worth it, and given up where it turns out impossible.
+        tell: what says so.
 
     Raises:
         MisconfigurationException: if the data of the fit is not the same samples in every epoch.
@@ -64,7 +88,17 @@ class OnePass:
         validation: the validation data, by the names of the heads, once it was read.
     """
 
-    def __init__(self, trainer: Any, pl_module: Any, heads: Heads, read: ReadBatch, *, is_own: bool) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        heads: Heads,
+        read: ReadBatch,
+        *,
+        is_own: bool,
+        automatic: bool = False,
+        tell: Callable[[str], None] = say,
+    ) -> None:
         _check_data(trainer, pl_module)
         self.calls = FixedCalls(pl_module, [slot.module for _, slot in heads])
         self._heads = heads
@@ -76,9 +110,17 @@ class OnePass:
         self._started: float | None = None
         self._is_whole = True
         self._reusing = ExitStack()
-        self._problem: UserMisconfigurationError | None = None
+        self._problem: UserError | None = None
+        self._automatic = automatic
+        self._tell = tell
+        self._announced = False
 
-    def record_next_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    @property
+    def first_look(self) -> FixedCalls | None:
+        """What modules return in the first step, for the look at it; ``None`` if it is to be seen beside the fit."""
+        return None if self._automatic else self.calls
+
+    def record_next_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> bool:
         """Record the next training step of the fit, and keep what it gives the heads.
 
         Args:
@@ -86,7 +128,13 @@ class OnePass:
             pl_module: its module.
             batch: the batch, on the device of the module.
             batch_idx: its index.
+
+        Returns:
+            Whether the epoch is kept.
         """
+        if self._automatic and not (self._is_worth_it(trainer) if self._started is None else self._may_go_on(trainer)):
+            return False
+        first = self._started is None
         if self._started is None:
             self._started = time.perf_counter()
             # A fit that resumes within an epoch has lost what was kept of its first batches.
@@ -95,7 +143,11 @@ class OnePass:
                 say(f"The fit resumes without kept inputs: epoch {trainer.current_epoch} runs the backbone once more.")
         step, replaced = pl_module.training_step, pl_module.__dict__.get("training_step")
         readers = {slot.name: watch.solve.reader for watch, slot in self._heads}
-        live = self._reads_live and all(reader is not None and reader.stops_at_loss for reader in readers.values())
+        live = (
+            self._reads_live
+            and not first
+            and all(reader is not None and reader.stops_at_loss for reader in readers.values())
+        )
 
         @functools.wraps(step)
         def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -108,13 +160,46 @@ class OnePass:
                 returned = step(*args, **kwargs)
                 for watch, _ in self._heads:
                     watch.solve.after_step()
-                if self._is_whole:
-                    with self._raising(trainer):
+                with self._raising(trainer):
+                    if first and self._automatic:
+                        self._check_fixed()
+                    if self._is_whole:
                         self._keep_replayed(pl_module, batch, batch_idx)
+                    if first and self._automatic:
+                        self._announce()
             return returned
 
         recorded.is_seen = True  # type: ignore[attr-defined]
         pl_module.__dict__["training_step"] = recorded
+        return True
+
+    def _is_worth_it(self, trainer: Any) -> bool:
+        solves = [watch.solve for watch, _ in self._heads]
+        least = min(solve.work_before_head if solve.pending else 0.0 for solve in solves)
+        return bool(trainer.strategy.reduce_boolean_decision(least >= WORTH_ONE_PASS))
+
+    def _check_fixed(self) -> None:
+        if self.calls.random or not all(watch.solve.pending and watch.solve.inputs_fixed for watch, _ in self._heads):
+            raise UserMisconfigurationError("The inputs of the head are not fixed.")
+
+    def _announce(self) -> None:
+        self._announced = True
+        times = min(watch.solve.work_before_head for watch, _ in self._heads)
+        self._tell(
+            f"This fit reads the data once: what stands before the head takes {times:,.0f} times the multiply-adds of "
+            "the head, and gives it the same inputs in every epoch. `one_pass=False` trains by epochs."
+        )
+
+    def _may_go_on(self, trainer: Any) -> bool:
+        if self._problem is None or trainer.world_size > 1:
+            return True
+        self._give_up()
+        return False
+
+    def _give_up(self) -> None:
+        self.kept = {}
+        if self._announced:
+            self._tell(f"This fit reads the data in every epoch after all: {self._problem}")
 
     def _keep_live(self, trainer: Any, readers: Mapping[str, Any], step: Callable[[], Any]) -> Any:
         """Read a step as it runs: nothing is run again where one plain loss call is the whole loss."""
@@ -140,31 +225,46 @@ class OnePass:
     def _raising(self, trainer: Any) -> Iterator[None]:
         try:
             yield
-        except UserMisconfigurationError as error:
-            if trainer.world_size == 1:
+        except UserError as error:
+            if trainer.world_size == 1 and not self._automatic:
                 raise
             # The other processes wait for the gradients of this step: all raise at the end of the epoch.
-            self._problem = error
+            self._problem = self._problem or error
 
-    def complete(self, trainer: Any) -> None:
-        """End the epoch that is kept; all processes must call this together."""
+    def complete(self, trainer: Any) -> bool:
+        """End the epoch that is kept; all processes must call this together.
+
+        Returns:
+            Whether it was kept; what was not asked for is given up where there is an obstacle.
+        """
         with processes_of(trainer).failing_together():
-            if self._problem is not None:
-                raise self._problem
-            if not self._is_whole:
-                say("The fit resumed within an epoch: its inputs are collected by a further pass over the data.")
-            for watch, slot in self._heads:
-                if self._is_whole:
-                    _leave_out_repeats(trainer, self.kept[slot.name])
-                else:
-                    for batch in watch.solve.collect(trainer, self._read):
-                        self.kept[slot.name].add(HeadBatch(*batch))
-            counts = {name: kept.samples for name, kept in self.kept.items()}
-            if len(set(counts.values())) != 1 or 0 in counts.values():
-                raise UserMisconfigurationError(
-                    f"Expected every sample to be given to all heads with `one_pass=True`, but got {counts} samples."
-                )
+            try:
+                self._complete(trainer)
+            except UserError as error:
+                if not self._automatic:
+                    raise
+                self._problem = error
         self._ended = time.perf_counter()
+        if self._automatic and not trainer.strategy.reduce_boolean_decision(self._problem is None):
+            self._give_up()
+            return False
+        return True
+
+    def _complete(self, trainer: Any) -> None:
+        if self._problem is not None:
+            raise self._problem
+        if not self._is_whole:
+            say("The fit resumed within an epoch: its inputs are collected by a further pass over the data.")
+        for watch, slot in self._heads:
+            if self._is_whole:
+                _leave_out_repeats(trainer, self.kept[slot.name])
+            else:
+                for batch in watch.solve.collect(trainer, self._read):
+                    self.kept[slot.name].add(HeadBatch(*batch))
+        counts = {name: kept.samples for name, kept in self.kept.items()}
+        if len(set(counts.values())) != 1 or 0 in counts.values():
+            expected = "every sample to be given to all heads" if any(counts.values()) else "samples in every process"
+            raise UserMisconfigurationError(f"Expected {expected} with `one_pass=True`, but got {counts} samples.")
 
     def train(
         self,

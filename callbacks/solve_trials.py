@@ -5,26 +5,22 @@ from typing import Any
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.solvers import SolveReport
 
-#: A solved head is far ahead of the MLP by this much accuracy, or part of the squared error; a trial then gains little
-#: if it gains at most this part of that.
-_FAR_AHEAD, _PART_OF_LEAD = 0.05, 0.05
-#: What the last trial must gain for training to go on: accuracy, or a part of the squared error; and the part of its
-#: rise since the trial before by which the MLP must be behind.
-_LEAST_ACCURACY, _LEAST_PART_OF_ERROR, _PACE = 0.006, 0.02, 0.6
-#: The most trials: a structure that still gains by the last one gains for long, as does one that gains this much, in
-#: accuracy or as a part of the squared error, from one to the next.
-_MOST_TRIALS, _MUCH_ACCURACY, _MUCH_PART_OF_ERROR = 3, 0.015, 0.05
+#: What a trial must gain for training to go on, as a part of its lead over the MLP.
+_PART_OF_LEAD = 0.1
+#: Errors, as a part of all, that are not worth training on for.
+_FEW_ERRORS = 0.006
+_MOST_TRIALS = 3
 
-_STATE = {"step": int, "count": int, "score": float | None, "start_score": float | None}
+_STATE = {"step": int, "count": int, "score": float | None}
 
 
 class SolveTrials:
     """Solves of one head as its structure is trained, each after twice as many optimizer steps as the one before.
 
     Churn says that patterns have come to rest, and not what they are worth: where it is small from the start, a
-    structure may gain for long. A trial solves the head as it is. The structure is worth no more training if the solved
-    head is far ahead of the MLP and gained little of that lead since the trial before; at the last trial also if it
-    validates hardly better than at the one before, and the MLP is behind by more than it rose, at a slower pace.
+    structure may gain for long. A trial solves the head as it is. If that makes at most half of the MLP's errors, it is
+    the numbers that are late and not the structure. The structure is worth no more training once the next trial gains
+    little. If it makes more, there are no further trials.
     """
 
     def __init__(self) -> None:
@@ -34,7 +30,6 @@ class SolveTrials:
         """Forget the trials that were."""
         self._step = self._count = 0
         self._score: float | None = None
-        self._start_score: float | None = None
 
     def is_due(self, step: int) -> bool:
         """Tell whether a trial is to be made after so many optimizer steps."""
@@ -47,27 +42,20 @@ class SolveTrials:
             step: optimizer steps by then.
             report: what the solve did.
         """
-        before, start_before, before_step = self._score, self._start_score, self._step
-        self._step, self._count = step, self._count + 1
-        score, start = self._score, self._start_score = report.score, report.start_score
+        before, before_step = self._score, self._step
+        self._step, self._count, self._score = step, self._count + 1, report.score
+        score, start = report.score, report.start_score
         if score is None or start is None:
             return None
         is_accuracy = report.method != "closed_form"
-        if is_accuracy and 1.0 - score <= _LEAST_ACCURACY:
+        errors, lead = (1.0 if is_accuracy else 0.0) - score, score - start
+        if is_accuracy and errors <= _FEW_ERRORS:
             return f"solved as it is, it validates at {score:.4f}"
-        if before is None or start_before is None:
-            return None
-        gain, lead, rise = score - before, score - start, start - start_before
-        far_ahead = lead >= _FAR_AHEAD * (1.0 if is_accuracy else -start) and gain <= _PART_OF_LEAD * lead
-        least, much = (_LEAST_ACCURACY, _MUCH_ACCURACY)
-        if not is_accuracy:
-            least, much = _LEAST_PART_OF_ERROR * -before, _MUCH_PART_OF_ERROR * -before
-        stands_still = self._count == _MOST_TRIALS and gain <= least and lead > _PACE * rise
-        if not far_ahead and not stands_still:
-            if gain > much:
-                self._count = _MOST_TRIALS
-            return None
-        return f"solved as it is, it validates at {score:.4f}, after {before:.4f} at step {before_step}"
+        if lead < errors:
+            self._count = _MOST_TRIALS
+        elif before is not None and score - before <= _PART_OF_LEAD * lead:
+            return f"solved as it is, it validates at {score:.4f}, after {before:.4f} at step {before_step}"
+        return None
 
     def describe(self) -> str:
         """Say that training goes on after a trial."""
@@ -75,7 +63,7 @@ class SolveTrials:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs, in primitives."""
-        return {"step": self._step, "count": self._count, "score": self._score, "start_score": self._start_score}
+        return {"step": self._step, "count": self._count, "score": self._score}
 
     @staticmethod
     def check_state(state: object, name: str) -> None:
@@ -89,4 +77,4 @@ class SolveTrials:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the state of a checkpoint."""
         self._step, self._count = state["step"], state["count"]
-        self._score, self._start_score = state["score"], state["start_score"]
+        self._score = state["score"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.head_watch import FreezeSettings, HeadWatch
 from glai_lightning.callbacks.learning_watch import LearningWatch
-from glai_lightning.callbacks.one_pass import OnePass, check_alone
+from glai_lightning.callbacks.one_pass import OnePass, check_alone, one_pass_if_possible
 from glai_lightning.callbacks.stopping import StopAfterSolve
 from glai_lightning.callbacks.watched_heads import FreezeJudge, WatchedHeads
 from glai_lightning.checks import expect_flag
@@ -74,7 +74,8 @@ class StructureFreezeCallback(WatchedHeads):
             else the optimizer goes on.
         one_pass: whether the frozen backbone reads the training data once: the head's inputs, which must be fixed, are
             kept in the first epoch. At its end the head is trained on them in passes, as the fit would have, until it
-            is frozen and solved, and the fit stops. See ``docs/one_pass.md``.
+            is frozen and solved, and the fit stops. 'auto' does so where the inputs are fixed and what stands before
+            the head takes at least three times its multiply-adds. See ``docs/one_pass.md``.
         verbose: whether to say when and why the structure was frozen.
 
     Attributes:
@@ -112,7 +113,7 @@ class StructureFreezeCallback(WatchedHeads):
         probe_size: int = 1024,
         solver: LogisticSolver | RidgeSolver | Literal["auto"] | None = "auto",
         stop_after_solve: bool = True,
-        one_pass: bool = False,
+        one_pass: bool | Literal["auto"] = False,
         verbose: bool = True,
     ) -> None:
         self.head = list(head) if isinstance(head, tuple) else head
@@ -138,7 +139,6 @@ class StructureFreezeCallback(WatchedHeads):
         self._learning = LearningWatch(min_steps)
         self._restored: dict[str, Any] | None = None
         self._stopping = StopAfterSolve()
-        self._told_of_moving = False
         self._unread: set[str] = set()
         self._one_pass: OnePass | None = None
         self.one_pass_record: OnePassRecord | None = None
@@ -188,7 +188,7 @@ class StructureFreezeCallback(WatchedHeads):
         names = match_heads(pl_module, self._names)
         self.heads = {name: self.heads.get(name) or HeadWatch(name, self._settings) for name in names}
         self._judges = [other for other in trainer.callbacks if isinstance(other, FreezeJudge)]
-        if self.one_pass:
+        if self.one_pass is True:
             check_alone(self._judges)
         watching = [other for other in trainer.callbacks if isinstance(other, StructureFreezeCallback)]
         # Heads that have a callback each are told apart in the logs too.
@@ -253,15 +253,18 @@ class StructureFreezeCallback(WatchedHeads):
             trainer.should_stop = True
         self._restored = None
         self._one_pass = self.one_pass_record = None
-        if self.one_pass and not self._finished:
+        possible = self.one_pass is True or (self.stop_after_solve and not self._judges)
+        if self.one_pass and possible and not self._finished:
             own = type(self).inputs_and_targets is StructureFreezeCallback.inputs_and_targets
+            begin = OnePass if self.one_pass is True else one_pass_if_possible
             heads = list(self._watched(pl_module))
-            self._one_pass = OnePass(trainer, pl_module, heads, self.inputs_and_targets, is_own=own)
+            self._one_pass = begin(trainer, pl_module, heads, self.inputs_and_targets, is_own=own, tell=self.say)
 
     @property
     def _finished(self) -> bool:
         judged = any(judge.is_judging(name) for judge in self._judges for name in self.heads)
-        return not judged and all(watch.solve.solved for watch in self.heads.values())
+        left = [] if self._module is None else [watch for watch, _ in self._watched(self._module())]
+        return not judged and all(watch.solve.solved for watch in left)
 
     def stop_if_finished(self, trainer: Any) -> None:
         """Stop the fit if that was asked for, and the last head is solved and not judged any more."""
@@ -294,19 +297,19 @@ class StructureFreezeCallback(WatchedHeads):
         for watch, slot in self._watched(pl_module):
             watch.before_batch(trainer, slot, batch_idx)
             others = [other.module for _, other in self._watched(pl_module) if other != slot]
-            calls, read = None if self._one_pass is None else self._one_pass.calls, self.inputs_and_targets
+            calls, read = None if self._one_pass is None else self._one_pass.first_look, self.inputs_and_targets
             if slot.name not in self._unread:
                 watch.solve.before_batch(trainer, slot, batch, batch_idx, read, others=others, calls=calls)
-        if self._one_pass is not None:
-            self._one_pass.record_next_step(trainer, pl_module, batch, batch_idx)
+        if self._one_pass is not None and not self._one_pass.record_next_step(trainer, pl_module, batch, batch_idx):
+            self._one_pass = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure churn after the last batch of an epoch, before validation and its checkpoint, or every n steps."""
-        if self._one_pass is None or not trainer.is_last_batch:
-            self._after_batch(pl_module, trainer, outputs)
-            return
-        self._one_pass.complete(trainer)
+        if self._one_pass is not None and trainer.is_last_batch and not self._one_pass.complete(trainer):
+            self._one_pass = None
         self._after_batch(pl_module, trainer, outputs)
+        if self._one_pass is None or not trainer.is_last_batch:
+            return
         self._one_pass.train(trainer, partial(self._after_batch, pl_module), self._learning.before_pass)
         for watch, slot in self._watched(pl_module):
             if not watch.frozen:
@@ -375,16 +378,6 @@ class StructureFreezeCallback(WatchedHeads):
             judge.before_freeze(trainer, slot)
         self.say(watch.freeze(trainer, slot, epoch, reason))
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """See to it that a frozen structure stands still, whatever was done to ``requires_grad``."""
-        moved = [slot.name for watch, slot in self._watched(pl_module) if watch.hold_still(slot)]
-        if moved and not self._told_of_moving:
-            self._told_of_moving = True
-            rank_zero_warn(
-                f"Parameters of the frozen structure of {moved} were set to require gradients. They stay frozen. Call "
-                "`unfreeze` of the callback between two fits to train the MLP again."
-            )
-
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Take note of the score."""
         if self._one_pass is not None:
@@ -406,9 +399,10 @@ class StructureFreezeCallback(WatchedHeads):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say which heads are still MLPs."""
-        for watch in self.heads.values():
+        for watch, _ in self._watched(pl_module):
             if not watch.frozen:
                 self.say(watch.describe_unfrozen())
+        for watch in self.heads.values():
             watch.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

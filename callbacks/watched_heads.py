@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from glai_lightning.callbacks.head_watch import FreezeSettings, HeadWatch
 from glai_lightning.fitting.conversion import check_head, check_unfreezable
@@ -50,6 +51,7 @@ class WatchedHeads(Callback):
         self.heads = {name: HeadWatch(name, settings) for name in self._names if not is_pattern(name)}
         self._module: weakref.ReferenceType[Any] | None = None
         self._fits = False
+        self._told_of_moving = False
 
     @property
     def frozen(self) -> bool:
@@ -146,7 +148,19 @@ class WatchedHeads(Callback):
         return pl_module
 
     def _watched(self, pl_module: Any) -> Iterator[tuple[HeadWatch, HeadSlot]]:
-        return ((watch, HeadSlot(pl_module, name)) for name, watch in self.heads.items())
+        # A module that trains several heads may say which of them it has dropped.
+        dropped = getattr(pl_module, "dropped_heads", ())
+        return ((watch, HeadSlot(pl_module, name)) for name, watch in self.heads.items() if name not in dropped)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """See to it that a frozen structure stands still, whatever was done to ``requires_grad``."""
+        moved = [slot.name for watch, slot in self._watched(pl_module) if watch.hold_still(slot)]
+        if moved and not self._told_of_moving:
+            self._told_of_moving = True
+            rank_zero_warn(
+                f"Parameters of the frozen structure of {moved} were set to require gradients. They stay frozen. Call "
+                "`unfreeze` of the callback between two fits to train the MLP again."
+            )
 
     def say(self, event: object) -> None:
         """Tell the user, once and not once a process, if the callback is verbose."""

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -34,7 +34,7 @@ class CachingDataModule(SampleDataModule):
         if not isinstance(cache, str | PathLike | None):
             raise UserTypeError(f"Expected `cache` to be the path of a folder, but got {cache!r}.")
         self.cache = cache
-        self._embedded: FeaturesDataModule | None = None
+        self._embedded: Mapping[str, Any] | None = None
 
     def fill(self, backbone: nn.Module) -> Path:
         """Compute the embeddings that the cache does not hold yet, and return the folder of this one.
@@ -63,15 +63,24 @@ class CachingDataModule(SampleDataModule):
                     f"`{type(module).__name__}`{'' if backbone is None else ' whose backbone is trained'}. Without "
                     "`cache` any module will do."
                 )
-            self._embedded = FeaturesDataModule.from_backbone(self, backbone, cache_dir=self.cache)
-        return EmbeddedRows(self._embedded.splits[split])
+            self._embedded = self._embed(backbone)
+        return EmbeddedRows(self._embedded[split])
+
+    def _embed(self, backbone: nn.Module) -> Mapping[str, Any]:
+        """Return what makes the batches of embeddings of each split."""
+        assert self.cache is not None
+        return FeaturesDataModule.from_backbone(self, backbone, cache_dir=self.cache).splits
 
 
 class EmbeddedRows(Dataset[tuple[Embedded, Tensor]]):
-    """Batches ``(Embedded(embeddings), targets)`` of rows of features."""
+    """Batches ``(Embedded(embeddings), targets)`` of rows of features, or of views of them."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the draw of an epoch."""
+        self.rows.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.rows)

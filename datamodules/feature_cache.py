@@ -114,7 +114,7 @@ class _Reader:
 
 
 def _readers(datamodule: pl.LightningDataModule) -> dict[str, _Reader]:
-    if not isinstance(getattr(datamodule, "train_dataloader", None), types.MethodType):
+    if isinstance(datamodule, type) or not callable(getattr(datamodule, "train_dataloader", None)):
         raise UserTypeError(f"Expected `datamodule` to be a LightningDataModule, but got {type(datamodule).__name__}.")
     if isinstance(datamodule, BaseDataModule):
         size = getattr(datamodule, "batch_size", 1)

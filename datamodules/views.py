@@ -4,24 +4,26 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
-from glai_lightning.datamodules.arrays import Standardisation, as_tensor, check_finite
+from glai_lightning.datamodules.arrays import Standardisation, as_tensor, check_finite, read_folder
 from glai_lightning.datamodules.base import (
-    SampleDataModule,
     Splits,
     array_reader,
     expect_callable,
     expect_dataset,
     expect_one,
 )
+from glai_lightning.datamodules.cached import CachingDataModule
+from glai_lightning.datamodules.feature_cache import fill_cache
 from glai_lightning.datamodules.loader import EqualBatchSampler
 from glai_lightning.datamodules.tasksets import seed_generators
 from glai_lightning.heads.frozen import GLAIHead
@@ -30,7 +32,7 @@ from glai_lightning.heads.path_activations import cache_path_activations
 _Batch = tuple[Tensor, Tensor | None]
 
 
-class ViewsDataModule(SampleDataModule):
+class ViewsDataModule(CachingDataModule):
     """Batches ``(views, labels)``: views (num_views, batch, ...) of each sample, labels (batch,) or ``None``.
 
     Views come from one of two sources:
@@ -62,6 +64,11 @@ class ViewsDataModule(SampleDataModule):
         test_fraction: part of the samples to test on, in [0, 1).
         seed: of the splits, of the order, and of draw and augmentation, at least 0.
         num_workers: processes that augment samples of a dataset ahead; 0 for none.
+        cache: for a dataset and a module with a frozen backbone: folder for the embeddings of ``cached_views`` views of
+            each training sample, which are then all that it is seen through, and of the ``num_views`` of each other.
+            The backbone sees each of them once, whatever the number of epochs and fits, see ``docs/one_pass.md``. They
+            are held in memory. ``None`` to augment and embed anew in every epoch.
+        cached_views: a multiple of ``num_views``, at least twice as many.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -95,8 +102,11 @@ class ViewsDataModule(SampleDataModule):
         test_fraction: float = 0.0,
         seed: int = 0,
         num_workers: int = 0,
+        cache: str | PathLike[str] | None = None,
+        cached_views: int = 8,
     ) -> None:
         super().__init__(
+            cache=cache,
             batch_size=batch_size,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
@@ -112,11 +122,55 @@ class ViewsDataModule(SampleDataModule):
         expect_dataset(dataset)
         expect_callable("transform", transform)
         expect_integer("num_views", num_views, least=2)
+        if cache is not None and dataset is None:
+            raise UserValueError("Expected `cache` to come with a `dataset`, but got views that are cached already.")
+        if cache is not None and (cached_views < 2 * num_views or cached_views % num_views):
+            raise UserValueError(
+                f"Expected `cached_views` to be a multiple of `num_views` ({num_views}), at least {2 * num_views}, but "
+                f"got {cached_views}."
+            )
         if dataset is None:
             self._read_arrays = array_reader(path, arrays, required=("views",), optional=("y",))
         self.dataset = dataset
         self.transform = transform
         self.num_views = num_views
+        self.cached_views = cached_views
+
+    def fill(self, backbone: nn.Module) -> Path:
+        """Compute the embeddings of views that the cache does not hold yet, and return the folder of this one.
+
+        Args:
+            backbone: a module from a batch of inputs to embeddings (batch, D), frozen and in eval mode.
+
+        Raises:
+            ValueError: if there is no ``cache``, the backbone is not frozen, or the folder cannot be written to.
+        """
+        if self.cache is None:
+            raise UserValueError("Expected `cache` of the data module to be a folder, but got None.")
+        twin = copy(self)
+        twin.trainer = None
+        sources = {split: _SamplesFirst(views) for split, views in self.splits.items()}
+        twin._splits = replace(self.splits, sources=sources)
+        each_view = _EachView(backbone).train(backbone.training)
+        return fill_cache(twin, each_view, self.cache, views=self.cached_views // self.num_views)
+
+    def _embed(self, backbone: nn.Module) -> Mapping[str, Any]:
+        draws = {"train": [f"x_train_view{draw}" for draw in range(1, self.cached_views // self.num_views)]}
+        keys = {split: [f"x_{split}", *draws.get(split, [])] for split, _ in self.splits.items()}
+        needed = (*(key for names in keys.values() for key in names), *(f"y_{split}" for split in keys))
+        arrays = {
+            key: np.concatenate(parts) for key, parts in read_folder(self.fill(backbone), required=needed).items()
+        }
+        rows = {}
+        for split, names in keys.items():
+            views = [torch.unflatten(torch.from_numpy(arrays[name]).float(), 1, (self.num_views, -1)) for name in names]
+            labels = torch.from_numpy(arrays[f"y_{split}"])
+            rows[split] = CachedViews(
+                torch.cat(views, 1).transpose(0, 1).contiguous(),
+                None if bool((labels < 0).any()) else labels,
+                **self._draw(split),
+            )
+        return rows
 
     def path_activations(self, head: GLAIHead) -> "ViewsDataModule":
         """Return the same samples as a frozen head sees them: each cached view through its inner layers, once for all.
@@ -314,6 +368,34 @@ class AugmentedViews(_Views):
                     f"Expected finite views, but got NaN or infinite numbers in one of sample {index}."
                 )
         return views, label
+
+
+class _SamplesFirst(Dataset[tuple[Tensor, Tensor]]):
+    """Batches of views (batch, num_views, ...), and of labels, -1 where there are none."""
+
+    def __init__(self, views: AugmentedViews) -> None:
+        self.views = views
+
+    def set_epoch(self, epoch: int) -> None:
+        self.views.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, rows: Tensor | list[int]) -> tuple[Tensor, Tensor]:
+        views, labels = self.views[rows]
+        return views.transpose(0, 1), torch.full((views.shape[1],), -1) if labels is None else labels
+
+
+class _EachView(nn.Module):
+    """A backbone on views (batch, num_views, ...), its embeddings of a sample side by side: (batch, num_views * D)."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, views: Tensor) -> Tensor:
+        return self.backbone(views.flatten(0, 1)).reshape(len(views), -1)  # type: ignore[no-any-return]
 
 
 def _check_labels(labels: Tensor, num_samples: int) -> Tensor:

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
 from glai_lightning.cli.lightning_cli import GlaiCLI
+from glai_lightning.comparison.heads import HEADS
 from glai_lightning.comparison.protocol import RUNS_FILE, compare, quiet
 from glai_lightning.comparison.report import text_report
 from glai_lightning.comparison.variants import DEFAULT_VARIANTS
@@ -33,6 +34,7 @@ _DESCRIPTION = (
 _SETTINGS = (
     "seeds",
     "variants",
+    "heads",
     "score",
     "mode",
     "test_score",
@@ -74,9 +76,15 @@ class ComparisonCLI(GlaiCLI):
         add("--seeds", type=int, default=5, help="number of seeds; they begin at `seed_everything`, or at 0")
         add(
             "--variants",
+            type=str | list[str] | None,
+            default=None,
+            help=f"what to compare, with commas between; without `heads` {','.join(DEFAULT_VARIANTS)}",
+        )
+        add(
+            "--heads",
             type=str | list[str],
-            default=",".join(DEFAULT_VARIANTS),
-            help="what to compare, with commas between; also there: independent+solve",
+            default=[],
+            help=f"heads at equal parameters, each never frozen, and frozen and solved; there are {','.join(HEADS)}",
         )
         add(
             "--score",
@@ -196,6 +204,7 @@ def _compare(cli: ComparisonCLI) -> Comparison:
             to=folder,
             head=config.head or _find_head(trainer),
             variants=config.variants,
+            heads=config.heads,
             seeds=config.seeds,
             first_seed=config.seed_everything,
             patience=config.patience,

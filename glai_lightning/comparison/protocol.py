@@ -23,7 +23,6 @@ from glai_lightning.comparison.report import markdown_report
 from glai_lightning.comparison.runs import RunsFile, named_file, run_fit
 from glai_lightning.comparison.variants import (
     BUDGET,
-    DEFAULT_VARIANTS,
     REFERENCE,
     Fit,
     MakeFit,
@@ -54,7 +53,8 @@ def compare(
     mode: Mode,
     to: str | Path,
     head: str = "head",
-    variants: str | Sequence[str] = DEFAULT_VARIANTS,
+    variants: str | Sequence[str] | None = None,
+    heads: str | Sequence[str] = (),
     seeds: int = 5,
     first_seed: int = 0,
     patience: int | None = 3,
@@ -73,7 +73,7 @@ def compare(
     that was interrupted continues.
 
     ``to`` then holds ``comparison.json``, ``comparison.md`` and the plots ``score_over_seconds.png``,
-    ``finished_head.png`` and ``churn.png``.
+    ``finished_head.png`` and ``churn.png``, which are also a TensorBoard log in the folder ``tensorboard``.
 
     Args:
         make_fit: makes, for a seed, a fresh module, its data module (``None`` for a module with loaders of its own) and
@@ -84,7 +84,10 @@ def compare(
         mode: whether the best score is the largest ('max') or the smallest ('min').
         to: folder for runs and results; made if it is not there.
         head: qualified name of the MLP head in the module.
-        variants: what to compare, 'mlp' among them: names, or one string with commas.
+        variants: what to compare, 'mlp' among them: names, or one string with commas; by default the MLP's own, or
+            nothing beside ``heads``.
+        heads: heads to compare with the MLP at its number of parameters, likewise: each never frozen, and frozen and
+            solved. 'gelu', 'silu', 'tanh', 'glu', 'polyglu', 'eugen', 'random' and 'linear' are there.
         seeds: number of seeds, at least 1.
         first_seed: the first of them; the others follow it.
         patience: validations without a better score after which a fit stops, at least 1; ``None`` to let every fit that
@@ -126,7 +129,7 @@ def compare(
     """
     for library in ("matplotlib", "scipy"):
         import_optional(library, needed_for="`glai compare`", extra="compare")
-    chosen = find_variants(variants)
+    chosen = find_variants(variants, heads)
     with as_misconfiguration():
         if not callable(make_fit):
             raise UserTypeError(f"Expected `make_fit` to be a function of a seed, but got {make_fit!r}.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from glai_lightning.checks import UserTypeError
 from glai_lightning.comparison.runs import Run
 from glai_lightning.comparison.statistics import Speedup
-from glai_lightning.comparison.variants import REFERENCE, find_variant
+from glai_lightning.comparison.variants import REFERENCE, find_variant, solved_name
 from glai_lightning.comparison.verdict import Comparison, Value, VariantSummary, signed, times
 
 _NONE = "-"
@@ -59,7 +59,7 @@ def _rivals(comparison: Comparison) -> list[str]:
     """Write when the MLP was as good as the variant that is judged, and how that does beside simple baselines."""
     variant, margin = comparison.verdict.variant, comparison.verdict.margin
     lines = [_overtaking(comparison)]
-    for rival in ("annealed", "linear", "random"):
+    for rival in ("annealed", "linear+solve", "random+solve"):
         if rival in comparison.summary and rival != variant:
             faster, difference = comparison.beside(variant, rival)
             assert faster is not None
@@ -97,7 +97,8 @@ def _heading(comparison: Comparison) -> str:
 
 
 def _tables(comparison: Comparison) -> list[Table]:
-    return [_time_table(comparison), _score_table(comparison), _cost_table(comparison)]
+    heads = [_head_table(comparison)] if len(comparison.heads) > 1 else []
+    return [_time_table(comparison), _score_table(comparison), _cost_table(comparison), *heads]
 
 
 def _time_table(comparison: Comparison) -> Table:
@@ -160,6 +161,33 @@ def _cost_table(comparison: Comparison) -> Table:
     return rows
 
 
+def _head_table(comparison: Comparison) -> Table:
+    score: Value = (lambda run: run.test_score) if comparison.test_score else (lambda run: run.best_val_score)
+    finished: Value = lambda run: getattr(run, f"finished_{comparison.clock}")  # noqa: E731
+    name = comparison.test_score or comparison.score
+    rows = [
+        [
+            "head",
+            "parameters",
+            *(f"{side}{what}" for what in (" [s]", f": {name}") for side in ("never frozen", "solved")),
+        ]
+    ]
+    rows[0] += ["times as fast", "difference"]
+    for head, side in comparison.heads.items():
+        runs = [comparison.of(head), comparison.of(solved_name(head))]
+        rows.append(
+            [
+                head,
+                f"{side.parameters:,}",
+                *(_number(_mean(of_side, finished), ".3g") for of_side in runs),
+                *(_number(_mean(of_side, score), ".4g") for of_side in runs),
+                times(side.speedup_finished).replace(" times", ""),
+                signed(side.difference, margin=comparison.verdict.margin),
+            ]
+        )
+    return rows
+
+
 def _freeze(runs: Sequence[Run]) -> str:
     if find_variant(runs[0].variant).paths is None:
         return "never"
@@ -182,6 +210,8 @@ def _notes(comparison: Comparison) -> list[str]:
         "step: of the frozen epochs where there are any; optimizer state: at the end of the fit",
         "peak memory: the most that the process had held by then, whichever fit held it; on a GPU that of the fit",
     ]
+    if len(comparison.heads) > 1:
+        notes.append("head: times as fast and difference are to the same head never frozen, not to the MLP")
     if comparison.clock == "cpu_seconds":
         notes.append(
             f"clock: CPU seconds of this process, threads: {comparison.machine['threads']}; other work on the machine "

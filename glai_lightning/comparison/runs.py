@@ -21,6 +21,7 @@ from glai_lightning.fitting.fit_record import (
     seconds_per_step,
 )
 from glai_lightning.fitting.fit_recorder import FitRecorder
+from glai_lightning.fitting.heads_in_module import find_head
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 
 
@@ -32,11 +33,13 @@ class Run(FitRecord):
         variant: name of the variant.
         seed: its seed.
         test_score: test score of the best epoch's weights; ``None`` where there is no test data.
+        head_parameters: numbers in the parameters of its head, fixed ones included.
     """
 
     variant: str
     seed: int
     test_score: float | None
+    head_parameters: int = 0
 
     @property
     def best_val_score(self) -> float | None:
@@ -110,6 +113,8 @@ class Recorder(FitRecorder, Callback):
         self, score: str, mode: Mode, freeze: Any = None, on_validated: Callable[[int], object] | None = None
     ) -> None:
         super().__init__(score, mode, keeps_best=True)
+        # The freeze rule goes by what a callback monitors, and the fit's own checkpoint has been taken out.
+        self.monitor = score
         self.freeze = freeze
         self.on_validated = on_validated
         self.fit_record: FitRecord | None = None
@@ -134,6 +139,7 @@ def run_fit(fit: Fit, seed: int, test_score: str | None, on_validated: Callable[
         test_score: name of the test score; ``None`` for no test.
         on_validated: is told the number of finished epochs after each validation.
     """
+    head_parameters = sum(parameter.numel() for parameter in find_head(fit.module, fit.rules.head).parameters())
     recorder = Recorder(fit.rules.score, fit.rules.mode, fit.freeze, on_validated)
     fit.trainer.callbacks.insert(0, recorder)
     # What is left of the run before is collected now, and not on this run's clock.
@@ -148,7 +154,7 @@ def run_fit(fit: Fit, seed: int, test_score: str | None, on_validated: Callable[
             fit.module.load_state_dict(recorder.best_weights)
         fit.trainer.test(fit.module, datamodule=fit.data, verbose=False)
         tested = float(fit.trainer.callback_metrics[test_score])
-    return Run(**vars(record), variant=fit.variant.name, seed=seed, test_score=tested)
+    return Run(**vars(record), variant=fit.variant.name, seed=seed, test_score=tested, head_parameters=head_parameters)
 
 
 class RunsFile:

@@ -1,9 +1,9 @@
 """The sides of a comparison, and the fit of each: the MLP that is never frozen, and what is measured against it."""
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.callbacks import EarlyStopping
@@ -12,12 +12,10 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
+from glai_lightning.comparison.heads import HEADS, head_in_place, matched_head
 from glai_lightning.fitting.fit_record import Mode
 from glai_lightning.fitting.heads_in_module import find_head
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.heads.chain import HiddenLayer
-from glai_lightning.heads.layout import HeadLayout, read_head
-from glai_lightning.heads.paths import count_path_weights, matched_hidden_features
 from glai_lightning.heads.record import Paths
 
 #: Makes, for a seed, a fresh module, its data module (or None) and a Trainer.
@@ -44,8 +42,7 @@ class Variant:
         paths: what stays trainable once the head is frozen; ``None`` for a head that never is.
         solves: whether the path weights are solved for at the freeze, after which the fit stops.
         freeze_at_epoch: epoch (0-based) at whose start the structure is frozen, whatever the churn.
-        matched: whether the head is narrowed until its independent paths have as many weights as the MLP.
-        linear: whether the head has no hidden layer.
+        replace: makes the head that takes the place of the configured MLP; ``None`` for that MLP.
         anneals: whether the rate follows one cycle over as many epochs as 'output+solve' took in time.
     """
 
@@ -54,43 +51,70 @@ class Variant:
     paths: Paths | None = None
     solves: bool = False
     freeze_at_epoch: int | None = None
-    matched: bool = False
-    linear: bool = False
+    replace: Callable[[nn.Module], nn.Module] | None = None
     anneals: bool = False
 
 
-#: The variant whose time ``annealed`` is given.
+#: The MLP frozen and solved, whose time ``annealed`` is given.
 BUDGET = "output+solve"
+
+
+def solved_name(head: str) -> str:
+    """Return the name of the variant that freezes and solves a head of ``HEADS``; its own is that never frozen."""
+    return BUDGET if head == REFERENCE else f"{head}+solve"
+
+
+def _sides(head: str) -> tuple[Variant, Variant]:
+    kind = HEADS[head]
+    replace = None if head == REFERENCE else partial(head_in_place, name=head)
+    how = "frozen and solved" if kind.learns else "solved after an epoch"
+    solved = f"{kind.description}, {how}"
+    return (
+        Variant(head, f"{kind.description}, never frozen", replace=replace),
+        Variant(solved_name(head), solved, "output", True, None if kind.learns else 0, replace),
+    )
+
 
 #: Every variant, by its name.
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant(REFERENCE, "the MLP, never frozen"),
+        *_sides(REFERENCE),
         Variant("output", "output paths, trained on: freezing the inner layers", "output"),
-        Variant("output+solve", "output paths, solved", "output", solves=True),
         Variant("tangent", "tangent paths, trained on", "tangent"),
-        Variant("independent", "independent paths at matched width, trained on", "independent", matched=True),
-        Variant("independent+solve", "independent paths at matched width, solved", "independent", True, None, True),
-        Variant("random", "a random structure, frozen before the first step, solved after an epoch", "output", True, 0),
-        Variant("linear", "no hidden layer, solved after an epoch", "output", True, 0, linear=True),
+        Variant("independent", "independent paths at matched width, trained on", "independent", replace=matched_head),
+        Variant(
+            "independent+solve", "independent paths at matched width, solved", "independent", True, replace=matched_head
+        ),
         Variant(
             "annealed",
             f"the MLP under one cycle of the rate, over as many epochs as {BUDGET} took in time",
             anneals=True,
         ),
+        *(variant for head in HEADS if head != REFERENCE for variant in _sides(head)),
     )
 }
 
 #: What is compared unless told otherwise.
-DEFAULT_VARIANTS = ("mlp", "output", "output+solve", "tangent", "independent", "annealed", "linear", "random")
+DEFAULT_VARIANTS = (
+    "mlp",
+    "output",
+    "output+solve",
+    "tangent",
+    "independent",
+    "annealed",
+    "linear+solve",
+    "random+solve",
+)
 
 
-def find_variants(names: str | Sequence[str]) -> list[Variant]:
-    """Return the variants of these names, in their order.
+def find_variants(names: str | Sequence[str] | None = None, heads: str | Sequence[str] = ()) -> list[Variant]:
+    """Return the variants of these names, and then those of these heads, in their order.
 
     Args:
-        names: names, or one string of names with commas between them.
+        names: names, or one string of names with commas between them; by default ``DEFAULT_VARIANTS``, or those of the
+            heads alone.
+        heads: names of heads, likewise: each never frozen, and frozen and solved, and the MLP before them.
 
     Raises:
         MisconfigurationException: if a name is unknown or given twice, or the MLP or a side to it is missing.
@@ -98,26 +122,42 @@ def find_variants(names: str | Sequence[str]) -> list[Variant]:
     Example:
         >>> [variant.name for variant in find_variants("mlp,output+solve")]
         ['mlp', 'output+solve']
+        >>> [variant.name for variant in find_variants(heads="glu")]
+        ['mlp', 'output+solve', 'glu', 'glu+solve']
     """
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise UserMisconfigurationError(f"Expected `variants` to be names of variants, but got {names!r}.")
-    listed = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
-    known = ", ".join(map(repr, VARIANTS))
-    for name in listed:
-        if name not in VARIANTS:
-            raise UserMisconfigurationError(f"Expected `variants` to be some of {known}, but got {name!r}.")
-    if len(set(listed)) < len(listed):
-        raise UserMisconfigurationError(f"Expected every variant to be named once, but got {','.join(listed)!r}.")
+    chosen = _listed("heads", heads, HEADS)
+    if names is None:
+        names = () if chosen else DEFAULT_VARIANTS
+    listed = _listed("variants", names, VARIANTS)
+    if chosen:
+        sides = [side for head in dict.fromkeys((REFERENCE, *chosen)) for side in (head, solved_name(head))]
+        listed = list(dict.fromkeys((*listed, *sides)))
     if REFERENCE not in listed or len(listed) < 2:
         raise UserMisconfigurationError(
-            f"Expected `variants` to hold '{REFERENCE}' and at least one to compare with it, of {known}, "
-            f"but got {','.join(listed)!r}."
+            f"Expected `variants` to hold '{REFERENCE}' and at least one to compare with it, of "
+            f"{', '.join(map(repr, VARIANTS))}, but got {','.join(listed)!r}."
         )
     if "annealed" in listed and BUDGET not in listed:
         raise UserMisconfigurationError(
             f"Expected 'annealed' to stand beside '{BUDGET}', whose time it is given, but got {','.join(listed)!r}."
         )
     return [VARIANTS[name] for name in listed]
+
+
+def _listed(argument: str, names: str | Sequence[str], known: Mapping[str, object]) -> list[str]:
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise UserMisconfigurationError(f"Expected `{argument}` to be names of {argument}, but got {names!r}.")
+    listed = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    for name in listed:
+        if name not in known:
+            raise UserMisconfigurationError(
+                f"Expected `{argument}` to be some of {', '.join(map(repr, known))}, but got {name!r}."
+            )
+    if len(set(listed)) < len(listed):
+        raise UserMisconfigurationError(
+            f"Expected every name in `{argument}` to be given once, but got {','.join(listed)!r}."
+        )
+    return listed
 
 
 def find_variant(name: str) -> Variant:
@@ -186,9 +226,9 @@ def prepare_fit(parts: tuple[Any, Any, Any], variant: Variant, rules: Rules, sol
         )
     freeze = freeze_callback(variant, find_freeze(trainer, rules.head), solver)
     head = find_head(module, rules.head)
-    if variant.matched or variant.linear:
+    if variant.replace is not None:
         try:
-            module.set_submodule(rules.head, matched_head(head) if variant.matched else linear_head(head))
+            module.set_submodule(rules.head, variant.replace(head))
         except ValueError as error:
             raise UserMisconfigurationError(f"The head at {rules.head!r} cannot be replaced. {error}") from error
     stopping = [EarlyStopping(rules.score, patience=rules.patience, mode=rules.mode)] if rules.patience else []
@@ -264,93 +304,3 @@ def freeze_callback(variant: Variant, given: StructureFreezeCallback, solver: An
     if variant.freeze_at_epoch is not None:
         settings["freeze_at_epoch"] = variant.freeze_at_epoch
     return type(given)(**settings)
-
-
-def matched_head(head: nn.Module) -> nn.Sequential:
-    """Return a fresh head like the one given, so narrow that its independent paths have as many weights as that MLP.
-
-    One hidden layer has the width of ``matched_hidden_features``; several are narrowed in proportion, to the widest
-    that have no more path weights than the MLP has weights.
-
-    Args:
-        head: an MLP head that can be read; it is not changed.
-
-    Returns:
-        A head of the same layers: kinds, biases, BatchNorm, activations, and what stands before and after them.
-
-    Raises:
-        ValueError: if the head cannot be read.
-
-    Example:
-        >>> from glai_lightning import mlp_head
-        >>> matched_head(mlp_head(64, 1024, 10))
-        Sequential(
-          (0): Linear(in_features=64, out_features=118, bias=True)
-          (1): ReLU()
-          (2): Linear(in_features=118, out_features=10, bias=True)
-        )
-    """
-    layout = read_head(head)
-    widths = _matched_widths(layout)
-    modules: list[nn.Module] = [copy.deepcopy(module) for module in layout.leading]
-    for layer, before, width in zip(layout.hidden, widths, widths[1:], strict=False):
-        modules += _hidden_modules(layer, before, width)
-    modules.append(_linear(layout.output, widths[-2], widths[-1]))
-    return nn.Sequential(*modules, *(copy.deepcopy(module) for module in layout.trailing))
-
-
-def linear_head(head: nn.Module) -> nn.Sequential:
-    """Return a fresh head without a hidden layer, with what stands before and after the layers of the one given.
-
-    Before its Linear stand another that is the identity, and an activation that is one too: so it freezes as other
-    heads do, and nothing before its last layer could be learned.
-
-    Args:
-        head: an MLP head that can be read; it is not changed.
-
-    Raises:
-        ValueError: if the head cannot be read.
-
-    Example:
-        >>> from glai_lightning import mlp_head
-        >>> [type(module).__name__ for module in linear_head(mlp_head(64, 1024, 10))]
-        ['Linear', 'LeakyReLU', 'Linear']
-    """
-    layout = read_head(head)
-    inputs, *_, outputs = layout.widths
-    same = nn.Linear(inputs, inputs, bias=False, dtype=layout.output.weight.dtype)
-    nn.init.eye_(same.weight)
-    modules = [same, nn.LeakyReLU(1.0), _linear(layout.output, inputs, outputs)]
-    leading, trailing = (map(copy.deepcopy, around) for around in (layout.leading, layout.trailing))
-    return nn.Sequential(*leading, *modules, *trailing)
-
-
-def _hidden_modules(layer: HiddenLayer, before: int, width: int) -> list[nn.Module]:
-    norm: Any = layer.norm
-    norms = [] if norm is None else [type(norm)(width, eps=norm.eps, momentum=norm.momentum, affine=norm.affine)]
-    return [_linear(layer.linear, before, width), *norms, copy.deepcopy(layer.activation)]
-
-
-def _linear(like: Any, before: int, width: int) -> nn.Linear:
-    return nn.Linear(before, width, bias=like.bias is not None, dtype=like.weight.dtype)
-
-
-def _matched_widths(layout: HeadLayout) -> tuple[int, ...]:
-    inputs, *hidden, outputs = layout.widths
-    if len(hidden) == 1:
-        return inputs, matched_hidden_features(inputs, hidden[0], outputs), outputs
-    hidden_bias = [layer.linear.bias is not None or layer.norm is not None for layer in layout.hidden]
-    output_bias = layout.output.bias is not None
-    linears = [*(layer.linear for layer in layout.hidden), layout.output]
-    weights = sum(parameter.numel() for linear in linears for parameter in linear.parameters())
-
-    def narrowed(first: int) -> tuple[int, ...]:
-        scaled = (max(1, round(width * first / hidden[0])) for width in hidden[1:])
-        return (inputs, first, *scaled, outputs)
-
-    fitting = (
-        narrowed(first)
-        for first in range(hidden[0], 0, -1)
-        if count_path_weights(narrowed(first), hidden_bias, output_bias) <= weights
-    )
-    return next(fitting, narrowed(1))

@@ -1,13 +1,14 @@
 """What the runs of a comparison say: intervals for each variant, and the verdict by non-inferiority."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+from glai_lightning.comparison.heads import HEADS
 from glai_lightning.comparison.runs import Run
 from glai_lightning.comparison.statistics import Interval, Speedup, speedup, student_interval
-from glai_lightning.comparison.variants import REFERENCE
+from glai_lightning.comparison.variants import REFERENCE, solved_name
 from glai_lightning.fitting.fit_record import Mode
 
 Outcome = Literal["faster", "no difference", "slower", "worse"]
@@ -46,6 +47,21 @@ class VariantSummary:
 
 
 @dataclass(frozen=True)
+class HeadSummary:
+    """What freezing and solving a head does beside never freezing it, seed by seed.
+
+    Args:
+        parameters: numbers in its parameters, fixed ones included.
+        speedup_finished: speed-up of the time to a finished head, by the comparison's clock.
+        difference: difference in test score, or in the best validation score without test data; positive is better.
+    """
+
+    parameters: int
+    speedup_finished: Speedup
+    difference: Interval | None
+
+
+@dataclass(frozen=True)
 class Verdict:
     """One plain sentence.
 
@@ -76,6 +92,7 @@ class Comparison:
         runs: the runs, seed by seed.
         summary: for each variant what its runs say.
         verdict: the verdict.
+        heads: for each head that was run on both sides, what freezing and solving it does.
     """
 
     config: dict[str, Any]
@@ -87,6 +104,7 @@ class Comparison:
     runs: list[Run]
     summary: dict[str, VariantSummary]
     verdict: Verdict
+    heads: dict[str, HeadSummary] = field(default_factory=dict)
 
     @property
     def seeds(self) -> list[int]:
@@ -122,7 +140,14 @@ def summarise(runs: Iterable[Run], *, margin: float, **described: Any) -> Compar
     variants = list(dict.fromkeys(run.variant for run in listed))
     summary = {variant: _summarise_variant(listed, variant, mode, clock) for variant in variants}
     verdict = judge(summary, clock=clock, test_score=described["test_score"], score=described["score"], margin=margin)
-    return Comparison(runs=listed, summary=summary, verdict=verdict, **described)
+    comparison = Comparison(runs=listed, summary=summary, verdict=verdict, **described)
+    for head in HEADS:
+        solved = solved_name(head)
+        if head in summary and solved in summary:
+            faster, difference = comparison.beside(solved, head)
+            assert faster is not None
+            comparison.heads[head] = HeadSummary(comparison.of(head)[0].head_parameters, faster, difference)
+    return comparison
 
 
 def _summarise_variant(runs: Sequence[Run], variant: str, mode: Mode, clock: Clock) -> VariantSummary:

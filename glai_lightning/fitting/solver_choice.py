@@ -62,6 +62,25 @@ class FirstLook:
             yield
         self._multiply_adds_outside = counter.get_total_flops() / 2
 
+    @property
+    def work_before_head(self) -> float:
+        """Multiply-adds of what is outside of the heads over those of the heads, in a forward pass of the first batch.
+
+        Of heads beside this one the products of their layers are taken out of the count, for the same rows.
+        """
+        assert self.batch is not None
+        assert self._multiply_adds_outside is not None
+        own, *others = (
+            len(self.batch.inputs) * sum(layout_of(head).names.products) for head in (self._slot.module, *self._others)
+        )
+        return (self._multiply_adds_outside - sum(others)) / (own + sum(others))
+
+    @property
+    def normalises_by_batch(self) -> bool:
+        """Whether anything outside of the head normalises by the batch."""
+        inside = {id(module) for module in self._slot.module.modules()}
+        return any(_normalises_by_batch(m) for m in self._slot.pl_module.modules() if id(m) not in inside)
+
     def compare(self, seen: SeenStep, inputs: Tensor | None) -> None:
         """Compare what the step of the fit gave the head with what it was given when the batch was read, (n, D)."""
         if inputs is None or not seen.inputs:
@@ -83,7 +102,7 @@ class FirstLook:
             )
         if any(isinstance(module, _DropoutNd) and module.p > 0 and module.training for module in outside):
             reasons.append(("there is dropout outside the head", "the solve is for embeddings without it"))
-        elif self.calls is not None and any(map(_normalises_by_batch, outside)):
+        elif self.calls is not None and self.normalises_by_batch:
             reasons.append(
                 ("there is normalisation by the batch outside the head", "the solve is for embeddings of one reading")
             )

@@ -103,20 +103,28 @@ class HeadSolve:
     Args:
         solver: what to solve with; "auto" to choose by that first step, see ``choose_solver``; ``None`` for no solve.
         paths: what stays trainable of the head.
-        keeps_inputs: whether the inputs of the head are kept from an epoch: they must be fixed, and there must be a
-            solve.
+        one_pass: whether the inputs of the head are kept from an epoch: they must be fixed, and there must be a solve;
+            "auto" if that is to be told.
 
     Attributes:
         solved: whether the head is solved.
         report: what the solve did, or ``None``.
+        inputs_fixed: whether the first step showed that the head is given the same inputs in every epoch.
+        work_before_head: with ``one_pass="auto"`` the multiply-adds of the first step outside of the heads over those
+            of the heads; 0 until it was read.
     """
 
     def __init__(
-        self, solver: Solver | Literal["auto"] | None, paths: str = "output", *, keeps_inputs: bool = False
+        self,
+        solver: Solver | Literal["auto"] | None,
+        paths: str = "output",
+        *,
+        one_pass: bool | Literal["auto"] = False,
     ) -> None:
         self.solver = solver
         self.paths = paths
-        self.keeps_inputs = keeps_inputs
+        self.keeps_inputs = one_pass is True
+        self._weighs = one_pass == "auto"
         self.solved = False
         self.report: SolveReport | None = None
         self.start()
@@ -134,6 +142,8 @@ class HeadSolve:
         self._news: str | None = None
         self._after_step: Callable[[], None] | None = None
         self._reads_validation = True
+        self.inputs_fixed = False
+        self.work_before_head = 0.0
 
     def start_over(self) -> None:
         """Forget the solve that was, because its head is an MLP again."""
@@ -204,9 +214,12 @@ class HeadSolve:
     ) -> bool:
         """Read the batch; tell whether the head is called by it, and may be solved."""
         with self._deciding(trainer, look):
-            quietly = look.counting() if self.solver == "auto" and look.calls is None else nullcontext()
+            counts = self.solver == "auto" or self._weighs
+            quietly = look.counting() if counts and look.calls is None else nullcontext()
             with quietly if look.calls is None else look.calls.replaying(), isolated_step(reader.pl_module):
                 look.batch = _as_head_batch(read())
+            if self._weighs and look.batch is not None:
+                self.work_before_head = look.work_before_head
         if self._declined or not trainer.strategy.reduce_boolean_decision(look.batch is not None):
             # A head that this batch does not call is looked at in the next.
             return False
@@ -245,6 +258,7 @@ class HeadSolve:
         assert self._reader is not None
         assert look.batch is not None
         moving = look.moving_inputs()
+        self.inputs_fixed = not moving and not look.normalises_by_batch
         with self._deciding(trainer, look):
             if moving and self.keeps_inputs:
                 raise UserMisconfigurationError(

@@ -62,8 +62,9 @@ def load_frozen(module: _M, path: str | PathLike[str], *, weights_only: bool = T
     check_state_dict(checkpoint["state_dict"])
     freezes = _freezes_in(checkpoint)
     heads = {name: _head_in(module, name) for name in freezes}
-    if hasattr(module, "on_load_checkpoint"):
-        module.on_load_checkpoint(checkpoint)
+    on_load_checkpoint: Any = getattr(module, "on_load_checkpoint", None)
+    if on_load_checkpoint is not None:
+        on_load_checkpoint(checkpoint)
     state_dict, strict = _described(checkpoint["state_dict"], freezes), getattr(module, "strict_loading", True)
     alone = {name: head for name, head in heads.items() if not isinstance(head, JoinedHead)}
     check_fits(module, state_dict, strict=strict, heads=alone)

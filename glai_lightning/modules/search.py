@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from glai_lightning.checks import UserTypeError, UserValueError, expect_number
+from glai_lightning.checks import UserTypeError, UserValueError, expect_integer, expect_number
+from glai_lightning.fitting.conversion import rewrap
 from glai_lightning.fitting.embedded import Embedded
 from glai_lightning.fitting.sizes import count_trainable
 from glai_lightning.heads.frozen import GLAIHead
@@ -35,11 +36,18 @@ class HeadSearchModule(LightningModule):
         backbone: a frozen module from inputs to embeddings (batch, D); ``None`` where the inputs are rows (batch, D).
         rates: learning rates of heads by their names; the others have that of the optimizer.
         optimizer: makes the optimizer from parameter groups, one for each head.
+        keep: how many heads to train to the end. After each validation the worse half of the heads is dropped, by
+            accuracy, until so many are left (successive halving, Jamieson and Talwalkar 2015, arXiv 1502.07943). Heads
+            that are frozen are not dropped. ``None`` keeps all.
         to: file for the checkpoint of the best head; by default ``best_head.ckpt`` in the folder of the first logger.
+
+    Attributes:
+        dropped: heads that were dropped, with the number of the epoch after which that was.
 
     Raises:
         TypeError: if a head or the backbone is no module.
-        ValueError: if there is no head, heads differ in their number of outputs, or a rate is that of no head.
+        ValueError: if there is no head, heads differ in their number of outputs, a rate is that of no head, or ``keep``
+            is below 1.
 
     Example:
         >>> from glai_lightning import mlp_head
@@ -55,6 +63,7 @@ class HeadSearchModule(LightningModule):
         *,
         rates: dict[str, float] | None = None,
         optimizer: OptimizerFactory = torch.optim.AdamW,
+        keep: int | None = None,
         to: str | None = None,
     ) -> None:
         super().__init__()
@@ -69,11 +78,15 @@ class HeadSearchModule(LightningModule):
             if name not in heads:
                 raise UserValueError(f"Expected `rates` of the heads {list(heads)}, but got one of {name!r}.")
             expect_number(f"rates[{name!r}]", rate, low=0.0)
+        if keep is not None:
+            expect_integer("keep", keep, least=1)
         self.heads = nn.ModuleDict(dict(heads))
         self.backbone = backbone
         self.freeze_backbone = True
         self.rates = dict(rates or {})
         self.optimizer = optimizer
+        self.keep = keep
+        self.dropped: dict[str, int] = {}
         self.to_file = to
         classes = next(iter(outputs.values()))
         self.accuracies = nn.ModuleDict({name: MulticlassAccuracy(classes, average="micro") for name in heads})
@@ -90,13 +103,18 @@ class HeadSearchModule(LightningModule):
         return self
 
     def forward(self, x: Any) -> dict[str, Tensor]:
-        """Return the outputs (batch, C) of all heads, by their names."""
+        """Return the outputs (batch, C) of all heads that were not dropped, by their names."""
         if isinstance(x, Embedded):
             x = x.values
         elif self.backbone is not None:
             with torch.no_grad():
                 x = self.backbone(x)
-        return {name: head(x) for name, head in self.heads.items()}
+        return {name: head(x) for name, head in self.heads.items() if name not in self.dropped}
+
+    @property
+    def dropped_heads(self) -> set[str]:
+        """Qualified names of the heads that were dropped; callbacks leave them alone."""
+        return {f"heads.{name}" for name in self.dropped}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the sum of the heads' mean cross-entropies over a batch ``(inputs, labels)``."""
@@ -121,7 +139,36 @@ class HeadSearchModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the accuracies, and that of the best head."""
         self.scores = self._log_accuracies("val")
+        ends = self.trainer.should_stop or self.current_epoch + 1 == self.trainer.max_epochs
+        if self.keep is not None and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking and not ends:
+            self._drop_worse(self.keep)
         self.log("val/accuracy", max(self.scores.values()), prog_bar=True, sync_dist=True)
+
+    def _drop_worse(self, keep: int) -> None:
+        best = sorted(self.scores, key=lambda name: -self.scores[name])
+        worse = [name for name in best[max(keep, len(best) // 2) :] if not isinstance(self.heads[name], GLAIHead)]
+        self.dropped |= dict.fromkeys(worse, self.current_epoch)
+        self._stop_dropped()
+
+    def _stop_dropped(self) -> None:
+        for parameter in (p for name in self.dropped for p in self.heads[name].parameters()):
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        rewrap(self.trainer)
+
+    def on_fit_start(self) -> None:
+        """Leave heads that were dropped before the checkpoint out again."""
+        if self.dropped:
+            self._stop_dropped()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put into a checkpoint which heads were dropped."""
+        checkpoint["dropped_heads"] = self.dropped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take out of a checkpoint which heads were dropped."""
+        dropped = checkpoint.get("dropped_heads", {})
+        self.dropped = {name: dropped[name] for name in self.heads if name in dropped}
 
     def on_test_epoch_end(self) -> None:
         """Log the accuracies, and that of the head that was best in validation."""
@@ -132,6 +179,8 @@ class HeadSearchModule(LightningModule):
     def _log_accuracies(self, stage: str) -> dict[str, float]:
         scores = {}
         for name, accuracy in self.accuracies.items():
+            if name in self.dropped:
+                continue
             assert isinstance(accuracy, Metric)
             scores[name] = float(accuracy.compute())
             accuracy.reset()
@@ -198,4 +247,5 @@ class HeadSearchModule(LightningModule):
             frozen = "yes" if isinstance(head, GLAIHead) else "no"
             rows.append((name, sizes, f"{count_trainable(head):,}", frozen, f"{self.scores[name]:.4f}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([*lines, *(f"Dropped after epoch {epoch}: {name}" for name, epoch in self.dropped.items())])

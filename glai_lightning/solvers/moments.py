@@ -10,7 +10,7 @@ from glai_lightning.checks import UserValueError
 from glai_lightning.solvers.processes import Processes
 
 #: Rows whose products are computed at a time.
-_ROWS = 1024
+_ROWS = 512
 #: Significant bits of the leading part of a number, and how many products of two such parts have an exact sum.
 _LEADING_BITS, _EXACT_ROWS = 20, 2**13
 #: The same for sums that are added up over as many processes as there may be.
@@ -123,10 +123,14 @@ class Moments:
                 self.squares[0] += columns[:, self.num_features + 1 :].square().sum(0)
 
     def _columns(self, features: Tensor, targets: Tensor) -> Iterator[Tensor]:
-        """Yield rows of [features, 1, targets] in float64, some at a time."""
+        """Yield rows of [features, 1, targets] in float64, some at a time, all in the same memory."""
+        size = self.num_features + 1
+        memory = self.high.new_ones(min(len(features), _ROWS), self.high.shape[1])
         for start in range(0, len(features), _ROWS):
-            rows = features[start : start + _ROWS].to(self.high)
-            yield torch.cat([rows, rows.new_ones(len(rows), 1), targets[start : start + _ROWS].to(rows)], dim=1)
+            columns = memory[: len(features) - start]
+            columns[:, : size - 1] = features[start : start + _ROWS]
+            columns[:, size:] = targets[start : start + _ROWS]
+            yield columns
 
     def _multiply_into(self, sums: Tensor, columns: Tensor) -> None:
         """Add the products of columns (n, F + 1 + C), of which what lies below the diagonal is left out."""
@@ -138,24 +142,27 @@ class Moments:
 
     def _add_in_parts(self, features: Tensor, targets: Tensor) -> None:
         size = self.num_features + 1
-        largest = torch.cat([features.abs().amax(0), features.new_ones(1), targets.abs().amax(0)]).to(self.high)
-        exponents = torch.frexp(largest)[1] - _LEADING_BITS
-        products, of_rest = torch.zeros_like(self.high), torch.zeros_like(self.high)
+        largest = torch.cat([_largest(features), features.new_ones(1), _largest(targets)]).to(self.high)
+        large = _pushing_out(torch.frexp(largest)[1] - _LEADING_BITS)
+        products = torch.zeros_like(self.high)
+        of_rest, of_targets = products.new_zeros(len(largest), size), products.new_zeros(size, self.num_targets)
+        leading, rest = products.new_empty(0), products.new_empty(0)
         for columns in self._columns(features, targets):
-            leading = _rounded(columns, exponents)
-            rest = columns - leading
+            leading = torch.add(columns, large, out=leading.resize_(0)).sub_(large)
+            rest = torch.sub(columns, leading, out=rest.resize_(0))
             self._multiply_into(products, leading)
             own, others = leading[:, size:], rest[:, size:]
             squares = torch.stack([own.square().sum(0), (others * (2.0 * own + others)).sum(0)])
             self.squares = torch.stack(_joined(self.squares, squares))
             # (a + r)' (a + r) = a'a + m'r + r'm with m = a + r / 2.
-            of_rest[:, size:].addmm_(rest[:, :size].t(), columns[:, size:])
+            middle = leading.add_(rest, alpha=0.5)
+            of_rest.addmm_(middle.t(), rest[:, :size])
             if bool(others.any()):
-                of_rest[:, size:].addmm_(leading[:, :size].t(), others)
-            of_rest[:, :size].addmm_(leading[:, :size].add_(rest[:, :size], alpha=0.5).t(), rest[:, :size])
+                of_targets.addmm_(middle[:, :size].t(), others)
         self.high, errors = _two_sum(self.high, products)
-        self.low = errors.add_(self.low).add_(of_rest)
-        self.low[:, :size] += of_rest[:, :size].t()
+        self.low = errors.add_(self.low).add_(of_rest.t())
+        self.low[:, :size] += of_rest[:size]
+        self.low[:, size:] += of_targets
 
     def plus(self, other: "Moments", sign: float = 1.0) -> "Moments":
         """Return the sums over the samples of both, or with ``sign=-1`` without those of the other."""
@@ -265,13 +272,18 @@ def check_summable(name: str, values: Tensor, first_row: int = 0) -> None:
     Raises:
         ValueError: if one is not finite, or too large to be squared.
     """
-    allowed = values.abs() <= min(_LARGEST, torch.finfo(values.dtype).max)
-    if not bool(allowed.all()):
-        row = int(allowed.all(1).logical_not().nonzero()[0])
+    most = min(_LARGEST, torch.finfo(values.dtype).max)
+    if not bool((_largest(values) <= most).all()):
+        row = int((values.abs() <= most).all(1).logical_not().nonzero()[0])
         raise UserValueError(
             f"Expected {name} to be finite, and their squares too, but got {_worst(values[row])} in row "
             f"{first_row + row} (counted from 0)."
         )
+
+
+def _largest(columns: Tensor) -> Tensor:
+    """Return the largest absolute value of each column, NaN where there is one."""
+    return torch.maximum(columns.amax(0), columns.amin(0).neg())
 
 
 def _worst(row: Tensor) -> str:
@@ -282,9 +294,14 @@ def _worst(row: Tensor) -> str:
 
 
 def _rounded(values: Tensor, exponents: Tensor) -> Tensor:
-    """Round numbers to multiples of two to some powers, by the digits that a large number pushes out."""
-    large = torch.ldexp(torch.full_like(exponents, 3, dtype=values.dtype), exponents + 51)
+    """Round numbers to multiples of two to some powers."""
+    large = _pushing_out(exponents)
     return (values + large) - large
+
+
+def _pushing_out(exponents: Tensor) -> Tensor:
+    """Return the large numbers that push out the digits of smaller ones below two to some powers."""
+    return torch.ldexp(torch.full_like(exponents, 3, dtype=torch.float64), exponents + 51)
 
 
 def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

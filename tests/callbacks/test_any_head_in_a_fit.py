@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from glai_lightning import glu_head, mlp_head
 from glai_lightning.callbacks import StructureFreezeCallback
 from glai_lightning.solvers import LogisticSolver
 
@@ -105,6 +106,34 @@ def test_a_head_of_layers_on_the_module_itself_is_frozen_and_solved():
     assert F.nll_loss(module(x), y).item() <= callback.solve_report.loss + 1e-4
     callback.unfreeze()
     assert all(p.requires_grad for p in module.parameters())
+
+
+class Plain(Layers):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, x):
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "first", "readings"),
+    [
+        (lambda: Plain(mlp_head(6, 12, 3)), "head", "head.0", 1),
+        (lambda: Plain(mlp_head(6, 12, 3)), "he*", "head.0", 1),
+        (lambda: Plain(glu_head(6, 12, 3)), "head", "head.gate", 1),
+        (Module, "head", "head.fc1", 1),
+        # Once to see what lies between its layers, and once as a head.
+        (Layers, CHAIN, "layer_1", 2),
+    ],
+)
+def test_a_head_is_called_once_more_in_a_fit_to_be_read(make, name, first, readings):
+    module, calls = make(), []
+    module.get_submodule(first).register_forward_hook(lambda *_: calls.append(1))
+    trainer = make_trainer(StructureFreezeCallback(name, freeze_at_epoch=0, solver=None, verbose=False), max_epochs=2)
+    trainer.fit(module, loader())
+    assert len(calls) == trainer.global_step + readings
 
 
 def test_a_joined_head_resumes_frozen(tmp_path):

@@ -83,13 +83,13 @@ class ScriptedSolver(LogisticSolver):
 
 
 TRIALS = {
-    "far ahead": ([(0.3, 0.5), (0.3, 0.505)], 4),
-    "worse": ([(0.3, 0.5), (0.3, 0.499)], 4),
-    "gains no more": ([(0.3, 0.34), (0.31, 0.35), (0.315, 0.354)], 8),
-    "nothing left to gain": ([(0.3, 0.999)], 2),
-    "gains much": ([(0.3, 0.34), (0.3, 0.36), (0.3, 0.37)], 9),
-    "the MLP will be there soon": ([(0.3, 0.34), (0.32, 0.345), (0.345, 0.349), (0.35, 0.35)], 9),
-    "gains to the end": ([(0.3, 0.34), (0.3, 0.35), (0.3, 0.36), (0.3, 0.37)], 9),
+    "gains little": ([(0.3, 0.8), (0.3, 0.805)], 4),
+    "worse": ([(0.3, 0.8), (0.3, 0.799)], 4),
+    "gains little at the last": ([(0.3, 0.7), (0.3, 0.8), (0.3, 0.84)], 8),
+    "gains to the end": ([(0.3, 0.7), (0.3, 0.8), (0.3, 0.9), (0.3, 0.98)], 9),
+    "nothing left to gain": ([(0.9, 0.995)], 2),
+    "more than half of the errors": ([(0.3, 0.64), (0.3, 0.64)], 9),
+    "the MLP catches up": ([(0.3, 0.7), (0.5, 0.7), (0.6, 0.7)], 9),
 }
 
 
@@ -108,7 +108,7 @@ def test_a_head_is_solved_once_solves_tried_after_twice_the_steps_gain_no_more(m
 
 @pytest.mark.parametrize(("tolerance", "epoch"), [(1.0, 6), (0.0, None)])
 def test_a_quiet_structure_is_solved_once_validation_stands_still_for_three_epochs(monkeypatch, tolerance, epoch):
-    monkeypatch.setattr(ScriptedSolver, "scores", list(TRIALS["gains much"][0]))
+    monkeypatch.setattr(ScriptedSolver, "scores", list(TRIALS["more than half of the errors"][0]))
     # Churn never falls to such a small part of the largest.
     options = {"min_steps": 1, "churn_tolerance": tolerance, "relative_tolerance": 1e-9}
     callback = StructureFreezeCallback(HEAD, solver=ScriptedSolver(), **options)
@@ -139,7 +139,7 @@ def test_a_trial_that_is_taken_back_changes_nothing_of_the_fit(monkeypatch, path
         trainer.fit(Scored([1.0, 2.0, 3.0, 4.0, 5.0]), make_loader(), make_loader())
         return notes.copied
 
-    monkeypatch.setattr(ScriptedSolver, "scores", [(0.3, 0.5), (0.3, 0.6), (0.3, 0.7)])
+    monkeypatch.setattr(ScriptedSolver, "scores", [(0.3, 0.7), (0.3, 0.8), (0.3, 0.9)])
     assert differences(fit(ScriptedSolver()), fit(None)) == []
     assert len(ScriptedSolver.scores) < 3
 

@@ -24,9 +24,12 @@ HIDDEN, SAMPLES = 16, 150
 class Backbone(nn.Module):
     """Counts the samples that it sees, where no reading of a step beside the fit can undo it."""
 
-    def __init__(self, *, norm=False, trains=False, noise=False):
+    def __init__(self, *, norm=False, trains=False, noise=False, width=None):
         super().__init__()
         self.linear = nn.Linear(FEATURES, FEATURES).requires_grad_(trains)
+        if width is not None:
+            layers = nn.Linear(FEATURES, width), nn.Tanh(), nn.Linear(width, FEATURES)
+            self.linear = nn.Sequential(*layers).requires_grad_(trains)
         self.norm = nn.BatchNorm1d(FEATURES, affine=False) if norm else nn.Identity()
         self.noise = noise
         self.seen = SimpleNamespace(rows=0)
@@ -224,6 +227,85 @@ def test_what_cannot_be_read_once_is_refused_on_the_first_batch(options, message
         fit(module, steps, freezing(), *filter(None, [beside]), namespace=namespace, loader=loader)
     assert steps.states == []
     assert "training_step" not in vars(module)
+
+
+def ends(*, one_pass, options=(), loader=None, beside=(), base=lightning.pytorch.LightningModule, **arguments):
+    """Fit with a backbone of nine times the head's multiply-adds, and return what the fit ends with."""
+    module = make_module(base, **{"width": 100, **dict(options)})
+    freeze = freezing(one_pass=one_pass, freeze_at_epoch=2, **{k: arguments.pop(k) for k in FREEZING & set(arguments)})
+    namespace = pytorch_lightning if base is Augmenting else lightning.pytorch
+    options = {"loader": None if loader is None else loader(), "namespace": namespace, "max_epochs": 3, **arguments}
+    trainer = fit(module, freeze, *beside, **options)
+    return [*module.head.state_dict().values(), torch.tensor(trainer.current_epoch)], module, freeze
+
+
+FREEZING = {"solver", "stop_after_solve"}
+
+
+def test_auto_reads_the_data_once_where_the_backbone_is_most_of_the_work(caplog):
+    with caplog.at_level("INFO", "glai_lightning"):
+        auto, module, freeze = ends(one_pass="auto")
+    once, *_ = ends(one_pass=True)
+    assert all(map(torch.equal, auto, once))
+    # The look at the loss is beside the fit: one batch goes through the backbone twice.
+    assert module.backbone.seen.rows == 60 + 32 + SAMPLES + 60
+    assert freeze.one_pass_record.passes == 1
+    assert "This fit reads the data once: what stands before the head takes 9 times" in caplog.text
+
+
+class AnotherLossLater(lightning.pytorch.LightningModule):
+    """Its loss is the same throughout, and not called by the same name in the third batch."""
+
+    def step(self, batch, name):
+        logits = self.head(self.backbone(batch[0]))
+        later = self.trainer.training and self.trainer.fit_loop.batch_idx == 2
+        return F.nll_loss(logits.log_softmax(1), batch[1]) if later else F.cross_entropy(logits, batch[1])
+
+    def training_step(self, batch, batch_idx):
+        return AnotherLossLater.step(self, batch, "loss")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"options": {"width": 20}},
+        {"options": {"trains": True}},
+        {"options": {"norm": True}},
+        {"options": {"noise": True}},
+        {"base": Augmenting},
+        {"base": ChangingInPlace},
+        {"options": {"loss": certain_margin}},
+        {"loader": drawing_twice},
+        {"beside": [StructureRevert("val_loss", mode="min")]},
+        {"solver": None},
+        {"stop_after_solve": False},
+        {"max_epochs": 1},
+        {"limit_train_batches": 3},
+        {"max_time": "00:01:00:00"},
+    ],
+    ids=lambda case: " ".join(f"{name} {sorted(of) if isinstance(of, dict) else ''}" for name, of in case.items()),
+)
+def test_auto_changes_nothing_elsewhere(case):
+    (auto, module, freeze), (epochs, *_) = ends(one_pass="auto", **case), ends(one_pass=False, **case)
+    assert all(torch.equal(one.nan_to_num(7), other.nan_to_num(7)) for one, other in zip(auto, epochs, strict=True))
+    assert freeze.one_pass_record is None
+    assert "training_step" not in vars(module)
+
+
+def test_auto_gives_up_in_the_middle_and_says_so(monkeypatch, caplog):
+    made = make_module
+
+    def with_another_loss_later(base, **options):
+        module = made(base, **options)
+        module.training_step = AnotherLossLater.training_step.__get__(module)
+        return module
+
+    monkeypatch.setitem(globals(), "make_module", with_another_loss_later)
+    with caplog.at_level("INFO", "glai_lightning"):
+        auto, *_ = ends(one_pass="auto")
+    epochs, *_ = ends(one_pass=False)
+    assert all(map(torch.equal, auto, epochs))
+    assert "reads the data in every epoch after all: Expected `training_step`" in caplog.text
 
 
 @pytest.mark.parametrize("argument", ["solver", "stop_after_solve"])

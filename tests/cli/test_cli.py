@@ -188,8 +188,10 @@ def test_the_test_split_can_be_left_alone(capsys):
 
 
 def test_a_frozen_few_shot_checkpoint_is_tested_with_its_interval(capsys):
-    arguments = ["--config", str(RECIPES / "prototypical.yaml"), *QUIET, "--trainer.limit_val_batches=5"]
-    arguments += ["--data.train_episodes=20", "--data.eval_episodes=20", "--trainer.max_epochs=8"]
+    recipe = (RECIPES / "prototypical.yaml").read_text()
+    Path("own.yaml").write_text(recipe.replace("paths: output", "freeze_at_epoch: 1"))
+    arguments = ["--config", "own.yaml", *QUIET, "--trainer.limit_val_batches=5"]
+    arguments += ["--data.train_episodes=20", "--data.eval_episodes=20", "--trainer.max_epochs=2"]
     assert main(["fit", *arguments]) == 0
     checkpoint = "runs/prototypical/version_0/checkpoints/last.ckpt"
     assert torch.load(checkpoint, weights_only=True)["callbacks"]
@@ -212,7 +214,7 @@ def test_a_frozen_few_shot_checkpoint_is_tested_with_its_interval(capsys):
 def test_classes_are_split_from_the_command_line(arguments, classes, capsys):
     labels = np.arange(140) % 7
     alphabets = np.array(["A", "A", "B", "B", "B", "C", "C"])
-    np.savez("samples.npz", x=np.random.default_rng(0).normal(size=(140, 64)), y=labels, alphabet=alphabets)
+    np.savez("samples.npz", x=np.random.default_rng(0).normal(size=(140, 784)), y=labels, alphabet=alphabets)
     given = ["--data=glai_lightning.datamodules.EpisodesDataModule", "--data.path=samples.npz", "--data.ways=2"]
     recipe = str(RECIPES / "prototypical.yaml")
     callback = "--trainer.callbacks+=cli_classes.SaysTrainingClasses"

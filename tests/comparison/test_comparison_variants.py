@@ -6,24 +6,25 @@ from fits import FEATURES
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from glai_lightning import matched_hidden_features, mlp_head
+from glai_lightning import glu_head, matched_hidden_features, mlp_head, polyglu_head, random_feature_head
 from glai_lightning.callbacks import StructureFreezeCallback
-from glai_lightning.comparison.variants import find_variant, find_variants, freeze_callback, linear_head, matched_head
+from glai_lightning.comparison.heads import HEADS, head_in_place, matched_head
+from glai_lightning.comparison.variants import find_variant, find_variants, freeze_callback
 from glai_lightning.heads import freeze_structure
 from glai_lightning.solvers import LogisticSolver, RidgeSolver
 
 
 def test_names_are_found_in_their_order():
-    names = ["random", "mlp", "output+solve"]
+    names = ["random+solve", "mlp", "output+solve"]
     assert [variant.name for variant in find_variants(names)] == names
-    assert find_variants("random, mlp,output+solve") == find_variants(names)
+    assert find_variants("random+solve, mlp,output+solve") == find_variants(names)
 
 
 @pytest.mark.parametrize(
     ("names", "sentence"),
     [
-        ("mlp,all", "Expected `variants` to be some of 'mlp', 'output', .* but got 'all'"),
-        ("mlp,output,output", "Expected every variant to be named once"),
+        ("mlp,all", r"Expected `variants` to be some of 'mlp', 'output\+solve', .* but got 'all'"),
+        ("mlp,output,output", "Expected every name in `variants` to be given once"),
         ("output,tangent", "Expected `variants` to hold 'mlp'"),
         ("mlp", "at least one to compare with it"),
         ("", "but got ''"),
@@ -33,6 +34,16 @@ def test_names_are_found_in_their_order():
 def test_names_that_make_no_comparison_are_refused(names, sentence):
     with pytest.raises(MisconfigurationException, match=sentence):
         find_variants(names)
+
+
+def test_heads_stand_beside_the_variants_and_the_mlp_first():
+    heads = ["mlp", "output+solve", "glu", "glu+solve", "random", "random+solve"]
+    assert [variant.name for variant in find_variants(None, "glu,random")] == heads
+    assert [variant.name for variant in find_variants("mlp,random+solve,output", ["random"])] == [
+        *("mlp", "random+solve", "output", "output+solve", "random"),
+    ]
+    with pytest.raises(MisconfigurationException, match="Expected every name in `heads` to be given once"):
+        find_variants(None, "glu,glu")
 
 
 def test_a_variant_takes_the_freeze_rule_and_decides_paths_and_solver():
@@ -53,7 +64,7 @@ def test_a_variant_that_trains_on_has_no_solver():
 
 def test_a_random_structure_is_frozen_before_the_first_step():
     callback = freeze_callback(
-        find_variant("random"), StructureFreezeCallback(freeze_at_epoch=5, solver=None), RidgeSolver()
+        find_variant("random+solve"), StructureFreezeCallback(freeze_at_epoch=5, solver=None), RidgeSolver()
     )
     assert callback.freeze_at_epoch == 0
 
@@ -100,13 +111,33 @@ def test_a_matched_head_is_a_fresh_head_of_the_same_layers():
     assert not {id(p) for p in narrow.parameters()} & {id(p) for p in mlp.parameters()}
 
 
-def test_a_linear_head_is_linear_in_its_inputs_and_keeps_what_stands_around():
+@pytest.mark.parametrize("mlp", [mlp_head(20, 64, 5), mlp_head(20, [64, 32], 5, batch_norm=True), mlp_head(3, 2, 2)])
+def test_no_width_brings_a_head_nearer_to_the_parameters_of_the_mlp(mlp):
+    for name in ("gelu", "silu", "tanh"):
+        assert weights(head_in_place(mlp, name)) == weights(mlp)
+    for name, make in {"glu": glu_head, "polyglu": polyglu_head, "random": random_feature_head}.items():
+        head = head_in_place(mlp, name)
+        width = next(linear for linear in head.modules() if isinstance(linear, nn.Linear)).out_features
+        sizes = [weights(make(mlp[0].in_features, h, mlp[-1].out_features)) for h in (max(1, width - 1), width + 1)]
+        off = abs(weights(head) - weights(mlp))
+        assert all(off <= abs(size - weights(mlp)) for size in sizes)
+
+
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "mlp"])
+def test_a_head_in_place_keeps_what_stands_around_and_the_dtype(name):
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3), nn.BatchNorm1d(3)).double()
+    head = head_in_place(mlp, name)
+    assert (type(head[0]), type(head[-1])) == (nn.Flatten, nn.BatchNorm1d)
+    assert head(torch.randn(5, 4, 2, dtype=torch.float64)).shape == (5, 3)
+    assert isinstance(freeze_structure(head_in_place(mlp_head(8, 16, 3), name)), nn.Module)
+
+
+def test_a_linear_head_is_linear_in_its_inputs():
     mlp = nn.Sequential(nn.Flatten(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3), nn.BatchNorm1d(3))
-    head = linear_head(mlp).eval()
+    head = head_in_place(mlp, "linear").eval()
     x = torch.randn(2, 4, 2, 4)
     torch.testing.assert_close(head(x[0]) + head(x[1]), 2 * head(x.mean(0)))
     torch.testing.assert_close(head(x[0]), head[-1](head[-2](x[0].flatten(1))))
-    assert [type(module) for module in (head[0], head[-1])] == [nn.Flatten, nn.BatchNorm1d]
 
 
 def test_a_head_that_cannot_be_read_cannot_be_matched():

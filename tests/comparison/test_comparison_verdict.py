@@ -85,10 +85,10 @@ def test_the_first_line_says_times_seeds_p_and_the_difference_with_its_interval_
 
 
 def test_the_baselines_are_named_beside_the_verdict():
-    report = text_report(compared(2.0, annealed=0.91, random=0.88))
+    report = text_report(compared(2.0, **{"annealed": 0.91, "random+solve": 0.88}))
     assert "The MLP " in report
     assert "of output+solve" in report
     assert "output+solve had finished after " in report
     assert "Beside annealed: " in report
     assert "test/accuracy -0.0100 (-0.0100 to -0.0100)" in report
-    assert "Beside random: " in report
+    assert "Beside random+solve: " in report

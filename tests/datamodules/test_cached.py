@@ -13,10 +13,10 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from glai_lightning import SupervisedModule, mlp_head
+from glai_lightning import SimCLRModule, SupervisedModule, mlp_head
 from glai_lightning.callbacks import StructureFreezeCallback
 from glai_lightning.cli.main import main
-from glai_lightning.datamodules import ImageFolderDataModule, TextsDataModule
+from glai_lightning.datamodules import ImageFolderDataModule, TextsDataModule, ViewsDataModule
 
 SEEN = []
 
@@ -113,3 +113,59 @@ def test_the_command_fills_lists_and_prunes(folder, capsys, monkeypatch):
     assert not torn.exists()
     assert made.exists()
     assert Path("cache", "mine").exists()
+
+
+class Brightness(nn.Module):
+    def forward(self, views):
+        SEEN.append(len(views))
+        return views.flatten(1)[:, :5]
+
+
+def brighter(image):
+    return image + torch.rand(())
+
+
+def fit_views(cache, labels, *, ckpt_path=None, callbacks=(), max_epochs=3):
+    SEEN.clear()
+    seed_everything(0, verbose=False)
+    samples = [torch.arange(6.0) + number for number in range(20)]
+    data = ViewsDataModule(
+        dataset=list(zip(samples, range(20), strict=True)) if labels else samples,
+        transform=brighter,
+        batch_size=8,
+        test_fraction=0.2,
+        cache=cache,
+        cached_views=4,
+    )
+    module = SimCLRModule(mlp_head(5, 8, 3), Brightness(), knn_neighbors=1 if labels else None)
+    trainer = make_trainer(*callbacks, max_epochs=max_epochs, num_sanity_val_steps=0)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    (tested,) = trainer.test(module, data, verbose=False)
+    return module, tested, data
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_views_are_drawn_and_embedded_once_and_read_by_turns(tmp_path, labels):
+    checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    straight, tested, data = fit_views(tmp_path / "cache", labels, callbacks=[checkpoint])
+    # Four views of 12 samples, two of 4 and 4; and two batches of each split that are looked at first.
+    assert sum(SEEN) == 4 * 12 + 2 * (4 + 4) + 2 * 2 * (8 + 4 + 4)
+    rows = data._rows_of("train")
+    seen = []
+    for epoch in range(6):
+        rows.set_epoch(epoch)
+        views, numbers = rows[torch.arange(12)]
+        shift = views.values - torch.arange(5.0) - (0 if numbers is None else numbers[:, None])
+        assert torch.allclose(shift, shift[..., :1], atol=1e-5)
+        seen.append(views.values[..., 0])
+    assert len(torch.cat(seen)[:, 0].unique()) == 4
+    rerun, tested_again, _ = fit_views(tmp_path / "cache", labels, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert SEEN == []
+    assert tested_again == tested
+    assert all(map(torch.equal, straight.state_dict().values(), rerun.state_dict().values()))
+
+
+@pytest.mark.parametrize("views", [2, 5])
+def test_views_of_a_cache_are_several_draws(tmp_path, views):
+    with pytest.raises(ValueError, match="Expected `cached_views` to be a multiple of `num_views`"):
+        ViewsDataModule(dataset=[torch.zeros(2)] * 9, transform=brighter, cache=tmp_path, cached_views=views)

@@ -270,8 +270,14 @@ class Double(nn.Module):
         return 2 * inputs
 
 
-def test_data_modules_of_other_people_are_cached(tmp_path):
-    data = cached(SomebodysData(), Double().eval(), tmp_path)
+def from_datasets():
+    dataset = SomebodysData().dataset
+    return pl.LightningDataModule.from_datasets(dataset, dataset, batch_size=5)
+
+
+@pytest.mark.parametrize("make", [SomebodysData, from_datasets])
+def test_data_modules_of_other_people_are_cached(tmp_path, make):
+    data = cached(make(), Double().eval(), tmp_path)
     inputs, labels = data.splits.train
     assert torch.equal(inputs, 2 * torch.arange(90.0).reshape(30, 3))
     assert torch.equal(labels, torch.arange(30) % 3)

@@ -1,7 +1,10 @@
+import copy
+
 import pytest
 import torch
 from fits import CLASSES, FEATURES, make_data, make_loader, make_trainer
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from glai_lightning import GLAIHead, HeadSearchModule, SupervisedModule, mlp_head
@@ -60,7 +63,44 @@ def test_heads_trained_together_are_trained_as_if_alone():
     assert all(torch.equal(*pair) for pair in pairs)
 
 
+class Seen(Callback):
+    """Notes which heads train in each epoch, and what the others are at its end."""
+
+    def __init__(self):
+        self.trained, self.weights = [], []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        heads = pl_module.heads.items()
+        self.trained.append({name for name, head in heads if any(p.requires_grad for p in head.parameters())})
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.weights.append({name: head[0].weight.detach().clone() for name, head in pl_module.heads.items()})
+
+
+def test_the_worse_half_is_dropped_until_so_many_are_left(tmp_path, capsys):
+    heads = {"worst": mlp_head(FEATURES, 1, CLASSES), **make_heads()}
+    ends = []
+    for resumed in (False, True):
+        module = HeadSearchModule(copy.deepcopy(heads), keep=1, to=str(tmp_path / "best.ckpt"))
+        freeze, seen = StructureFreezeCallback("heads.*", min_steps=0, freeze_at_epoch=4), Seen()
+        trainer = make_trainer(freeze, seen, ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), max_epochs=6)
+        trainer.fit(module, datamodule=Data(), ckpt_path=tmp_path / "epoch=1.ckpt" if resumed else None)
+        assert [len(names) for names in seen.trained] == [1, 1] if resumed else [4, 2, 1, 1]
+        assert seen.trained[-1] == {module.best}
+        assert (len(module.dropped), trainer.current_epoch) == (3, 4)
+        assert isinstance(module.heads[module.best], GLAIHead)
+        ends.append(module.state_dict())
+        if not resumed:
+            for name, epoch in module.dropped.items():
+                assert torch.equal(seen.weights[epoch][name], seen.weights[-1][name])
+            assert "Dropped after epoch 0: worst" in capsys.readouterr().out
+
+    assert all(torch.equal(*pair) for pair in zip(*(end.values() for end in ends), strict=True))
+
+
 def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="Expected `keep` to be an integer of at least 1"):
+        HeadSearchModule({"a": mlp_head(2, 2, 2)}, keep=0)
     with pytest.raises(TypeError, match="Expected `heads` to be modules by their names"):
         HeadSearchModule([nn.Linear(2, 2)])
     with pytest.raises(ValueError, match="with one number of outputs"):

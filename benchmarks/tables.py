@@ -1,0 +1,394 @@
+"""The tables of the documents, out of the files in ``results/``: pages of the site show them, tests compare them.
+
+A table is a list of rows of cells, the header first. What got worse is bold.
+
+    python benchmarks/tables.py        # prints all of them
+"""
+
+import csv
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+Table = list[list[str]]
+
+_SETS = {"clinc150_minilm": "clinc150", "cifar10_resnet_features": "cifar10 features", "fashion_mnist": "fashion_mnist"}
+_VARIANTS = {
+    "output+solve": "output+solve",
+    "output": "output, trained on (freezing the inner layers)",
+    "tangent": "tangent, trained on",
+    "independent": "independent, matched width (the paper's)",
+    "random": "random structure, solved",
+}
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """Return the rows of one file of results."""
+    (path,) = RESULTS.glob(f"{name}_*.csv")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def mean(rows: Iterable[dict[str, str]], column: str) -> float:
+    return statistics.fmean(float(row[column]) for row in rows)
+
+
+def where(rows: Iterable[dict[str, str]], **values: str) -> list[dict[str, str]]:
+    return [row for row in rows if all(row[column] == value for column, value in values.items())]
+
+
+def times(ratio: float) -> str:
+    """Write a factor; one below 1 is bold."""
+    return f"{nudged(ratio):.2f}" if ratio >= 0.995 else f"**{nudged(ratio):.2f}**"
+
+
+def nudged(value: float) -> float:
+    """Return a value that is rounded away from 0 where it is half of a last digit, whatever its last bits."""
+    return value + math.copysign(1e-6, value)
+
+
+def points(difference: float) -> str:
+    """Write a difference of percentages; one below 0 is bold."""
+    text = f"{nudged(difference):+.2f}".replace("-0.00", "+0.00")
+    return f"**{text}**" if text[0] == "-" else text
+
+
+def with_interval(differences: list[float]) -> str:
+    """Write the mean of paired differences of five seeds, with its Student-t interval."""
+    half = half_width(differences)
+    middle = statistics.fmean(differences)
+    return f"{points(middle)} ({middle - half:+.2f} to {middle + half:+.2f})"
+
+
+def half_width(values: list[float]) -> float:
+    """Return half of the 95 % interval of the mean of five values, by Student's t of four degrees of freedom."""
+    assert len(values) == 5
+    return 2.7764 * statistics.stdev(values) / math.sqrt(5)
+
+
+def paired(side: list[dict[str, str]], other: list[dict[str, str]], column: str) -> list[tuple[float, float]]:
+    """Return the values of both sides in one column, seed by seed."""
+    return [(float(row[column]), float(where(other, seed=row["seed"])[0][column])) for row in side]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A variant of the supervised comparison on one data set: its speed, and its points against the MLP by seed."""
+
+    speed: dict[str, float]
+    points: list[float]
+
+    def cells(self) -> tuple[str, str]:
+        """Write both figures."""
+        return times(self.speed["mean"]), points(statistics.fmean(self.points))
+
+    def cells_with_intervals(self) -> tuple[str, str]:
+        """Write both figures, and the interval of each."""
+        low, high = self.speed["low"], self.speed["high"]
+        return f"{times(self.speed['mean'])} ({low:.2f} to {high:.2f})", with_interval(self.points)
+
+
+def _sides(schedule: str, variant: str) -> list[Side]:
+    (path,) = RESULTS.glob("compare_supervised_*.json")
+    summaries, rows, sides = json.loads(path.read_text()), read("compare_supervised"), []
+    for name in _SETS:
+        runs = where(rows, configuration=f"{name}_{schedule}")
+        scores = paired(where(runs, variant=variant), where(runs, variant="mlp"), "test_score")
+        speed = summaries[f"{name}_{schedule}"]["summary"][variant]["speedup_finished"]
+        sides.append(Side(speed, [100 * (score - other) for score, other in scores]))
+    return sides
+
+
+def _mean_of_sets(sides: list[Side]) -> tuple[str, str]:
+    speed = statistics.geometric_mean(side.speed["mean"] for side in sides)
+    return times(speed), points(statistics.fmean(statistics.fmean(side.points) for side in sides))
+
+
+def _sides_of_the_bare_line() -> dict[str, tuple[dict[str, str], dict[str, str]]]:
+    rows = read("one_line")
+    return {
+        name: (where(rows, set=name, side="early stopping")[0], where(rows, set=name, side="freeze and solve")[0])
+        for name in dict.fromkeys(row["set"] for row in rows)
+    }
+
+
+def _gain(mlp: dict[str, str], frozen: dict[str, str]) -> tuple[float, float]:
+    ratio = float(mlp["cpu_seconds"]) / float(frozen["cpu_seconds"])
+    return ratio, 100 * (float(frozen["test"]) - float(mlp["test"]))
+
+
+def _mean_of_the_bare_line() -> tuple[str, str]:
+    gains = [_gain(*sides) for sides in _sides_of_the_bare_line().values()]
+    return times(statistics.geometric_mean(ratio for ratio, _ in gains)), points(statistics.fmean(x for _, x in gains))
+
+
+def bare_line() -> Table:
+    """``StructureFreezeCallback("head")`` as it is, one seed."""
+    table = [
+        [
+            "",
+            "CPU seconds: MLP, frozen and solved",
+            "times as fast",
+            "epochs: MLP, frozen",
+            "test accuracy: MLP, frozen",
+            "difference",
+        ]
+    ]
+    for name, (mlp, frozen) in _sides_of_the_bare_line().items():
+        ratio, difference = _gain(mlp, frozen)
+        seconds = f"{float(mlp['cpu_seconds']):.2f}, {float(frozen['cpu_seconds']):.2f}"
+        accuracy = f"{100 * float(mlp['test']):.2f} %, {100 * float(frozen['test']):.2f} %"
+        epochs = f"{mlp['epochs']}, {frozen['epochs']}"
+        table.append([name, seconds, times(ratio), epochs, accuracy, points(difference)])
+    ratio_text, difference_text = _mean_of_the_bare_line()
+    return [*table, ["mean", "", ratio_text, "", "", difference_text]]
+
+
+def constant_rate() -> Table:
+    """Time to a finished head at a constant rate, for each variant."""
+    table = [["constant rate 1e-3, early stopping", *_SETS.values(), "mean"]]
+    for variant, title in _VARIANTS.items():
+        sides = _sides("constant", variant)
+        cells = [side.cells_with_intervals() if variant == "output+solve" else side.cells() for side in sides]
+        table.append([title, *(", ".join(cell) for cell in [*cells, _mean_of_sets(sides)])])
+    return table
+
+
+def other_schedules() -> Table:
+    """The same under one-cycle to its end, and at a high constant rate."""
+    decaying, high = _sides("onecycle", "output+solve"), _sides("highrate", "output+solve")
+    cells = [f"{side.cells()[0]}, {side.cells_with_intervals()[1]}" for side in decaying]
+    return [
+        ["output+solve under other schedules", *_SETS.values(), "mean"],
+        ["one-cycle to 3e-3 over ten epochs, both sides", *cells, ", ".join(_mean_of_sets(decaying))],
+        [
+            "constant 3e-3, frozen after two epochs, against the MLP at 3e-3",
+            *(", ".join(side.cells()) for side in high),
+            ", ".join(_mean_of_sets(high)),
+        ],
+    ]
+
+
+def backbone_in_the_loop() -> Table:
+    """A frozen CNN before the head."""
+    rows = read("end_to_end")
+    mlp = where(rows, variant="mlp")
+    table = [
+        ["", "CPU seconds of the whole fit", "test accuracy"],
+        ["the MLP, 12 epochs", f"{mean(mlp, 'finished_cpu_seconds'):.1f}", f"{100 * mean(mlp, 'test_score'):.1f} %"],
+    ]
+    cached = "mlp on cached features, stopped early"
+    titles = {
+        "output+solve": "freeze, solve, stop (2 epochs), nothing kept",
+        cached: "the MLP on features that are computed once, stopped early (9 to 11 epochs)",
+        "one_pass": "`one_pass=True` (2 epochs' worth of steps)",
+    }
+    for variant, title in titles.items():
+        side = where(rows, variant=variant)
+        ratio, low, high = _speed_end_to_end(side)
+        seconds = f"{mean(side, 'finished_cpu_seconds'):.1f}: {ratio:.1f} times ({low:.1f} to {high:.1f})"
+        difference = 100 * (mean(side, "test_score") - mean(mlp, "test_score"))
+        table.append([title, seconds, f"{points(difference)} points"])
+    return table
+
+
+def _speed_end_to_end(side: list[dict[str, str]]) -> tuple[float, float, float]:
+    mlp = where(read("end_to_end"), variant="mlp")
+    ratios = [other / seconds for seconds, other in paired(side, mlp, "finished_cpu_seconds")]
+    return mean(mlp, "finished_cpu_seconds") / mean(side, "finished_cpu_seconds"), min(ratios), max(ratios)
+
+
+def few_shot() -> Table:
+    """Prototypes on Omniglot: the loss cannot be solved."""
+    rows = read("prototypical_omniglot")
+    table = [["", "frozen at epoch 6 or 7 of 8", "never frozen", "difference"]]
+    for shots in ("1", "5"):
+        frozen, never = (where(rows, shots=shots, variant=variant) for variant in ("frozen", "never frozen"))
+        cells = [f"{100 * mean(side, 'test_accuracy'):.2f} %" for side in (frozen, never)]
+        differences = [100 * (a - b) for a, b in paired(frozen, never, "test_accuracy")]
+        difference = f"{points(statistics.fmean(differences))} ± {half_width(differences):.2f}"
+        table.append([f"{shots}-shot", *cells, difference])
+    seconds = [mean(where(rows, shots="1", variant=v), "fit_cpu_seconds") for v in ("frozen", "never frozen")]
+    return [*table, ["CPU seconds of a fit", *(f"{s:.1f}" for s in seconds), f"{times(seconds[1] / seconds[0])} times"]]
+
+
+def contrastive() -> Table:
+    """SimCLR on digits, the backbone trained along."""
+    rows = read("simclr_digits")
+    frozen, never = where(rows, variant="frozen"), where(rows, variant="never")
+    table = [["mean of five seeds", "frozen at epoch 5 or 6 of 20", "never frozen", "difference"]]
+    for column in ("embeddings", "projections"):
+        cells = [f"{100 * mean(side, f'test/knn_{column}'):.1f} %" for side in (frozen, never)]
+        differences = [100 * (a - b) for a, b in paired(frozen, never, f"test/knn_{column}")]
+        table.append([f"nearest neighbours, {column}", *cells, with_interval(differences)])
+    seconds = [mean(side, "cpu_seconds") for side in (frozen, never)]
+    ratios = [other / own for own, other in paired(frozen, never, "cpu_seconds")]
+    # The bootstrap over five seeds, all of its draws.
+    draws = sorted(statistics.fmean(draw) for draw in itertools.product(map(math.log, ratios), repeat=5))
+    low, high = (math.exp(draws[round(part * (len(draws) - 1))]) for part in (0.025, 0.975))
+    speed = f"{times(statistics.geometric_mean(ratios))} times ({low:.2f} to {high:.2f})"
+    return [*table, ["CPU seconds of a fit", *(f"{s:.1f}" for s in seconds), speed]]
+
+
+def training_step() -> Table:
+    """CPU milliseconds of a step of the head."""
+    rows = read("step_cost")
+    table = [
+        ["(D, H, C, batch)", "MLP, CPU ms", "output: MLP / this", "independent: this / MLP", "tangent: this / MLP"]
+    ]
+    for mlp in where(rows, paths="mlp"):
+        same = {column: mlp[column] for column in ("D", "C", "batch")}
+        output, independent, tangent = (where(rows, paths=p, **same)[0] for p in ("output", "independent", "tangent"))
+        ratios = [float(side["this_over_mlp"]) for side in (independent, tangent)]
+        cells = [times(float(output["mlp_over_this"])), *(f"{nudged(ratio):.2f}" for ratio in ratios)]
+        size = f"({mlp['D']}, {mlp['H']}, {mlp['C']}, {mlp['batch']})"
+        table.append([size, f"{float(mlp['cpu_ms_per_step']):.3g}", *cells])
+    return table
+
+
+def headline() -> Table:
+    """The table of README and of the start page: losses beside wins."""
+    sides = _sides_of_the_bare_line()
+    bare = {
+        '**`StructureFreezeCallback("head")` as it is now:** letter, 26 classes': "letter",
+        "shells of 5 classes, generated": "shells of 5 classes",
+        "Hastie's example 10.2, generated": "hastie",
+        "CIFAR-10, cached embeddings": "cifar10_resnet_features",
+        "Fashion-MNIST, pixels": "fashion_mnist",
+        "CLINC150, cached embeddings": "clinc150_minilm",
+        "clusters of 20 classes, generated": "clusters of 20 classes",
+        "parity of 3 columns, generated": "parity of 3 columns",
+    }
+    header = [
+        "against an early-stopped MLP where nothing else is said",
+        "times as fast",
+        "test accuracy, points",
+        "seeds",
+    ]
+    table = [header]
+    for title, name in bare.items():
+        ratio, difference = _gain(*sides[name])
+        table.append([title, times(ratio), points(difference), "1"])
+    table.append(["all fourteen sets, mean", *_mean_of_the_bare_line(), "1"])
+    titles = [
+        "**earlier settings:** CLINC150, cached embeddings",
+        "CIFAR-10, cached embeddings",
+        "Fashion-MNIST, pixels",
+    ]
+    for title, side in zip(titles, _sides("constant", "output+solve"), strict=True):
+        table.append([title, *side.cells_with_intervals(), "5"])
+    one_cycle = _mean_of_sets(_sides("onecycle", "output+solve"))
+    table.append(["the three, mean, both sides under one-cycle to its end", *one_cycle, "5"])
+    table.append(["the three, mean, frozen but not solved", *_mean_of_sets(_sides("constant", "output")), "5"])
+    one_pass = where(read("end_to_end"), variant="one_pass")
+    ratio, low, high = _speed_end_to_end(one_pass)
+    mlp = where(read("end_to_end"), variant="mlp")
+    gained = 100 * (mean(one_pass, "test_score") - mean(mlp, "test_score"))
+    title = "**a frozen CNN in the loop, `one_pass=True`**, against 12 epochs of the MLP"
+    table.append([title, f"{ratio:.1f} ({low:.1f} to {high:.1f})", points(gained), "3"])
+    for title, table_of_setting, score in (
+        ("few-shot on Omniglot, CNN trained along, not solved", few_shot(), "1-shot"),
+        ("SimCLR on digits, CNN trained along, not solved", contrastive(), "neighbours"),
+    ):
+        speed = table_of_setting[-1][-1].replace(" times", "")
+        table.append([title, speed, f"{table_of_setting[1][-1].split()[0]} ({score})", "5"])
+    return table
+
+
+def race() -> Table:
+    """What ``glai demo`` runs."""
+    table = [["`glai demo`", "epochs", "CPU seconds", "best validation accuracy"]]
+    rows = read("demo_race")
+    for side in ("never frozen", "frozen and solved"):
+        epochs = where(rows, side=side)
+        best = max(float(row["val_accuracy"]) for row in epochs)
+        table.append([side, str(len(epochs)), f"{float(epochs[-1]['cpu_seconds']):.1f}", f"{100 * best:.1f} %"])
+    return table
+
+
+#: Every table, by the name that a page gives for it.
+HEADS = ("mlp", "gelu", "silu", "tanh", "glu", "polyglu", "eugen", "random", "linear")
+
+
+def _both_sides(head: str) -> Iterator[list[tuple[dict[str, str], dict[str, str]]]]:
+    """Yield, set by set, the runs of a head never frozen and solved, seed by seed."""
+    rows = read("compare_heads")
+    solved = "output+solve" if head == "mlp" else f"{head}+solve"
+    for name in _SETS:
+        own = where(rows, configuration=f"{name}_constant")
+        yield [(run, where(own, variant=solved, seed=run["seed"])[0]) for run in where(own, variant=head)]
+
+
+def heads() -> Table:
+    """Heads at equal parameters, frozen and solved: how many times as fast as never frozen, and the difference."""
+    rows = [["head", *_SETS.values(), "mean"]]
+    for head in HEADS:
+        ratios, differences = [], []
+        for pairs in _both_sides(head):
+            seconds = [float(a["finished_cpu_seconds"]) / float(b["finished_cpu_seconds"]) for a, b in pairs]
+            ratios.append(statistics.geometric_mean(seconds))
+            differences.append(
+                100 * statistics.fmean(float(b["test_score"]) - float(a["test_score"]) for a, b in pairs)
+            )
+        ratios.append(statistics.geometric_mean(ratios))
+        differences.append(statistics.fmean(differences))
+        rows.append([head, *(f"{times(r)}, {points(d)}" for r, d in zip(ratios, differences, strict=True))])
+    return rows
+
+
+def head_scores() -> Table:
+    """The same heads: parameters, and test accuracy never frozen and solved."""
+    rows = [["parameters; test accuracy never frozen, solved", *_SETS.values()]]
+    for head in HEADS:
+        cells = []
+        for pairs in _both_sides(head):
+            never, solved = (100 * mean([pair[side] for pair in pairs], "test_score") for side in (0, 1))
+            cells.append(f"{int(pairs[0][0]['head_parameters']):,}; {nudged(never):.2f} %, {nudged(solved):.2f} %")
+        rows.append([head, *cells])
+    return rows
+
+
+def transformer_ffn() -> Table:
+    """FFN blocks of a small language model, frozen while it trains."""
+    columns = ["loss", "CPU seconds", "loss at equal seconds", "optimizer state, gradients"]
+    rows = [["FFNs frozen", "from steps", *columns]]
+    for row in read("transformer_ffn"):
+        memory = ", ".join(f"{float(row[of]) / 1e6:.2f} MB" for of in ("optimizer_bytes", "gradient_bytes"))
+        losses = [f"{float(row[of]):.3f}" for of in ("val_loss", "val_loss_at_equal_seconds")]
+        steps = "never" if set(row["frozen_from_step"].split()) == {"never"} else row["frozen_from_step"]
+        side = row["side"].removeprefix("frozen ").replace("never frozen", "never")
+        cells = [steps, losses[0], f"{float(row['cpu_seconds']):.1f}", losses[1], memory]
+        rows.append([f"{row['activation']}, {side}", *cells])
+    return rows
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "headline": headline,
+    "bare_line": bare_line,
+    "constant_rate": constant_rate,
+    "other_schedules": other_schedules,
+    "backbone_in_the_loop": backbone_in_the_loop,
+    "few_shot": few_shot,
+    "contrastive": contrastive,
+    "training_step": training_step,
+    "heads": heads,
+    "head_scores": head_scores,
+    "transformer_ffn": transformer_ffn,
+    "race": race,
+}
+
+
+def as_markdown(table: Table) -> str:
+    """Write a table as Markdown."""
+    header, *rows = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([header, "|" + "---|" * len(table[0]), *rows])
+
+
+if __name__ == "__main__":
+    for name, table in TABLES.items():
+        print(f"\n{name}\n\n{as_markdown(table())}")

@@ -1,0 +1,138 @@
+"""The site is built, every page of it read and opened, and every figure on it held against the file that it is from."""
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from browser import find_chromium, running_browser
+from filelock import FileLock
+from pages import dead_links, read_site
+
+import glai_lightning
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import tables  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """Build the site once, whatever the number of processes that the tests run in."""
+    folder = tmp_path_factory.getbasetemp().parent / "site"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
+            built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert built.returncode == 0, built.stderr
+    return folder
+
+
+@pytest.fixture
+def served(site):
+    """Serve the site, and return where."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_every_link_of_every_page_leads_somewhere(site):
+    assert len(read_site(site)) > 35
+    assert not dead_links(site), "\n".join(dead_links(site))
+
+
+def test_every_page_opens_in_a_browser_without_an_error(site, served, tmp_path):
+    program = find_chromium()
+    pages = [address for address in read_site(site) if address != "/404.html"]
+    if program is None:
+        assert pages
+        return
+    with running_browser(program, tmp_path) as browser:
+        faults = {address: errors for address in pages if (errors := browser.errors_of(served + address))}
+        assert browser.errors_of(f"{served}/404.html?") == []
+        assert browser.errors_of(f"{served}/nowhere/"), "Expected a page that is not there to be an error."
+    assert not faults
+
+
+def test_the_reference_has_every_public_name(site):
+    anchors = {anchor for page in read_site(site).values() if "/reference/" in page.address for anchor in page.anchors}
+    packages = [module.name for module in pkgutil.iter_modules(glai_lightning.__path__) if module.ispkg]
+    missing = []
+    for package in [
+        importlib.import_module(f"glai_lightning.{name}") for name in (*packages, "callbacks", "datamodules")
+    ]:
+        for name in getattr(package, "__all__", []):
+            if f"{package.__name__}.{name}" not in anchors and package.__name__ != "glai_lightning.cli":
+                missing.append(f"{package.__name__}.{name}")
+    named = {anchor.rpartition(".")[2] for anchor in anchors}
+    assert not missing + [name for name in glai_lightning.__all__ if name not in named]
+
+
+@pytest.mark.parametrize(
+    ("html", "sentence"),
+    [
+        ('<a href="nowhere/">', "Expected the link 'nowhere/' of / to lead to a page, but there is none."),
+        ('<a href="page/#b">', "Expected the link 'page/#b' of / to lead to a heading, but there is none."),
+        ('<script src="https://cdn.example/x.js">', "Expected / to fetch nothing from other hosts"),
+        ('<a href="page/#a"><a href="https://example.org"><img src="page/index.html">', None),
+    ],
+)
+def test_a_dead_link_is_found(html, sentence, tmp_path):
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "index.html").write_text('<h1 id="a">')
+    (tmp_path / "index.html").write_text(html)
+    faults = dead_links(tmp_path)
+    assert len(faults) == (sentence is not None)
+    assert all(fault.startswith(sentence) for fault in faults)
+
+
+def wrong_figures(text, document, table):
+    """Return a sentence for each cell of a table that is not in the document as the files of results have it.
+
+    What the document sets in bold, and what it adds in brackets about expectations, plays no part.
+    """
+
+    def plain(row):
+        return [re.sub(r"\*\*| \((expected|on the)[^)]*\)|; expected: \w+", "", cell).strip() for cell in row]
+
+    lines = [plain(line.strip("|").split("|")) for line in text.splitlines() if line.startswith("|")]
+    header, *rows = map(plain, table)
+    if header not in lines:
+        return [f"Expected {document} to have a table with the header {header}, but there is none."]
+    found = {line[0]: line for line in lines[lines.index(header) + 1 :]}
+    return [
+        f"Expected {document} to say {row} as the files of results do, but got {found.get(row[0], 'no such row')}."
+        for row in rows
+        if row not in lines[lines.index(header) :]
+    ]
+
+
+COMMITTED = [("README.md", "headline")] + [
+    ("benchmarks/README.md", name) for name in tables.TABLES if name not in ("headline", "race")
+]
+
+
+@pytest.mark.parametrize(("document", "name"), COMMITTED)
+def test_figures_are_those_of_the_files(document, name):
+    faults = wrong_figures((ROOT / document).read_text(), document, tables.TABLES[name]())
+    assert not faults, "\n".join(faults)
+
+
+def test_a_wrong_figure_is_found():
+    text = "| | times |\n|---|---|\n| letter | **8.66** (expected: 3) |\n| digits | 0.72 |"
+    assert wrong_figures(text, "page", [["", "times"], ["letter", "8.66"], ["digits", "**0.72**"]]) == []
+    (fault,) = wrong_figures(text, "page", [["", "times"], ["letter", "8.67"]])
+    assert fault == "Expected page to say ['letter', '8.67'] as the files of results do, but got ['letter', '8.66']."
