@@ -13,6 +13,7 @@ PAGES = Path(__file__).parent.parent.parent / "docs" / "projects"
 @pytest.mark.parametrize(
     ("page", "answer"),
     [
+        ("index", "`GLAI_FREEZE` is not heeded"),
         ("chemprop", "frozen and not solved: layers outside the head are trained"),
         ("lightly", "Solved for the path weights of"),
         ("model2vec", "Solved for the path weights of"),
