@@ -47,7 +47,7 @@ def check_alone(judges: Sequence[object]) -> None:
 
 
 def one_pass_if_possible(
-    trainer: Any, pl_module: Any, heads: Heads, read: ReadBatch, **options: bool
+    trainer: Any, pl_module: Any, heads: Heads, read: ReadBatch, **options: Any
 ) -> "OnePass | None":
     """Return one pass that is given up where it cannot be made, see ``OnePass``; ``None`` if that shows at once."""
     epochs = trainer.max_epochs
@@ -77,6 +77,7 @@ class OnePass:
         read: reads a batch.
         is_own: whether that reads the step of the module, and is not an override of the user.
         automatic: whether the epoch is kept only if that is worth it, and given up where it turns out impossible.
+        tell: what says so.
 
     Raises:
         MisconfigurationException: if the data of the fit is not the same samples in every epoch.
@@ -88,7 +89,15 @@ class OnePass:
     """
 
     def __init__(
-        self, trainer: Any, pl_module: Any, heads: Heads, read: ReadBatch, *, is_own: bool, automatic: bool = False
+        self,
+        trainer: Any,
+        pl_module: Any,
+        heads: Heads,
+        read: ReadBatch,
+        *,
+        is_own: bool,
+        automatic: bool = False,
+        tell: Callable[[str], None] = say,
     ) -> None:
         _check_data(trainer, pl_module)
         self.calls = FixedCalls(pl_module, [slot.module for _, slot in heads])
@@ -103,6 +112,7 @@ class OnePass:
         self._reusing = ExitStack()
         self._problem: UserError | None = None
         self._automatic = automatic
+        self._tell = tell
         self._announced = False
 
     @property
@@ -175,7 +185,7 @@ class OnePass:
     def _announce(self) -> None:
         self._announced = True
         times = min(watch.solve.work_before_head for watch, _ in self._heads)
-        say(
+        self._tell(
             f"This fit reads the data once: what stands before the head takes {times:,.0f} times the multiply-adds of "
             "the head, and gives it the same inputs in every epoch. `one_pass=False` trains by epochs."
         )
@@ -189,7 +199,7 @@ class OnePass:
     def _give_up(self) -> None:
         self.kept = {}
         if self._announced:
-            say(f"This fit reads the data in every epoch after all: {self._problem}")
+            self._tell(f"This fit reads the data in every epoch after all: {self._problem}")
 
     def _keep_live(self, trainer: Any, readers: Mapping[str, Any], step: Callable[[], Any]) -> Any:
         """Read a step as it runs: nothing is run again where one plain loss call is the whole loss."""
@@ -253,9 +263,8 @@ class OnePass:
                     self.kept[slot.name].add(HeadBatch(*batch))
         counts = {name: kept.samples for name, kept in self.kept.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
-            raise UserMisconfigurationError(
-                f"Expected every sample to be given to all heads with `one_pass=True`, but got {counts} samples."
-            )
+            expected = "every sample to be given to all heads" if any(counts.values()) else "samples in every process"
+            raise UserMisconfigurationError(f"Expected {expected} with `one_pass=True`, but got {counts} samples.")
 
     def train(
         self,
