@@ -20,7 +20,7 @@ from measuring import RESULTS, interleave, measure, median_cpu, save_results, us
 from torch import Tensor, nn
 
 from glai_lightning import freeze_structure, mlp_head
-from glai_lightning.solvers import PathStatistics
+from glai_lightning.solvers import LogisticSolver, PathStatistics, set_last_layer
 
 Rows = tuple[Tensor, Tensor]
 Data = tuple[Rows, Rows, Rows]
@@ -187,6 +187,71 @@ def without_a_class(features: Features, data: Data) -> Row:
     }
 
 
+def with_cross_entropy(features: Features, data: Data) -> list[Row]:
+    """Solve from statistics, and go on from there by cross-entropy, which needs the rows."""
+    set_last_layer(features.feature_map, features.statistics(data[0]).solve(validation=features.statistics(data[1])))
+    rows: list[Row] = []
+    for name, work in (
+        ("ridge", lambda: None),
+        (
+            "ridge, then cross-entropy",
+            lambda: LogisticSolver().solve(features.feature_map, *data[0], validation=data[1]),
+        ),
+    ):
+        seconds = measure(work).cpu
+        with torch.no_grad():
+            right = 100.0 * float((features.feature_map(data[2][0]).argmax(1) == data[2][1]).double().mean())
+        rows.append(
+            {"example": "finish", "features": name, "accuracy": round(right, 2), "cpu_seconds": round(seconds, 3)}
+        )
+    return rows
+
+
+class OnTop(nn.Module):
+    """Features on top of those of a frozen head: random ones (RanPAC's way), or the inputs beside them.
+
+    Args:
+        head: a frozen head.
+        random: number of random features; 0 for the inputs.
+    """
+
+    def __init__(self, head: nn.Module, random: int) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer(
+            "weight", torch.randn(head.path_activations(torch.zeros(1, head[0].in_features)).shape[1], random)
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = self.head.path_activations(inputs)
+        return (features @ self.weight).relu() if self.weight.shape[1] else torch.cat([features, inputs], 1)
+
+
+def of_structures(data: Data, hidden: int, epochs: int, random: int) -> list[Row]:
+    """Look for what a trained structure lacks beside many random features: training, scale, width, or the inputs."""
+    num_classes, width = int(data[2][1].max()) + 1, data[0][0].shape[1]
+    rows: list[Row] = []
+
+    def solved(name: str, features: Features, **options: object) -> None:
+        solution = features.statistics(data[0]).solve(validation=features.statistics(data[1]), **options)
+        row = {"accuracy": round(features.accuracy((solution.weight, solution.bias, 0.0)), 2)}
+        rows.append({"example": "structure", "features": name} | row)
+
+    for length in (1, epochs):
+        torch.manual_seed(0)
+        head = freeze_structure(train(mlp_head(width, hidden, num_classes), data[0], length))
+        features, name = Features(head, data[2]), f"{hidden}, {length} epochs"
+        spread = float(features.statistics(data[0]).covariances().features.diagonal().mean())
+        solved(name, features)
+        solved(f"{name}, 41 penalties", features, l2=[spread * 10.0 ** (n / 4 - 8) for n in range(41)])
+        solved(f"{name}, balanced", features, class_weights="balanced")
+        solved(f"{name}, lda", features, head="lda")
+        solved(f"{name}, and the inputs", Features(OnTop(head, 0), data[2]))
+        if random:
+            solved(f"{random} random on {name}", Features(OnTop(head, random), data[2]))
+    return rows
+
+
 def apart(found: Model, expected: Model) -> float:
     """Return how far weights are from others, relative to their norm."""
     return float((found[0] - expected[0]).norm() / expected[0].norm())
@@ -241,7 +306,10 @@ def run(data: Data, num_steps: int, hidden: int, random: list[int], epochs: int)
     assert first is not None
     rows.append({"example": "sites", "features": f"{hidden}, trained on first step"} | over_sites(first, data))
     rows.append({"example": "forgotten", "features": f"{hidden}, trained on first step"} | without_a_class(first, data))
-    return rows
+    rows += with_cross_entropy(first, data)
+    return rows + of_structures(
+        data, hidden, epochs, max([size for size in random if size <= MOST_DECOMPOSED], default=0)
+    )
 
 
 COLUMNS = ("data", "example", "features", "accuracy", "joint_accuracy", "mean_over_steps", "each_alone", "bytes")

@@ -123,7 +123,7 @@ class TableDataModule(SampleDataModule):
         return standardise(self.table.encode(frame, "`frame`"))
 
     def _read(self) -> Splits:
-        frame: Any = self.frame if self.path is None else _read_table(self.path)
+        frame: Any = self.frame if self.path is None else read_table(self.path)
         source = "`frame`" if self.path is None else f"'{self.path}'"
         require_columns(frame, [*self.target, *(self.columns or ()), *(self.categorical or ())], source)
         if len(frame) == 0:
@@ -133,7 +133,7 @@ class TableDataModule(SampleDataModule):
             raise UserValueError(f"Expected {source} to have columns to predict from, but got {listed(self.target)}.")
         module = None if self.trainer is None else self.trainer.lightning_module
         task = getattr(module, "task", None) if self.task is None else self.task
-        targets = Targets({"train": _target_values(frame, self.target, source)}, task, key=self.target[0])
+        targets = Targets({"train": target_values(frame, self.target, source)}, task, key=self.target[0])
         rows = self._split(len(frame))
         of_split = {split: targets.of_split["train"][chosen] for split, chosen in rows.items()}
         targets.warn_of_rare_classes(of_split["train"], of_split["val"])
@@ -173,7 +173,7 @@ class TableDataModule(SampleDataModule):
         return TableColumns(numbers, categories, imputes, fills, known, rare)
 
 
-def _target_values(frame: Any, target: list[str], source: str) -> np.ndarray:
+def target_values(frame: Any, target: list[str], source: str) -> np.ndarray:
     """Return the values of a target column (N,), strings or numbers, or of several columns of numbers (N, C)."""
     columns: list[np.ndarray] = []
     for name in target:
@@ -193,7 +193,12 @@ def _target_values(frame: Any, target: list[str], source: str) -> np.ndarray:
     return np.stack([values.astype(np.float64) for values in columns], axis=1)
 
 
-def _read_table(path: Path) -> Any:
+def read_table(path: Path) -> Any:
+    """Read a CSV or parquet file as a ``pandas.DataFrame``.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
     pandas = _imported("pandas")
     is_parquet = path.suffix == ".parquet"
     if is_parquet:

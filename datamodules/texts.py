@@ -90,7 +90,7 @@ class TextsDataModule(CachingDataModule):
         self.label_column = label_column
 
     def _read(self) -> Splits:
-        texts, names = _read_columns(self.path, self.text_column, self.label_column)
+        texts, names = read_columns(self.path, self.text_column, self.label_column)
         classes = sorted(set(names))
         if len(classes) < 2:
             raise UserValueError(
@@ -106,7 +106,7 @@ class TextsDataModule(CachingDataModule):
         return Splits(sources, num_classes=len(classes), classes=classes)
 
 
-def _read_columns(path: Path, *columns: str) -> tuple[list[str], ...]:
+def read_columns(path: Path, *columns: str) -> tuple[list[str], ...]:
     """Read columns of a CSV file with a header, in UTF-8, each with an entry in every row.
 
     Args:

@@ -14,8 +14,8 @@ from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
 from glai_lightning.datamodules.arrays import as_tensor, check_finite, read_archive
 from glai_lightning.datamodules.base import QuietDataModule, expect_callable
 from glai_lightning.datamodules.images import ToTensor, read_image
+from glai_lightning.datamodules.tables import read_table
 from glai_lightning.fitting.table_columns import table_of
-from glai_lightning.optional import import_optional
 
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _TABLES = (".csv", ".parquet")
@@ -93,7 +93,7 @@ class UnlabelledDataModule(QuietDataModule):
         if self._waits:
             # Only by now the module knows which columns it was fitted to.
             table = table_of(self._module)
-            self._set(self._read() if table is None else table.encode(_read_frame(self.path), f"'{self.path}'"))
+            self._set(self._read() if table is None else table.encode(read_table(self.path), f"'{self.path}'"))
         return DataLoader(_Batches(self._batch, len(self._inputs), self.batch_size), batch_size=None)
 
     @property
@@ -168,14 +168,6 @@ class UnlabelledDataModule(QuietDataModule):
                     f"{self.text_column!r} of texts, but got {line!r} in row {number}."
                 )
         return torch.tensor([list(map(float, line)) for line in lines[first:]])
-
-
-def _read_frame(path: Path) -> Any:
-    pandas = import_optional("pandas", needed_for=f"the columns of '{path}'", extra="table")
-    try:
-        return pandas.read_csv(path) if path.suffix == ".csv" else pandas.read_parquet(path)
-    except (ValueError, OSError) as error:
-        raise UserValueError(f"Expected a table in '{path}', but it cannot be read: {error}") from None
 
 
 class _Batches(Dataset[Any]):

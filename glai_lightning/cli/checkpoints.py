@@ -60,14 +60,14 @@ def find_checkpoint(name: str, roots: Iterable[Path]) -> str | None:
 
 
 def checked_checkpoint(given: str) -> str:
-    """Return the file that ``--ckpt_path`` names, 'best' and 'last' those of the latest fit in ``runs``.
+    """Return the file that ``--ckpt_path`` names, 'best' and 'last' those of the latest fit in this folder.
 
     Raises:
         MisconfigurationException: if there is no such file.
         ValueError: if it is no checkpoint.
     """
     if given in ("best", "last"):
-        given = find_named(given, [Path("runs"), *Path("runs").glob("*")])
+        given = find_named(given, _usual_roots())
     check_given(given, weights_only=True)
     return given
 
@@ -95,13 +95,11 @@ def saved_configuration(checkpoint: str) -> Path | None:
     """Return the configuration that a fit has saved beside the folder of its checkpoints, ``None`` without one.
 
     Args:
-        checkpoint: a file, or 'best' or 'last' for the latest fit in ``runs``.
+        checkpoint: a file, or 'best' or 'last' for the latest fit in this folder.
     """
-    if checkpoint in ("best", "last"):
-        saved = sorted(Path("runs").glob("*/version_*/config.yaml"), key=lambda file: file.stat().st_mtime)
-        return saved[-1] if saved else None
-    beside = Path(checkpoint).parent.parent / "config.yaml"
-    return beside if beside.is_file() else None
+    latest = find_checkpoint("last", _usual_roots()) if checkpoint in ("best", "last") else checkpoint
+    beside = None if latest is None else Path(latest).parent.parent / "config.yaml"
+    return beside if beside is not None and beside.is_file() else None
 
 
 def find_named(name: str, roots: Iterable[Path]) -> str:
@@ -114,10 +112,16 @@ def find_named(name: str, roots: Iterable[Path]) -> str:
     found = find_checkpoint(name, roots)
     if found is None:
         raise UserMisconfigurationError(
-            f"Expected the {name} checkpoint of an earlier fit in {' or '.join(f'{str(r)!r}' for r in roots)}, but "
+            f"Expected the {name} checkpoint of an earlier fit in {' or '.join(f'{str(r)!r}' for r in roots[:3])}, but "
             "found none. Name its file with `--ckpt_path`."
         )
     return found
+
+
+def _usual_roots() -> list[Path]:
+    """Return the folders below which fits leave their checkpoints: those of the recipes, and Lightning's own."""
+    runs = Path("runs")
+    return [runs, Path("lightning_logs"), *runs.glob("*"), *runs.glob("*/lightning_logs")]
 
 
 def _checkpoint_folders(roots: Iterable[Path]) -> Iterable[Path]:

@@ -64,9 +64,10 @@ _SOLVED = {
     "--ckpt_path FILE": "the checkpoint of the fit, which describes its module",
     "--config FILE": "configuration of the fit, for a module of your own (default: the one beside the checkpoint)",
     "--statistics FILE": "sums over the samples; read if it is there, and written if samples are added or forgotten",
-    "--add DATA": "an .npz file with rows `x` and targets `y` (or `x_train` and `y_train`), or statistics of others; "
-    "may be given several times",
-    "--forget DATA": "an .npz file of samples that were added before; may be given several times",
+    "--add DATA": "samples, or statistics of others: an .npz file with `x` and `y` (or `x_train` and `y_train`), a CSV "
+    "or parquet file, a folder with a folder of images for each class; may be given several times",
+    "--forget DATA": "samples that were added before; may be given several times",
+    "--label_column NAME": "column of the targets in a CSV or parquet file (default: label)",
     "--validation DATA": "samples or statistics to choose the penalty by (default: generalised cross-validation)",
     "--l2 X": "the penalty (default: the best of 17)",
     "--head NAME": "ridge, lda or prototypes (default: ridge)",

@@ -1,25 +1,20 @@
 """``glai solve``: the last layer of a trained model anew, from statistics that samples are added to or taken from."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from glai_lightning.checks import UserValueError
 from glai_lightning.cli.checkpoints import checked_checkpoint
 from glai_lightning.cli.export import load_module
-from glai_lightning.datamodules.arrays import as_tensor, read_archive
+from glai_lightning.cli.samples import is_samples, labelled_batches
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.modules.checkpoint_file import DESCRIPTION
 from glai_lightning.modules.supervised import SupervisedModule
 from glai_lightning.solvers import PathStatistics
-
-#: Rows whose features are computed at once.
-_ROWS = 1024
 
 
 def run_solve(arguments: Sequence[str]) -> Path:
@@ -46,6 +41,7 @@ def run_solve(arguments: Sequence[str]) -> Path:
     parser.add_argument("--l2", type=float)
     parser.add_argument("--head", default="ridge")
     parser.add_argument("--class_weights", choices=("balanced",))
+    parser.add_argument("--label_column", default="label")
     parser.add_argument("--to", type=Path)
     options = parser.parse_args(arguments)
     checkpoint = checked_checkpoint(options.ckpt_path)
@@ -63,18 +59,25 @@ def run_solve(arguments: Sequence[str]) -> Path:
         raise UserMisconfigurationError(
             f"Expected `--add` to name samples where there are no statistics yet, but got none, and no file '{file}'."
         )
+
+    def batches(data: str) -> Any:
+        return labelled_batches(data, module, statistics.classes, options.label_column)
+
+    def read(data: str) -> PathStatistics:
+        given = PathStatistics(module.feature_map(), statistics.classes)
+        return given.update(batches(data)) if is_samples(data) else given.load(data)
+
     for data in options.add:
-        given = _read(data, module, statistics.classes)
+        given = read(data)
         statistics = statistics + given
         print(f"Added {given.samples:,} samples of '{data}'.")
     for data in options.forget:
-        rows = list(_batches(data, module, statistics.classes))
-        statistics.forget(rows)
-        print(f"Forgot {sum(len(targets) for _, targets in rows):,} samples of '{data}'.")
+        before = statistics.samples
+        statistics.forget(batches(data))
+        print(f"Forgot {before - statistics.samples:,} samples of '{data}'.")
     validation = None
     for data in options.validation:
-        given = _read(data, module, statistics.classes)
-        validation = given if validation is None else validation + given
+        validation = read(data) if validation is None else validation + read(data)
     solution = statistics.solve(options.l2, validation, options.head, options.class_weights)
     module.set_solution(solution, statistics.classes)
     _write(module, checkpoint, to)
@@ -82,38 +85,6 @@ def run_solve(arguments: Sequence[str]) -> Path:
         statistics.save(file)
     print(f"Solved over {statistics.samples:,} samples with l2 = {solution.report.l2:.3g}: {to}")
     return to
-
-
-def _read(data: str, module: SupervisedModule, classes: list[Any] | None) -> PathStatistics:
-    """Return the statistics of a file of samples, or those that another file holds."""
-    given = PathStatistics(module.feature_map(), classes)
-    return given.update(_batches(data, module, classes)) if data.endswith(".npz") else given.load(data)
-
-
-def _batches(data: str, module: SupervisedModule, classes: list[Any] | None) -> Iterator[tuple[Tensor, Any]]:
-    """Yield rows and targets of an ``.npz`` file."""
-    arrays = read_archive(data, required=(), optional=("x", "y", "x_train", "y_train"))
-    pair = ("x", "y") if "x" in arrays else ("x_train", "y_train")
-    missing = [key for key in pair if key not in arrays]
-    if missing or len(arrays[pair[0]]) != len(arrays[pair[1]]):
-        raise UserValueError(
-            f"Expected '{data}' to hold as many targets `y` as rows `x` (or `y_train` and `x_train`), but got "
-            f"{'no `' + missing[0] + '`' if missing else 'other numbers of them'}."
-        )
-    rows, targets = (arrays[key] for key in pair)
-    width = None if module.backbone is not None or module.standardise is None else module.standardise.scale.numel()
-    if width is not None and rows[:1].size not in (0, width):
-        raise UserValueError(f"Expected rows of {width} numbers in '{data}', but got {rows[:1].size}.")
-    # Names, or numbers that are the names of classes.
-    named = targets.dtype.kind in "US" or (
-        targets.dtype.kind in "iu" and classes is not None and set(np.unique(targets).astype(str)) <= set(classes)
-    )
-    for start in range(0, len(rows), _ROWS):
-        part = targets[start : start + _ROWS]
-        yield (
-            as_tensor(pair[0], rows[start : start + _ROWS]),
-            part.astype(str).tolist() if named else as_tensor(pair[1], part),
-        )
 
 
 def _write(module: SupervisedModule, checkpoint: str, to: Path) -> None:

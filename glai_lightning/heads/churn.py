@@ -127,7 +127,7 @@ class ChurnProbe:
 
     Args:
         head: a head or a ``GLAIHead``.
-        probe_size: number of inputs to compare on, at least 1.
+        probe_size: number of inputs to compare on, at least 1; of a head whose layers lie at several names, tokens.
 
     Raises:
         TypeError: if ``head`` is not a module, or ``probe_size`` not an integer.
@@ -183,7 +183,7 @@ class ChurnProbe:
         plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
         x = args[0] if plain else next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         flattened = self._layout.takes_rows
-        rows = x.shape[:-1].numel() if flattened else len(x)
+        rows = x.shape[:-1].numel() if flattened else self._count(x)
         self.seen += rows
         if not self._listens:
             return
@@ -194,15 +194,20 @@ class ChurnProbe:
         others = None if plain or flattened else tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         self._others.append(others)
         self._kept += rows
-        while self._kept - len(self.inputs[0]) >= self.probe_size:
-            self._kept -= len(self.inputs.popleft())
+        while self._kept - self._count(self.inputs[0]) >= self.probe_size:
+            self._kept -= self._count(self.inputs.popleft())
             self._others.popleft()
+
+    def _count(self, x: Tensor) -> int:
+        """Count the inputs in a tensor: of a head that begins with a Linear of its module, every token is one."""
+        return x.shape[:-1].numel() if isinstance(entry_of(self.head), nn.Linear) else len(x)
 
     def _calls(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Yield what to call the head with, to see it on the inputs kept: as few calls as will do."""
-        surplus = max(0, self._kept - self.probe_size)
+        first = self.inputs[0]
+        surplus = max(0, self._kept - self.probe_size) * len(first) // max(1, self._count(first))
         if all(others is None for others in self._others) and len({x.shape[1:] for x in self.inputs}) == 1:
-            yield (torch.cat([self.inputs[0][surplus:], *list(self.inputs)[1:]]),), {}
+            yield (torch.cat([first[surplus:], *list(self.inputs)[1:]]),), {}
             return
         for x, others in zip(self.inputs, self._others, strict=True):
             given = ((x,), {}) if others is None else others

@@ -1,10 +1,12 @@
 """Linear classifiers from covariances: weights of classes after the fact, discriminant analysis, prototypes."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from glai_lightning.checks import UserValueError, expect_number
 from glai_lightning.solvers.moments import Covariances
 from glai_lightning.solvers.ridge_path import RidgePath
 
@@ -16,6 +18,35 @@ def within_classes(covariances: Covariances) -> Tensor:
     """Return the covariance of features around the means of their classes, (F, F), from one-hot targets."""
     shares = covariances.targets_mean.clamp(min=torch.finfo(torch.float64).tiny)
     return covariances.features - (covariances.cross / shares) @ covariances.cross.t()
+
+
+def class_weights_of(given: object, classes: Sequence[object], covariances: Covariances) -> Tensor:
+    """Return how much the samples of each class count, (C,).
+
+    Args:
+        given: 'balanced', a number for each class, or numbers by label.
+        classes: labels of the classes.
+        covariances: of one-hot targets, centred.
+
+    Raises:
+        TypeError: if a weight is not a number.
+        ValueError: if there are not as many as classes, one is negative, or no class with samples has one above 0.
+    """
+    if given == "balanced":
+        return balanced(covariances)
+    if isinstance(given, Mapping):
+        given = [given.get(label, 1.0) for label in classes]
+    if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != len(classes):
+        raise UserValueError(
+            f"Expected `class_weights` to be 'balanced' or a number for each of {len(classes)} classes, "
+            f"but got {given!r}."
+        )
+    for weight in given:
+        expect_number("class_weights", weight, low=0.0)
+    weights = covariances.targets_mean.new_tensor(list(given))
+    if not bool((weights * covariances.targets_mean > 0).any()):
+        raise UserValueError("Expected a class with samples to have a weight above 0, but got none.")
+    return weights
 
 
 def weighted(covariances: Covariances, weights: Tensor) -> Covariances:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glai_lightning.checks import UserTypeError, UserValueError, expect_choice, expect_number
-from glai_lightning.solvers.class_models import balanced, discriminant, prototypes, weighted
+from glai_lightning.checks import UserTypeError, UserValueError, expect_choice
+from glai_lightning.solvers.class_models import class_weights_of, discriminant, prototypes, weighted
 from glai_lightning.solvers.feature_map import FeatureMap
 from glai_lightning.solvers.forgetting import without
 from glai_lightning.solvers.moments import Covariances, Moments, check_summable
@@ -126,12 +127,18 @@ class PathStatistics:
             for number, part in enumerate(rows):
                 fresh._add(part, targets[number * _ROWS : (number + 1) * _ROWS], first_row=number * _ROWS)
         else:
+            held: list[tuple[Tensor, Tensor]] = []
             for batch in inputs:
                 if not isinstance(batch, tuple | list) or len(batch) != 2:
                     raise UserTypeError(
                         f"Expected every batch to be a pair (inputs, targets), but got `{type(batch).__name__}`."
                     )
-                fresh._add(*batch)
+                held.append(fresh._read(*batch))
+                # Sums over few rows at a time cost more than the products.
+                if sum(len(features) for features, _ in held) >= _ROWS:
+                    fresh._sum(held)
+                    held = []
+            fresh._sum(held)
         if fresh._moments is None:
             raise UserValueError("Expected at least one sample, but got none.")
         together = self + fresh
@@ -139,6 +146,10 @@ class PathStatistics:
         return self
 
     def _add(self, inputs: Any, targets: Any, *, first_row: int = 0) -> None:
+        self._sum([self._read(inputs, targets, first_row)])
+
+    def _read(self, inputs: Any, targets: Any, first_row: int = 0) -> tuple[Tensor, Tensor]:
+        """Return features (n, F) and encoded targets (n, C) that can be summed, and take over their kind."""
         if self._map is None:
             raise UserValueError("Expected a feature map to make features of inputs, but got None.")
         features = self._map(inputs)
@@ -153,11 +164,20 @@ class PathStatistics:
         encoded = joined.encode(read, of_targets).to(features.device)
         check_summable("features", features, first_row)
         check_summable("targets", encoded, first_row)
+        self._kind = joined
+        return features, encoded
+
+    def _sum(self, read: list[tuple[Tensor, Tensor]]) -> None:
+        """Add up what was read; classes that came later are new columns."""
+        if not read:
+            return
+        features, count = torch.cat([part for part, _ in read]), self._kind.num_targets
+        targets = torch.cat([F.pad(part, (0, count - part.shape[1])) for _, part in read])
         moments = Moments(features.shape[1], 0, features.device) if self._moments is None else self._moments
-        if moments.num_targets != joined.num_targets:
-            moments = moments.with_targets(joined.num_targets, list(range(moments.num_targets)))
-        moments.add(features, encoded)
-        self._kind, self._moments = joined, moments
+        if moments.num_targets != count:
+            moments = moments.with_targets(count, list(range(moments.num_targets)))
+        moments.add(features, targets)
+        self._moments = moments
 
     def _empty(self) -> "PathStatistics":
         """Return statistics of the same feature map, targets and classes, of no samples."""
@@ -303,7 +323,7 @@ class PathStatistics:
         covariances = self.covariances(centred=has_bias)
         others = None if validation is None else self._validation(validation).covariances(centred=has_bias)
         if class_weights is not None:
-            weights = self._class_weights(class_weights, covariances)
+            weights = class_weights_of(class_weights, self._kind.classes or (), covariances)
             covariances = weighted(covariances, weights)
             others = None if others is None else weighted(others, weights)
         path = RidgePath(covariances, has_bias=has_bias, strengths=strengths)
@@ -343,24 +363,6 @@ class PathStatistics:
         aligned = self._empty()
         aligned._moments = None if given._moments is None else given._aligned(kind)
         return aligned
-
-    def _class_weights(self, given: object, covariances: Covariances) -> Tensor:
-        classes = self._kind.classes or ()
-        if given == "balanced":
-            return balanced(covariances)
-        if isinstance(given, Mapping):
-            given = [given.get(label, 1.0) for label in classes]
-        if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != len(classes):
-            raise UserValueError(
-                f"Expected `class_weights` to be 'balanced' or a number for each of {len(classes)} classes, "
-                f"but got {given!r}."
-            )
-        for weight in given:
-            expect_number("class_weights", weight, low=0.0)
-        weights = covariances.targets_mean.new_tensor(list(given))
-        if not bool((weights * covariances.targets_mean > 0).any()):
-            raise UserValueError("Expected a class with samples to have a weight above 0, but got none.")
-        return weights
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is known, in tensors and primitives, which ``weights_only=True`` reads.

@@ -1,12 +1,18 @@
 """``glai solve``: a checkpoint from statistics, with samples added and forgotten, as a user runs it."""
 
+from pathlib import Path
+
 import numpy as np
+import pandas
 import pytest
 import torch
 from fits import CLASSES, FEATURES, make_data, save_unfitted
+from PIL import Image
+from torch import nn
 
 from glai_lightning import SupervisedModule, mlp_head
 from glai_lightning.cli.main import main
+from glai_lightning.fitting.table_columns import TableColumns
 from glai_lightning.solvers import PathStatistics
 
 NAMES = ["ant", "bee", "cat"]
@@ -60,6 +66,75 @@ def test_a_new_class_gets_an_output_and_its_name(folder):
     assert PathStatistics(None).load("merged.pt").samples == 120 + 280
 
 
+def of_a_table():
+    """A module for a column of numbers and one of categories, and its samples by the names of their columns."""
+    kinds = np.array(["ant", "bee"] * 20)
+    frame = pandas.DataFrame(
+        {"kind": kinds, "size": (kinds == "bee") * 9.0 + np.arange(40) % 3, "hue": ["a", "b"] * 20}
+    )
+    module = SupervisedModule(mlp_head(3, 16, 2))
+    module.table = TableColumns(["size"], ["hue"], fills=[1.0, "a"], known=[["a", "b"]], rare=[[]])
+    frame.to_csv("samples.csv", index=False)
+    return module, ["samples.csv", "--label_column", "kind"], frame.drop(columns="kind"), kinds
+
+
+def of_numbers():
+    rows, labels = make_data(40)
+    frame = pandas.DataFrame(rows.numpy()).add_prefix("column")
+    # Labels from 1 on, as floats: the fit made names of them.
+    frame.assign(label=labels.numpy() + 1.0).to_csv("samples.csv", index=False)
+    module = SupervisedModule(mlp_head(FEATURES, 16, CLASSES))
+    module.classes = ["1", "2", "3"]
+    return module, ["samples.csv"], rows, (labels + 1).numpy().astype(str)
+
+
+class Brightness(nn.Module):
+    """A backbone that reads images."""
+
+    def forward(self, images):
+        return images.float().mean((2, 3))
+
+
+def of_images():
+    kinds = np.array(["dark", "light"] * 4)
+    (images := Path("images")).mkdir()
+    for number, kind in enumerate(kinds):
+        (images / kind).mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 200 * (kind == "light") + number).save(images / kind / f"{number}.png")
+    order = np.argsort(kinds, kind="stable")
+    pixels = torch.stack([torch.full((3, 8, 8), 200 * (kinds[n] == "light") + n, dtype=torch.uint8) for n in order])
+    return SupervisedModule(mlp_head(3, 16, 2), Brightness()), ["images"], pixels, kinds[order]
+
+
+class Lengths(nn.Module):
+    """A backbone that reads texts."""
+
+    def tokenize(self, texts):
+        return texts
+
+    def forward(self, texts):
+        return torch.tensor([[float(len(text)), float(text.count("a"))] for text in texts])
+
+
+def of_texts():
+    texts, kinds = ["a fine day", "rain, rain, rain again"] * 4, np.array(["pro", "contra"] * 4)
+    pandas.DataFrame({"text": texts, "label": kinds}).to_csv("samples.csv", index=False)
+    return SupervisedModule(mlp_head(2, 16, 2), Lengths()), ["samples.csv"], texts, kinds
+
+
+@pytest.mark.parametrize("make", [of_a_table, of_numbers, of_images, of_texts])
+def test_samples_are_read_in_every_form_that_a_fit_takes(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    module, given, inputs, labels = make()
+    module.classes = module.classes or sorted(set(labels.tolist()))
+    monkeypatch.setattr("glai_lightning.cli.solve.load_module", lambda *_: module)
+    save_unfitted(module, "fit.ckpt")
+    assert solve("--add", *given) == 0
+    assert PathStatistics(None).load("sums.pt").samples == len(labels)
+    assert np.mean(np.array(module.predict(inputs).labels) == labels) > 0.9
+
+
 def test_numbers_that_outputs_do_not_have_become_names():
     module = SupervisedModule(mlp_head(FEATURES, 16, CLASSES))
     rows, labels = make_data(60)
@@ -98,12 +173,17 @@ def test_a_module_is_made_from_its_configuration_too(folder):
             ["--ckpt_path", "nothing.ckpt", "--add", "first.npz"],
             "which does not exist",
         ),
+        (["--add", "."], "Expected a folder of images for each class in '.', but got 'one.png' in none"),
+        (["--add", "rows.csv"], "Expected 'rows.csv' to have the columns 'label', but got 'a', 'b'"),
+        (["--add", "rows.csv", "--label_column", "a"], "Expected rows of 8 numbers in 'rows.csv', but got 1"),
         (["--to", "no/solved.ckpt", "--add", "first.npz"], "Expected `--to` to be in a folder that is there"),
     ],
 )
 def test_what_cannot_be_solved_is_a_sentence_and_writes_nothing(folder, capsys, arguments, message):
     np.savez("narrow.npz", x=np.zeros((3, 5), np.float32), y=np.arange(3))
     np.savez("rows.npz", x=np.zeros((3, 5), np.float32))
+    Path("rows.csv").write_text("a,b\n1,2\n")
+    Image.new("L", (8, 8)).save("one.png")
     assert solve(*arguments) == 1
     assert message in capsys.readouterr().err
     assert not (folder / "sums.pt").exists()

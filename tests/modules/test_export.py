@@ -12,7 +12,7 @@ from fits import CLASSES, FEATURES, HIDDEN, make_data, make_trainer
 from safetensors import safe_open
 from torch import nn
 
-from glai_lightning import SupervisedModule, mlp_head
+from glai_lightning import PrototypicalModule, SimCLRModule, SupervisedModule, mlp_head
 from glai_lightning.backbones import TimmBackbone, TorchvisionBackbone, conv_backbone
 from glai_lightning.datamodules import FeaturesDataModule
 from glai_lightning.heads import freeze_in_place
@@ -98,6 +98,25 @@ def test_an_image_backbone_is_exported_with_its_preprocessing(make, to, tmp_path
     expected = module(images)
     for batch in (1, 3):
         torch.testing.assert_close(run(path, images[:batch]), expected[:batch], rtol=0, atol=1e-5)
+
+
+def test_an_exported_prototypical_module_classifies_episodes_as_the_module_does(tmp_path):
+    module = PrototypicalModule(mlp_head(FEATURES, HIDDEN, 8)).eval()
+    module.standardise.set(ROWS.mean(0), ROWS.std(0))
+    module.inputs_standardised = True
+    rows, labels = module.standardise(ROWS[:18]).float(), torch.arange(6) % 3
+    expected = module.predict_step({"support": rows[:6], "support_labels": labels, "query": rows[6:]}, 0)
+    embeddings = run_torch_export(export_model(module, "torch-export", tmp_path / "model.pt2"), ROWS[:18])
+    prototypes = torch.stack([embeddings[:6][labels == label].mean(0) for label in range(3)])
+    logits = -(embeddings[6:, None] - prototypes).square().sum(2)
+    torch.testing.assert_close(logits.softmax(1), expected.softmax(1), rtol=0, atol=1e-5)
+
+
+def test_an_exported_simclr_module_projects_as_the_module_does(tmp_path):
+    module = SimCLRModule(mlp_head(4, 8, 2), conv_backbone(3, 4, 1)).eval()
+    images = torch.rand(5, 3, 8, 8)
+    path = export_model(module, "torch-export", tmp_path / "model.pt2", images[:2])
+    torch.testing.assert_close(run_torch_export(path, images), module(images), rtol=0, atol=1e-5)
 
 
 def test_safetensors_hold_the_weights_and_a_description(tmp_path):
