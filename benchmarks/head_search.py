@@ -1,8 +1,8 @@
 """A search over 16 heads in one fit, against the fit of one head on the same cached features.
 
-Four widths, two rates, one and two hidden layers, under `StructureFreezeCallback("heads.*")`: all heads to the end, and
-with the worse half dropped after each validation until two are left. The one head has 512 units. CPU seconds of the
-whole fit.
+Four widths, two rates, one and two hidden layers, under `StructureFreezeCallback("heads.*")`, with the worse half
+dropped after each validation until two are left; and, with `--all`, with all heads to the end. The one head has 512
+units. CPU seconds of the whole fit.
 
     python benchmarks/head_search.py --data folder/with/npz
 """
@@ -41,7 +41,8 @@ def main() -> None:
     """Fit the one head and the searches in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("GLAI_DATA", "."), help="folder of .npz files")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--all", action="store_true", help="also with all heads to the end")
     arguments = parser.parse_args()
     use_one_thread()
     with np.load(Path(arguments.data) / "cifar10_resnet_features.npz") as archive:
@@ -50,7 +51,7 @@ def main() -> None:
     features, classes = arrays["x_train"].shape[1], int(arrays["y_train"].max()) + 1
     rows: list[dict[str, object]] = []
     for seed in range(arguments.seeds):
-        for heads, keep in ((1, None), (16, 2), (16, None)):
+        for heads, keep in ((1, None), (16, 2), (16, None))[: 3 if arguments.all else 2]:
             seed_everything(seed, verbose=False)
             made, rates = search(features, classes) if heads > 1 else ({"one": mlp_head(features, 512, classes)}, {})
             freeze = StructureFreezeCallback("heads.*", verbose=False)
