@@ -35,7 +35,7 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session(python=LOWEST_PYTHON)
 def lint(session: nox.Session) -> None:
-    """Ruff, on code and notebooks."""
+    """Lint code and notebooks."""
     session.install("-c", "constraints.txt", "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -43,7 +43,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(python=LOWEST_PYTHON)
 def build(session: nox.Session) -> None:
-    """Both distributions, their metadata, and the tests of heads out of each."""
+    """Both distributions, their metadata, and an import from each."""
     session.install("build", "twine")
     made = session.create_tmp()
     session.run("python", "-m", "build", "--outdir", made)

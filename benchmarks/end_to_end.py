@@ -50,11 +50,11 @@ def make_backbone() -> nn.Sequential:
     )  # fmt: skip
 
 
-def pretrain(images: torch.Tensor, labels: torch.Tensor, epochs: int = 2) -> nn.Sequential:
-    """Train the backbone on the classes that the head will not see."""
+def pretrain(images: torch.Tensor, labels: torch.Tensor) -> nn.Sequential:
+    """Train the backbone for two epochs on the classes that the head will not see."""
     backbone, classifier = make_backbone(), nn.Linear(576, int(labels.max()) + 1)
     optimizer = torch.optim.AdamW([*backbone.parameters(), *classifier.parameters()], 1e-3)
-    for _ in range(epochs):
+    for _ in range(2):
         for rows in torch.randperm(len(images)).split(128):
             optimizer.zero_grad()
             F.cross_entropy(classifier(backbone(images[rows])), labels[rows]).backward()

@@ -217,10 +217,9 @@ class OnTop(nn.Module):
 
     def __init__(self, head: nn.Module, random: int) -> None:
         super().__init__()
-        self.head = head
-        self.register_buffer(
-            "weight", torch.randn(head.path_activations(torch.zeros(1, head[0].in_features)).shape[1], random)
-        )
+        # Without anything to train it is features, and not taken for a head.
+        self.head = copy.deepcopy(head).requires_grad_(False)
+        self.register_buffer("weight", torch.randn(head[-1].in_features, random))
 
     def forward(self, inputs: Tensor) -> Tensor:
         features = self.head.path_activations(inputs)

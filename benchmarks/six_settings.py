@@ -117,7 +117,7 @@ def omniglot() -> MakeFit:
     images, labels = splits["train"].inputs.float().unsqueeze(1), splits["train"].labels
     pretraining = torch.isin(labels, labels[torch.from_numpy(splits["train"]._rows).flatten()])
     torch.manual_seed(0)
-    backbone = end_to_end.pretrain(images[pretraining], labels[pretraining].unique(return_inverse=True)[1], epochs=6)
+    backbone = end_to_end.pretrain(images[pretraining], labels[pretraining].unique(return_inverse=True)[1])
     images, targets = images[~pretraining], labels[~pretraining].unique(return_inverse=True)[1]
     tested = torch.arange(len(images)) % 20 >= 16
     inputs = {"train": images[~tested], "test": images[tested]}

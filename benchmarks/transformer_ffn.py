@@ -243,10 +243,11 @@ def draw(rows: list[dict[str, Any]], activations: list[str], path: Path) -> None
             points = [(row["step"], 100 * row[f"churn_{number}"]) for row in watched if row[f"churn_{number}"] != ""]
             churn.plot(*zip(*points, strict=True), ".-", label=f"layer {number}")
         churn.axhline(10, color="grey", linestyle=":", linewidth=1, label="threshold")
-        churn.set(yscale="log", xlabel="steps", title=f"{activation}: pattern bits flipped since the last check, %")
+        churn.set(ylim=(0, None), xlabel="steps", title=f"{activation}: pattern bits flipped since the last check, %")
         for side in SIDES:
             own = [row for row in rows if (row["activation"], row["side"]) == (activation, side)]
-            loss.plot([row["cpu_seconds"] for row in own], [row["val_loss"] for row in own], ".-", label=side)
+            if own:
+                loss.plot([row["cpu_seconds"] for row in own], [row["val_loss"] for row in own], ".-", label=side)
         loss.set(xlabel="CPU seconds", title=f"{activation}: validation loss, nats a character")
         for one in (churn, loss):
             one.legend(frameon=False, fontsize=7)

@@ -85,10 +85,11 @@ def _freezes_in(checkpoint: Mapping[str, Any]) -> dict[str, FreezeMetadata]:
         read = {name: read_freeze(state_dict, name) for name, entry in metadata.items() if FREEZE_METADATA in entry}
         return {name: freeze for name, freeze in read.items() if freeze is not None}
     # Projects that save a part of their state dict copy the entries into a plain one. Output paths add none to it.
-    freezes = {}
+    freezes: dict[str, FreezeMetadata] = {}
     for state in checkpoint.get("callbacks", {}).values():
         heads = state.get("heads") if isinstance(state, Mapping) else None
-        for name, watch in heads.items() if isinstance(heads, Mapping) else ():
+        watched: Mapping[Any, Any] = heads if isinstance(heads, Mapping) else {}
+        for name, watch in watched.items():
             if isinstance(watch, Mapping) and watch.get("frozen") is True:
                 freezes[str(name)] = read_freeze(state_dict, name) or FreezeMetadata("output", watch["freeze_epoch"])
     return freezes

@@ -273,7 +273,7 @@ def check_summable(name: str, values: Tensor, first_row: int = 0) -> None:
         ValueError: if one is not finite, or too large to be squared.
     """
     most = min(_LARGEST, torch.finfo(values.dtype).max)
-    if not bool((_largest(values) <= most).all()):
+    if len(values) and not bool((_largest(values) <= most).all()):
         row = int((values.abs() <= most).all(1).logical_not().nonzero()[0])
         raise UserValueError(
             f"Expected {name} to be finite, and their squares too, but got {_worst(values[row])} in row "

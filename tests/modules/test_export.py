@@ -113,8 +113,8 @@ def test_an_exported_prototypical_module_classifies_episodes_as_the_module_does(
 
 
 def test_an_exported_simclr_module_projects_as_the_module_does(tmp_path):
-    module = SimCLRModule(mlp_head(4, 8, 2), conv_backbone(3, 4, 1)).eval()
-    images = torch.rand(5, 3, 8, 8)
+    backbone, images = conv_backbone(3, 4, 1).eval(), torch.rand(5, 3, 8, 8)
+    module = SimCLRModule(mlp_head(backbone(images).shape[1], 8, 2), backbone).eval()
     path = export_model(module, "torch-export", tmp_path / "model.pt2", images[:2])
     torch.testing.assert_close(run_torch_export(path, images), module(images), rtol=0, atol=1e-5)
 
