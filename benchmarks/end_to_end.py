@@ -52,7 +52,7 @@ def make_backbone() -> nn.Sequential:
 
 def pretrain(images: torch.Tensor, labels: torch.Tensor) -> nn.Sequential:
     """Train the backbone for two epochs on the classes that the head will not see."""
-    backbone, classifier = make_backbone(), nn.Linear(576, PRETRAINING_CLASSES)
+    backbone, classifier = make_backbone(), nn.Linear(576, int(labels.max()) + 1)
     optimizer = torch.optim.AdamW([*backbone.parameters(), *classifier.parameters()], 1e-3)
     for _ in range(2):
         for rows in torch.randperm(len(images)).split(128):
@@ -122,31 +122,7 @@ def main() -> None:
         main_transformer(arguments.seeds)
         return
 
-    with np.load(Path(arguments.data) / "fashion_mnist.npz") as archive:
-        images = {part: torch.from_numpy(archive[f"x_{part}"]).float().unsqueeze(1) / 255 for part in ("train", "test")}
-        labels = {part: torch.from_numpy(archive[f"y_{part}"]).long() for part in ("train", "test")}
-    asked = {part: labels[part] >= PRETRAINING_CLASSES for part in labels}
-    torch.manual_seed(0)
-    backbone = pretrain(images["train"][~asked["train"]], labels["train"][~asked["train"]])
-    inputs = {part: images[part][asked[part]] for part in images}
-    targets = {part: labels[part][asked[part]] - PRETRAINING_CLASSES for part in labels}
-
-    def make_fit(seed: int) -> tuple[SupervisedModule, LightningDataModule, Trainer]:
-        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(inputs["train"])))
-        train, val = order[len(order) // 5 :], order[: len(order) // 5]
-        data = LightningDataModule.from_datasets(
-            TensorDataset(inputs["train"][train], targets["train"][train]),
-            TensorDataset(inputs["train"][val], targets["train"][val]),
-            TensorDataset(inputs["test"], targets["test"]),
-            batch_size=128,
-        )
-        module = SupervisedModule(
-            mlp_head(576, HIDDEN, HEAD_CLASSES),
-            copy.deepcopy(backbone),
-            optimizer=lambda parameters: torch.optim.AdamW(parameters, 1e-3, fused=True),
-        )
-        return module, data, Trainer(max_epochs=EPOCHS, accelerator="cpu", logger=False)
-
+    make_fit = fashion_mnist(Path(arguments.data))
     comparison = compare(
         make_fit,
         score="val/accuracy",
@@ -161,6 +137,41 @@ def main() -> None:
     rows += [side(make_fit, seed) for seed in range(arguments.seeds) for side in (one_pass, cached_features)]
     columns = ("variant", "seed", "epochs", "finished_cpu_seconds", "finished_seconds", "best_val_score", "test_score")
     save_results("end_to_end", [{column: row[column] for column in columns} for row in rows])
+
+
+def fashion_mnist(folder: Path) -> MakeFit:
+    """Return the fits of a head on classes 4 to 9, after a backbone that is trained on classes 0 to 3."""
+    with np.load(folder / "fashion_mnist.npz") as archive:
+        images = {part: torch.from_numpy(archive[f"x_{part}"]).float().unsqueeze(1) / 255 for part in ("train", "test")}
+        labels = {part: torch.from_numpy(archive[f"y_{part}"]).long() for part in ("train", "test")}
+    asked = {part: labels[part] >= PRETRAINING_CLASSES for part in labels}
+    torch.manual_seed(0)
+    backbone = pretrain(images["train"][~asked["train"]], labels["train"][~asked["train"]])
+    inputs = {part: images[part][asked[part]] for part in images}
+    targets = {part: labels[part][asked[part]] - PRETRAINING_CLASSES for part in labels}
+    return fits_on(backbone, inputs, targets)
+
+
+def fits_on(backbone: nn.Module, inputs: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> MakeFit:
+    """Return the fits of a head on images that a frozen backbone embeds in every step."""
+
+    def make_fit(seed: int) -> tuple[SupervisedModule, LightningDataModule, Trainer]:
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(inputs["train"])))
+        train, val = order[len(order) // 5 :], order[: len(order) // 5]
+        data = LightningDataModule.from_datasets(
+            TensorDataset(inputs["train"][train], targets["train"][train]),
+            TensorDataset(inputs["train"][val], targets["train"][val]),
+            TensorDataset(inputs["test"], targets["test"]),
+            batch_size=128,
+        )
+        module = SupervisedModule(
+            mlp_head(576, HIDDEN, int(targets["train"].max()) + 1),
+            copy.deepcopy(backbone),
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, 1e-3, fused=True),
+        )
+        return module, data, Trainer(max_epochs=EPOCHS, accelerator="cpu", logger=False)
+
+    return make_fit
 
 
 def all_epochs(make_fit: MakeFit, seed: int) -> dict[str, object]:

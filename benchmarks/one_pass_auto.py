@@ -108,6 +108,7 @@ def fit(name: str, data: tuple[torch.Tensor, torch.Tensor], seed: int, *, one_pa
     freeze = StructureFreezeCallback(one_pass=one_pass, verbose=False)
     trainer = quiet_trainer(12, freeze)
     seconds = measure(lambda: trainer.fit(module, loaders))
+    val_score = float(trainer.callback_metrics["val/accuracy"])
     (tested,) = trainer.test(module, loaders, verbose=False)
     record = freeze.one_pass_record
     work = freeze.heads["head"].solve.work_before_head
@@ -120,7 +121,7 @@ def fit(name: str, data: tuple[torch.Tensor, torch.Tensor], seed: int, *, one_pa
         "expected": work >= WORTH_ONE_PASS if one_pass == "auto" else "",
         "epochs": trainer.current_epoch if record is None else 1 + record.passes,
         "cpu_seconds": round(seconds.cpu, 3),
-        "val_score": round(float(trainer.callback_metrics["val/accuracy"]), 4),
+        "val_score": round(val_score, 4),
         "test_score": round(tested["test/accuracy"], 4),
     }
 

@@ -10,11 +10,12 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+Rows = list[dict[str, str]]
 Table = list[list[str]]
 
 _SETS = {"clinc150_minilm": "clinc150", "cifar10_resnet_features": "cifar10 features", "fashion_mnist": "fashion_mnist"}
@@ -27,18 +28,18 @@ _VARIANTS = {
 }
 
 
-def read(name: str) -> list[dict[str, str]]:
+def read(name: str) -> Rows:
     """Return the rows of one file of results."""
-    (path,) = RESULTS.glob(f"{name}_*.csv")
+    (path,) = RESULTS.glob(f"{name}_[0-9]*.csv")
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def mean(rows: Iterable[dict[str, str]], column: str) -> float:
+def mean(rows: Rows, column: str) -> float:
     return statistics.fmean(float(row[column]) for row in rows)
 
 
-def where(rows: Iterable[dict[str, str]], **values: str) -> list[dict[str, str]]:
+def where(rows: Rows, **values: str) -> Rows:
     return [row for row in rows if all(row[column] == value for column, value in values.items())]
 
 
@@ -71,7 +72,7 @@ def half_width(values: list[float]) -> float:
     return 2.7764 * statistics.stdev(values) / math.sqrt(5)
 
 
-def paired(side: list[dict[str, str]], other: list[dict[str, str]], column: str) -> list[tuple[float, float]]:
+def paired(side: Rows, other: Rows, column: str) -> list[tuple[float, float]]:
     """Return the values of both sides in one column, seed by seed."""
     return [(float(row[column]), float(where(other, seed=row["seed"])[0][column])) for row in side]
 
@@ -109,44 +110,39 @@ def _mean_of_sets(sides: list[Side]) -> tuple[str, str]:
     return times(speed), points(statistics.fmean(statistics.fmean(side.points) for side in sides))
 
 
-def _sides_of_the_bare_line() -> dict[str, tuple[dict[str, str], dict[str, str]]]:
-    rows = read("one_line")
-    return {
-        name: (where(rows, set=name, side="early stopping")[0], where(rows, set=name, side="freeze and solve")[0])
-        for name in dict.fromkeys(row["set"] for row in rows)
-    }
+_BARE, _ONE_PASS = "freeze and solve", "in one pass"
 
 
-def _gain(mlp: dict[str, str], frozen: dict[str, str]) -> tuple[float, float]:
-    ratio = float(mlp["cpu_seconds"]) / float(frozen["cpu_seconds"])
-    return ratio, 100 * (float(frozen["test"]) - float(mlp["test"]))
+def _bare_line(name: str, side: str) -> tuple[float, list[float]]:
+    """Return how many times as fast a side of the bare line is on a set, and its points against the MLP by seed."""
+    rows = where(read("one_line"), set=name)
+    mlp, frozen = where(rows, side="early stopping"), where(rows, side=side)
+    ratio = statistics.geometric_mean(other / own for own, other in paired(frozen, mlp, "cpu_seconds"))
+    return ratio, [100 * (own - other) for own, other in paired(frozen, mlp, "test")]
 
 
-def _mean_of_the_bare_line() -> tuple[str, str]:
-    gains = [_gain(*sides) for sides in _sides_of_the_bare_line().values()]
-    return times(statistics.geometric_mean(ratio for ratio, _ in gains)), points(statistics.fmean(x for _, x in gains))
+def _sets_of_the_bare_line() -> list[str]:
+    return list(dict.fromkeys(row["set"] for row in read("one_line")))
+
+
+def _mean_of_the_bare_line(side: str) -> tuple[str, str]:
+    gains = [_bare_line(name, side) for name in _sets_of_the_bare_line()]
+    ratio = statistics.geometric_mean(ratio for ratio, _ in gains)
+    return times(ratio), points(statistics.fmean(statistics.fmean(by_seed) for _, by_seed in gains))
 
 
 def bare_line() -> Table:
-    """``StructureFreezeCallback("head")`` as it is, one seed."""
-    table = [
-        [
-            "",
-            "CPU seconds: MLP, frozen and solved",
-            "times as fast",
-            "epochs: MLP, frozen",
-            "test accuracy: MLP, frozen",
-            "difference",
-        ]
-    ]
-    for name, (mlp, frozen) in _sides_of_the_bare_line().items():
-        ratio, difference = _gain(mlp, frozen)
-        seconds = f"{float(mlp['cpu_seconds']):.2f}, {float(frozen['cpu_seconds']):.2f}"
-        accuracy = f"{100 * float(mlp['test']):.2f} %, {100 * float(frozen['test']):.2f} %"
-        epochs = f"{mlp['epochs']}, {frozen['epochs']}"
-        table.append([name, seconds, times(ratio), epochs, accuracy, points(difference)])
-    ratio_text, difference_text = _mean_of_the_bare_line()
-    return [*table, ["mean", "", ratio_text, "", "", difference_text]]
+    """``StructureFreezeCallback("head")`` as it is, and with ``one_pass=True``, five seeds."""
+    header = ["", "CPU seconds, epochs of the MLP", "the bare line: times as fast", "points"]
+    table = [[*header, "`one_pass=True`: times as fast", "points"]]
+    for name in _sets_of_the_bare_line():
+        mlp = where(read("one_line"), set=name, side="early stopping")
+        cells = [f"{mean(mlp, 'cpu_seconds'):.2f}, {mean(mlp, 'epochs'):.0f}"]
+        for side in (_BARE, _ONE_PASS):
+            ratio, by_seed = _bare_line(name, side)
+            cells += [times(ratio), with_interval(by_seed)]
+        table.append([name, *cells])
+    return [*table, ["mean", "", *_mean_of_the_bare_line(_BARE), *_mean_of_the_bare_line(_ONE_PASS)]]
 
 
 def constant_rate() -> Table:
@@ -197,7 +193,7 @@ def backbone_in_the_loop() -> Table:
     return table
 
 
-def _speed_end_to_end(side: list[dict[str, str]]) -> tuple[float, float, float]:
+def _speed_end_to_end(side: Rows) -> tuple[float, float, float]:
     mlp = where(read("end_to_end"), variant="mlp")
     ratios = [other / seconds for seconds, other in paired(side, mlp, "finished_cpu_seconds")]
     return mean(mlp, "finished_cpu_seconds") / mean(side, "finished_cpu_seconds"), min(ratios), max(ratios)
@@ -253,7 +249,6 @@ def training_step() -> Table:
 
 def headline() -> Table:
     """The table of README and of the start page: losses beside wins."""
-    sides = _sides_of_the_bare_line()
     bare = {
         '**`StructureFreezeCallback("head")` as it is now:** letter, 26 classes': "letter",
         "shells of 5 classes, generated": "shells of 5 classes",
@@ -272,9 +267,10 @@ def headline() -> Table:
     ]
     table = [header]
     for title, name in bare.items():
-        ratio, difference = _gain(*sides[name])
-        table.append([title, times(ratio), points(difference), "1"])
-    table.append(["all fourteen sets, mean", *_mean_of_the_bare_line(), "1"])
+        ratio, by_seed = _bare_line(name, _BARE)
+        table.append([title, times(ratio), with_interval(by_seed), "5"])
+    table.append(["all fourteen sets, mean", *_mean_of_the_bare_line(_BARE), "5"])
+    table.append(["all fourteen sets, mean, `one_pass=True`", *_mean_of_the_bare_line(_ONE_PASS), "5"])
     titles = [
         "**earlier settings:** CLINC150, cached embeddings",
         "CIFAR-10, cached embeddings",
@@ -312,6 +308,61 @@ def race() -> Table:
 
 
 #: Every table, by the name that a page gives for it.
+HEADS = ("mlp", "gelu", "silu", "tanh", "glu", "polyglu", "eugen", "random", "linear")
+
+
+def _both_sides(head: str) -> Iterator[list[tuple[dict[str, str], dict[str, str]]]]:
+    """Yield, set by set, the runs of a head never frozen and solved, seed by seed."""
+    rows = read("compare_heads")
+    solved = "output+solve" if head == "mlp" else f"{head}+solve"
+    for name in _SETS:
+        own = where(rows, configuration=f"{name}_constant")
+        yield [(run, where(own, variant=solved, seed=run["seed"])[0]) for run in where(own, variant=head)]
+
+
+def heads() -> Table:
+    """Heads at equal parameters, frozen and solved: how many times as fast as never frozen, and the difference."""
+    rows = [["head", *_SETS.values(), "mean"]]
+    for head in HEADS:
+        ratios, differences = [], []
+        for pairs in _both_sides(head):
+            seconds = [float(a["finished_cpu_seconds"]) / float(b["finished_cpu_seconds"]) for a, b in pairs]
+            ratios.append(statistics.geometric_mean(seconds))
+            differences.append(
+                100 * statistics.fmean(float(b["test_score"]) - float(a["test_score"]) for a, b in pairs)
+            )
+        ratios.append(statistics.geometric_mean(ratios))
+        differences.append(statistics.fmean(differences))
+        rows.append([head, *(f"{times(r)}, {points(d)}" for r, d in zip(ratios, differences, strict=True))])
+    return rows
+
+
+def head_scores() -> Table:
+    """The same heads: parameters, and test accuracy never frozen and solved."""
+    rows = [["parameters; test accuracy never frozen, solved", *_SETS.values()]]
+    for head in HEADS:
+        cells = []
+        for pairs in _both_sides(head):
+            never, solved = (100 * mean([pair[side] for pair in pairs], "test_score") for side in (0, 1))
+            cells.append(f"{int(pairs[0][0]['head_parameters']):,}; {nudged(never):.2f} %, {nudged(solved):.2f} %")
+        rows.append([head, *cells])
+    return rows
+
+
+def transformer_ffn() -> Table:
+    """FFN blocks of a small language model, frozen while it trains."""
+    columns = ["loss", "CPU seconds", "loss at equal seconds", "optimizer state, gradients"]
+    rows = [["FFNs frozen", "from steps", *columns]]
+    for row in read("transformer_ffn"):
+        memory = ", ".join(f"{float(row[of]) / 1e6:.2f} MB" for of in ("optimizer_bytes", "gradient_bytes"))
+        losses = [f"{float(row[of]):.3f}" for of in ("val_loss", "val_loss_at_equal_seconds")]
+        steps = "never" if set(row["frozen_from_step"].split()) == {"never"} else row["frozen_from_step"]
+        side = row["side"].removeprefix("frozen ").replace("never frozen", "never")
+        cells = [steps, losses[0], f"{float(row['cpu_seconds']):.1f}", losses[1], memory]
+        rows.append([f"{row['activation']}, {side}", *cells])
+    return rows
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "headline": headline,
     "bare_line": bare_line,
@@ -321,6 +372,9 @@ TABLES: dict[str, Callable[[], Table]] = {
     "few_shot": few_shot,
     "contrastive": contrastive,
     "training_step": training_step,
+    "heads": heads,
+    "head_scores": head_scores,
+    "transformer_ffn": transformer_ffn,
     "race": race,
 }
 

@@ -204,6 +204,7 @@ def summarise(rows: list[dict[str, Any]], steps: dict[str, dict[str, float]]) ->
     table = []
     for activation, of_step in steps.items():
         by_side = {side: [r for r in rows if (r["activation"], r["side"]) == (activation, side)] for side in SIDES}
+        by_side = {side: of_side for side, of_side in by_side.items() if of_side}
         shortest = min(of_one[-1]["cpu_seconds"] for of_one in by_side.values())
         for side, of_side in by_side.items():
             last = of_side[-1]
@@ -212,10 +213,10 @@ def summarise(rows: list[dict[str, Any]], steps: dict[str, dict[str, float]]) ->
                 {
                     "activation": activation,
                     "side": side,
-                    "frozen_from_step": [
-                        last["step"] * (len(of_side) - epochs) // len(of_side) if epochs else "never"
+                    "frozen_from_step": " ".join(
+                        str(int(last["step"] * (len(of_side) - epochs) // len(of_side))) if epochs else "never"
                         for epochs in frozen
-                    ],
+                    ),
                     "val_loss": last["val_loss"],
                     "cpu_seconds": last["cpu_seconds"],
                     "val_loss_at_equal_seconds": round(loss_at(of_side, shortest), 4),
@@ -242,10 +243,11 @@ def draw(rows: list[dict[str, Any]], activations: list[str], path: Path) -> None
             points = [(row["step"], 100 * row[f"churn_{number}"]) for row in watched if row[f"churn_{number}"] != ""]
             churn.plot(*zip(*points, strict=True), ".-", label=f"layer {number}")
         churn.axhline(10, color="grey", linestyle=":", linewidth=1, label="threshold")
-        churn.set(yscale="log", xlabel="steps", title=f"{activation}: pattern bits flipped since the last check, %")
+        churn.set(ylim=(0, None), xlabel="steps", title=f"{activation}: pattern bits flipped since the last check, %")
         for side in SIDES:
             own = [row for row in rows if (row["activation"], row["side"]) == (activation, side)]
-            loss.plot([row["cpu_seconds"] for row in own], [row["val_loss"] for row in own], ".-", label=side)
+            if own:
+                loss.plot([row["cpu_seconds"] for row in own], [row["val_loss"] for row in own], ".-", label=side)
         loss.set(xlabel="CPU seconds", title=f"{activation}: validation loss, nats a character")
         for one in (churn, loss):
             one.legend(frameon=False, fontsize=7)
@@ -269,6 +271,7 @@ def main() -> None:
     """Train every side with every activation, in turn, and write two tables and a picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--activations", nargs="+", default=["relu", "gelu"])
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--epoch_steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=20, help="of the steps that are timed")
@@ -276,10 +279,10 @@ def main() -> None:
     arguments = parser.parse_args()
     use_one_thread()
     arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / f"transformer_ffn_curves_{machine()}.csv"
+    path = arguments.results / f"transformer_curves_{machine()}.csv"
     rows = read_rows(path) if path.exists() else []
     known = {(row["activation"], row["side"]) for row in rows}
-    for side, activation in itertools.product(SIDES, arguments.activations):
+    for side, activation in itertools.product(arguments.sides, arguments.activations):
         if (activation, side) in known:
             continue
         rows += fit(activation, side, arguments.epochs, arguments.epoch_steps)

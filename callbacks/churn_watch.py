@@ -1,6 +1,7 @@
 """Measuring the churn of one head while a Trainer fits: on which inputs, when, and over all processes."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.fitting.across_processes import churn_over_processes, share_buffers
 from glai_lightning.fitting.heads_in_module import HeadSlot, name_heads
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
-from glai_lightning.heads.churn import ChurnProbe
+from glai_lightning.heads.churn import ChurnProbe, Compared
 
 
 class ChurnWatch:
@@ -140,8 +141,15 @@ class ChurnWatch:
         return {**vars(self), "_probe": None}
 
 
-def measure_churn(trainer: Any, probe: ChurnProbe) -> float | None:
+def measure_churn(
+    trainer: Any, probe: ChurnProbe, show: Callable[[list[Compared]], None] | None = None
+) -> float | None:
     """Return the churn that a probe measures over all processes of a fit, all of which must call this together.
+
+    Args:
+        trainer: the Trainer of the fit.
+        probe: what measures.
+        show: is called with the patterns that were compared in this process.
 
     Returns:
         The fraction of pattern bits that flipped; NaN for weights that are not finite; ``None`` if no process saw an
@@ -149,7 +157,7 @@ def measure_churn(trainer: Any, probe: ChurnProbe) -> float | None:
     """
     finite = probe.is_finite()
     device = next(iter(probe.snapshot.values())).device
-    flipped, bits = probe.measure() if probe.has_inputs else (torch.zeros((), device=device), 0)
+    flipped, bits = probe.measure(show) if probe.has_inputs else (torch.zeros((), device=device), 0)
     if not finite:
         # Added up like any count, because running statistics may diverge in one process alone.
         flipped = torch.full_like(flipped, math.nan, dtype=torch.float64)

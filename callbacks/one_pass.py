@@ -1,5 +1,6 @@
 """The one pass of a fit over its data: keeping what its heads are given, and training them further on that."""
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -47,7 +49,7 @@ def check_alone(judges: Sequence[object]) -> None:
 
 
 def one_pass_if_possible(
-    trainer: Any, pl_module: Any, heads: Heads, read: ReadBatch, **options: bool
+    trainer: Any, pl_module: Any, heads: Heads, read: ReadBatch, **options: Any
 ) -> "OnePass | None":
     """Return one pass that is given up where it cannot be made, see ``OnePass``; ``None`` if that shows at once."""
     epochs = trainer.max_epochs
@@ -77,6 +79,7 @@ class OnePass:
         read: reads a batch.
         is_own: whether that reads the step of the module, and is not an override of the user.
         automatic: whether the epoch is kept only if that is worth it, and given up where it turns out impossible.
+        tell: what says so.
 
     Raises:
         MisconfigurationException: if the data of the fit is not the same samples in every epoch.
@@ -88,7 +91,15 @@ class OnePass:
     """
 
     def __init__(
-        self, trainer: Any, pl_module: Any, heads: Heads, read: ReadBatch, *, is_own: bool, automatic: bool = False
+        self,
+        trainer: Any,
+        pl_module: Any,
+        heads: Heads,
+        read: ReadBatch,
+        *,
+        is_own: bool,
+        automatic: bool = False,
+        tell: Callable[[str], None] = say,
     ) -> None:
         _check_data(trainer, pl_module)
         self.calls = FixedCalls(pl_module, [slot.module for _, slot in heads])
@@ -103,6 +114,7 @@ class OnePass:
         self._reusing = ExitStack()
         self._problem: UserError | None = None
         self._automatic = automatic
+        self._tell = tell
         self._announced = False
 
     @property
@@ -175,7 +187,7 @@ class OnePass:
     def _announce(self) -> None:
         self._announced = True
         times = min(watch.solve.work_before_head for watch, _ in self._heads)
-        say(
+        self._tell(
             f"This fit reads the data once: what stands before the head takes {times:,.0f} times the multiply-adds of "
             "the head, and gives it the same inputs in every epoch. `one_pass=False` trains by epochs."
         )
@@ -189,27 +201,45 @@ class OnePass:
     def _give_up(self) -> None:
         self.kept = {}
         if self._announced:
-            say(f"This fit reads the data in every epoch after all: {self._problem}")
+            self._tell(f"This fit reads the data in every epoch after all: {self._problem}")
 
     def _keep_live(self, trainer: Any, readers: Mapping[str, Any], step: Callable[[], Any]) -> Any:
         """Read a step as it runs: nothing is run again where one plain loss call is the whole loss."""
         with StepWatches({name: reader.module for name, reader in readers.items()}) as seen:
             returned = step()
         with self._raising(trainer):
-            for name, watch in seen.watches.items():
-                self._keep(name, readers[name].read_watched(watch))
+            self._keep({name: readers[name].read_watched(watch) for name, watch in seen.watches.items()})
         return returned
 
     def _keep_replayed(self, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        given = {}
         for watch, slot in self._heads:
             # None as long as no batch has called the head.
             if watch.solve.reader is not None:
                 with self.calls.replaying(), isolated_step(pl_module):
-                    self._keep(slot.name, self._read(batch, batch_idx, "training", watch.solve.reader))
+                    given[slot.name] = self._read(batch, batch_idx, "training", watch.solve.reader)
+        self._keep(given)
 
-    def _keep(self, name: str, given: HeadBatch | tuple[Tensor, ...] | None) -> None:
-        if given is not None:
-            self.kept[name].add(HeadBatch(*given))
+    def _keep(self, given: Mapping[str, HeadBatch | tuple[Tensor, ...] | None]) -> None:
+        """Keep what the heads are given; once for all heads that have been given the same from the first batch on."""
+        batches = {name: HeadBatch(*batch) for name, batch in given.items() if batch is not None}
+        added: list[tuple[KeptInputs, KeptInputs, HeadBatch]] = []
+        for name, batch in batches.items():
+            kept = self.kept[name]
+            for before, now, other in added:
+                if (kept is before or kept.samples == before.samples == 0) and _same(batch, other):
+                    self.kept[name] = now
+                    break
+            else:
+                # Others that share it are given something else from here on.
+                now = copy.deepcopy(kept) if any(kept is before for before, *_ in added) else kept
+                self.kept[name] = now
+                added.append((kept, now, batch))
+        for name in self.kept.keys() - batches.keys():
+            if any(self.kept[name] is before for before, *_ in added):
+                self.kept[name] = copy.deepcopy(self.kept[name])
+        for _, now, batch in added:
+            now.add(batch)
 
     @contextmanager
     def _raising(self, trainer: Any) -> Iterator[None]:
@@ -245,17 +275,16 @@ class OnePass:
             raise self._problem
         if not self._is_whole:
             say("The fit resumed within an epoch: its inputs are collected by a further pass over the data.")
-        for watch, slot in self._heads:
-            if self._is_whole:
-                _leave_out_repeats(trainer, self.kept[slot.name])
-            else:
+            for watch, slot in self._heads:
                 for batch in watch.solve.collect(trainer, self._read):
                     self.kept[slot.name].add(HeadBatch(*batch))
+        else:
+            for kept in {id(kept): kept for kept in self.kept.values()}.values():
+                _leave_out_repeats(trainer, kept)
         counts = {name: kept.samples for name, kept in self.kept.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
-            raise UserMisconfigurationError(
-                f"Expected every sample to be given to all heads with `one_pass=True`, but got {counts} samples."
-            )
+            expected = "every sample to be given to all heads" if any(counts.values()) else "samples in every process"
+            raise UserMisconfigurationError(f"Expected {expected} with `one_pass=True`, but got {counts} samples.")
 
     def train(
         self,
@@ -322,6 +351,13 @@ class OnePass:
     def after_validation(self) -> None:
         """End what ``before_validation`` began."""
         self._reusing.close()
+
+
+def _same(one: HeadBatch, other: HeadBatch) -> bool:
+    return all(
+        x is y or (x is not None and y is not None and x.dtype == y.dtype and torch.equal(x, y))
+        for x, y in zip(one, other, strict=True)
+    )
 
 
 def _check_data(trainer: Any, pl_module: Any) -> None:

@@ -258,7 +258,7 @@ class StructureFreezeCallback(WatchedHeads):
             own = type(self).inputs_and_targets is StructureFreezeCallback.inputs_and_targets
             begin = OnePass if self.one_pass is True else one_pass_if_possible
             heads = list(self._watched(pl_module))
-            self._one_pass = begin(trainer, pl_module, heads, self.inputs_and_targets, is_own=own)
+            self._one_pass = begin(trainer, pl_module, heads, self.inputs_and_targets, is_own=own, tell=self.say)
 
     @property
     def _finished(self) -> bool:

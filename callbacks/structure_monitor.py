@@ -1,12 +1,14 @@
 """The callback that watches the structure of heads, and changes nothing."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback
 
 from glai_lightning.callbacks.churn_watch import measure_churn
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
+from glai_lightning.callbacks.structure_pictures import picture_writers, write_pictures
 from glai_lightning.checks import expect_integer
 from glai_lightning.fitting.heads_in_module import (
     HeadSlot,
@@ -27,6 +29,12 @@ class StructureMonitor(Callback):
     It logs ``structure/churn/<name>`` for every module watched (``structure/churn`` for a single one that was named
     without a wildcard, unless there is a ``StructureFreezeCallback``), except for those whose churn that callback logs
     under the same key. A module that saw no input in an epoch is left out in it.
+
+    Where the Trainer has a TensorBoard logger, that logger alone is also given, for every module and check: the shares
+    ``structure/dead_units`` and ``structure/always_on_units`` of units that fire for none or for all of the inputs; a
+    histogram ``structure/unit_churn`` of churn over the units of each layer; and an image ``structure/patterns`` of
+    units (rows) by inputs (columns), blue where a unit fires, orange where it fires since the last check, yellow where
+    it no longer does. They show the inputs of the first process.
 
     Args:
         modules: qualified name of an MLP block, or a pattern such as ``encoder.layers.*.ffn`` that stands for all MLP
@@ -67,18 +75,20 @@ class StructureMonitor(Callback):
         """Measure churn after the last batch of an epoch."""
         if not trainer.is_last_batch:
             return
+        writers = picture_writers(trainer)
         for name, probe in self._probes.items():
+            suffix = self._key(trainer, name).removeprefix("structure/churn")
+            show = partial(write_pictures, writers, suffix=suffix, step=trainer.global_step) if writers else None
             # What another callback froze no longer moves.
-            churn = 0.0 if HeadSlot(pl_module, name).is_frozen else measure_churn(trainer, probe)
+            churn = 0.0 if HeadSlot(pl_module, name).is_frozen else measure_churn(trainer, probe, show)
             if churn is not None:
                 self.churn_history[name].append(churn)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the churn of every module watched."""
-        freezing = [other for other in trainer.callbacks if isinstance(other, StructureFreezeCallback)]
-        logged = {other.log_key("churn", name) for other in freezing for name in other.heads}
+        logged = {other.log_key("churn", name) for other in _freezing(trainer) for name in other.heads}
         for name in self._probes:
-            key = "structure/churn" if stands_alone(self.modules) and not freezing else f"structure/churn/{name}"
+            key = self._key(trainer, name)
             if self.churn_history[name] and key not in logged:
                 pl_module.log(key, self.churn_history[name][-1])
 
@@ -89,6 +99,10 @@ class StructureMonitor(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Stop watching."""
         self._close()
+
+    def _key(self, trainer: Any, name: str) -> str:
+        alone = stands_alone(self.modules) and not _freezing(trainer)
+        return "structure/churn" if alone else f"structure/churn/{name}"
 
     def _check_module(self, pl_module: Any, name: str) -> None:
         named = dict(pl_module.named_modules())
@@ -106,3 +120,7 @@ class StructureMonitor(Callback):
         for probe in self._probes.values():
             probe.close()
         self._probes = {}
+
+
+def _freezing(trainer: Any) -> list[StructureFreezeCallback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, StructureFreezeCallback)]

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from glai_lightning.datamodules.episodes import EpisodesDataModule
 from glai_lightning.datamodules.features import FeaturesDataModule
 from glai_lightning.datamodules.views import ViewsDataModule
 
@@ -39,52 +38,6 @@ class DigitsDataModule(FeaturesDataModule):
 
     def __init__(self, batch_size: int = 64, val_fraction: float = 0.2, seed: int = 0) -> None:
         super().__init__(arrays=_split_digits(), batch_size=batch_size, val_fraction=val_fraction, seed=seed)
-
-
-class DigitEpisodesDataModule(EpisodesDataModule):
-    """Episodes of the digits, to try few-shot learning out in seconds: a toy.
-
-    It trains on the digits 0 to 4, and validates and tests on 5 to 9: the same five classes for both, because there are
-    no others, but other images. Everything else is as in :class:`EpisodesDataModule`.
-
-    Args:
-        ways: classes in an episode, 2 to 5.
-        shots: support images of each class, at least 1.
-        queries: query images of each class, at least 1.
-        train_episodes: episodes of an epoch.
-        eval_episodes: episodes to validate on, and to test on.
-        seed: of all episodes, and of which images are for testing, at least 0.
-
-    Raises:
-        TypeError: If an argument is no int.
-        ValueError: If an argument is out of its range; from :meth:`setup`, if there are not enough classes or images.
-
-    Example:
-        >>> episode = DigitEpisodesDataModule(ways=3).episodes["test"][0]
-        >>> episode["support"].shape, bool((episode["query_labels"] >= 5).all())
-        (torch.Size([3, 8, 8]), True)
-    """
-
-    def __init__(
-        self,
-        ways: int = 5,
-        shots: int = 1,
-        queries: int = 15,
-        train_episodes: int = 100,
-        eval_episodes: int = 600,
-        seed: int = 0,
-    ) -> None:
-        images, labels = _load_digits()
-        super().__init__(
-            arrays={"x": images.reshape(-1, 8, 8), "y": labels},
-            ways=ways,
-            shots=shots,
-            queries=queries,
-            train_episodes=train_episodes,
-            eval_episodes=eval_episodes,
-            classes={"train": [0, 1, 2, 3, 4], "val": [5, 6, 7, 8, 9], "test": [5, 6, 7, 8, 9]},
-            seed=seed,
-        )
 
 
 class DigitViewsDataModule(ViewsDataModule):

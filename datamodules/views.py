@@ -163,7 +163,7 @@ class ViewsDataModule(CachingDataModule):
         }
         rows = {}
         for split, names in keys.items():
-            views = [torch.from_numpy(arrays[name]).float().unflatten(1, (self.num_views, -1)) for name in names]
+            views = [torch.unflatten(torch.from_numpy(arrays[name]).float(), 1, (self.num_views, -1)) for name in names]
             labels = torch.from_numpy(arrays[f"y_{split}"])
             rows[split] = CachedViews(
                 torch.cat(views, 1).transpose(0, 1).contiguous(),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from glai_lightning.modules.simclr import SimCLRModule
     from glai_lightning.modules.supervised import SupervisedModule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ChurnProbe",

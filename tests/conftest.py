@@ -1,3 +1,4 @@
+import gc
 import json
 import multiprocessing
 import os
@@ -22,6 +23,12 @@ LONGEST = 240
 def pytest_addoption(parser):
     parser.addoption("--fuzz-examples", type=int, help="examples of each test in test_fuzz.py, instead of its own")
     parser.addoption("--fuzz-fits", type=int, help="fits of test_fuzz_fits.py, instead of its own number")
+
+
+def pytest_collection_finish():
+    """Leave everything that was imported out of garbage collections, which comparisons ask for, and of forks."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -82,7 +82,7 @@ def demonstrate(make_data: Callable[[], FeaturesDataModule], folder: Path, max_e
 def _run(variant: str, data: FeaturesDataModule, callback: Callback, max_epochs: int) -> Run:
     seed_everything(_SEED, workers=True, verbose=False)
     module = SupervisedModule(mlp_head(data.num_features, _HIDDEN, _LETTERS))
-    trainer = Trainer(
+    trainer: Any = Trainer(
         max_epochs=max_epochs,
         accelerator="cpu",
         devices=1,

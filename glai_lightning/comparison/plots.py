@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glai_lightning.callbacks.fit_plots import label_axes, new_figure, save_png
+from glai_lightning.callbacks.fit_plots import as_image, label_axes, new_figure, save_png
 from glai_lightning.comparison.runs import Run
 from glai_lightning.comparison.statistics import mean_interval
 from glai_lightning.comparison.verdict import Comparison
@@ -17,7 +17,7 @@ _COLORS = ("#374151", "#1f5fa8", "#c2410c", "#15803d", "#7e22ce", "#0891b2", "#b
 
 
 def write_plots(comparison: Comparison, folder: Path) -> list[Path]:
-    """Draw a comparison, and write the plots into a folder.
+    """Draw a comparison, and write the plots into a folder, and for TensorBoard into ``tensorboard`` in it.
 
     Returns:
         The files: score against seconds, time to a finished head and, where it was measured, churn.
@@ -31,7 +31,20 @@ def write_plots(comparison: Comparison, folder: Path) -> list[Path]:
         with path.open("wb") as file:
             save_png(figure, file)
         paths.append(path)
+    _write_to_tensorboard(figures, folder / "tensorboard")
     return paths
+
+
+def _write_to_tensorboard(figures: "dict[str, Figure]", folder: Path) -> None:
+    # Half a second of imports that only the end of a comparison needs.
+    from torch.utils.tensorboard import SummaryWriter
+
+    # A comparison that is continued replaces its plots here too.
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    with SummaryWriter(folder) as writer:
+        for name, figure in figures.items():
+            writer.add_image(f"comparison/{name}", as_image(figure), dataformats="HWC")
 
 
 def score_figure(comparison: Comparison) -> "Figure":

@@ -73,7 +73,7 @@ def compare(
     that was interrupted continues.
 
     ``to`` then holds ``comparison.json``, ``comparison.md`` and the plots ``score_over_seconds.png``,
-    ``finished_head.png`` and ``churn.png``.
+    ``finished_head.png`` and ``churn.png``, which are also a TensorBoard log in the folder ``tensorboard``.
 
     Args:
         make_fit: makes, for a seed, a fresh module, its data module (``None`` for a module with loaders of its own) and

@@ -113,6 +113,8 @@ class Recorder(FitRecorder, Callback):
         self, score: str, mode: Mode, freeze: Any = None, on_validated: Callable[[int], object] | None = None
     ) -> None:
         super().__init__(score, mode, keeps_best=True)
+        # The freeze rule goes by what a callback monitors, and the fit's own checkpoint has been taken out.
+        self.monitor = score
         self.freeze = freeze
         self.on_validated = on_validated
         self.fit_record: FitRecord | None = None

@@ -90,7 +90,7 @@ class KeptHead:
         assert reader is not None
         kind, total, count = self._kind(reader), 0.0, 0
         with isolated_step(self.slot.module):
-            for x, y in zip(inputs.split(_ROWS_SCORED_TOGETHER), targets.split(_ROWS_SCORED_TOGETHER), strict=True):
+            for x, y in zip(*(torch.split(part, _ROWS_SCORED_TOGETHER) for part in (inputs, targets)), strict=True):
                 outputs = self.slot.module(x.to(y.device)).reshape(len(x), -1)
                 if kind == "cross_entropy":
                     points = outputs.argmax(1) == (y.argmax(1) if y.ndim == 2 else y)

@@ -96,7 +96,7 @@ class FirstLook:
         own = {id(parameter) for one in (head, *self._others) for parameter in one.parameters()}
         outside = [module for module in pl_module.modules() if id(module) not in inside]
         reasons = []
-        if any(parameter.requires_grad for parameter in pl_module.parameters() if id(parameter) not in own):
+        if any(id(parameter) not in own for parameter in self._trained()):
             reasons.append(
                 ("layers outside the head are trained", "the solve is for their embeddings as they are by then")
             )
@@ -119,6 +119,12 @@ class FirstLook:
         if self.random:
             reasons.append(("the training data is drawn at random", "the solve is for one draw of it"))
         return reasons
+
+    def _trained(self) -> list[nn.Parameter]:
+        """List the parameters that the fit trains; of others that require gradients no optimizer knows."""
+        groups = [group for optimizer in self._slot.pl_module.trainer.optimizers for group in optimizer.param_groups]
+        known = {id(parameter) for group in groups for parameter in group["params"]}
+        return [p for p in self._slot.pl_module.parameters() if p.requires_grad and id(p) in known]
 
     def describe_freeze(self, obstacle: str, paths: str) -> str:
         """Say in one line why the head is not solved, and what a freeze alone can save.
@@ -151,7 +157,7 @@ class FirstLook:
         inner, last = sum(products[:-1]), products[-1]
         own = {id(parameter) for parameter in head.parameters()}
         outside = [parameter for parameter in pl_module.parameters() if id(parameter) not in own]
-        trained = sum(parameter.numel() for parameter in outside if parameter.requires_grad)
+        trained = sum(parameter.numel() for parameter in self._trained() if id(parameter) not in own)
         part = trained / sum(parameter.numel() for parameter in outside) if trained else 0.0
         saved = inner if trained else 2 * inner - products[0] + last
         step = 3 * (inner + last) - (0 if trained else products[0]) + multiply_adds_outside * (1 + 2 * part)

@@ -9,7 +9,7 @@ This is everything that is touched, here and nowhere else:
 - ``log`` and ``log_dict`` of the module do nothing while a step is read.
 - ``training_step`` of the module is replaced for one step of a fit, to see what it returns.
 - ``forward`` of the head is replaced while a step is read or seen, and its gradient is asked for. No hook is used.
-- Modes: all modules are in eval mode while a step is read.
+- Modes: all modules are in eval mode while a step is read, or as ``on_validation_model_eval`` of the module sets them.
 - Attributes of modules: a step that is read may set any of them anew, and works on copies of lists, dictionaries, sets,
   buffers and the states of torchmetrics.
 - ``requires_grad`` of parameters is off while a step is read, but for the head's on the first batch.
@@ -71,7 +71,7 @@ def isolated_step(pl_module: Any) -> Iterator[None]:
     try:
         for module, attributes in kept:
             vars(module).update(_copies(module, attributes))
-        pl_module.eval()
+        _set_eval(pl_module)
         vars(pl_module).update(log=_log_nothing, log_dict=_log_nothing)
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -84,6 +84,15 @@ def isolated_step(pl_module: Any) -> Iterator[None]:
             vars(module).update(attributes)
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def _set_eval(pl_module: Any) -> None:
+    """Put a module in eval mode, as it does so itself: some keep what scales their outputs in training mode."""
+    pl_module.eval()
+    own = getattr(type(pl_module), "on_validation_model_eval", None)
+    # By name: the hook to override is that of `lightning` or of `pytorch_lightning`.
+    if own is not None and not own.__module__.endswith("core.hooks"):
+        pl_module.on_validation_model_eval()
 
 
 def _copies(module: nn.Module, attributes: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from glai_lightning.heads.joined import entry_of
 from glai_lightning.heads.layout import CannotBeCalledError, HeadLayout, read_head
 from glai_lightning.heads.patterns import layout_of, patterns_of
 
+#: Patterns of one call of a head, one bool tensor (..., units) for each activation: before, and now.
+Compared = tuple[list[Tensor], list[Tensor]]
+
 
 def pattern_churn(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """Return the fraction of pattern bits that differ, over all hidden layers together.
@@ -124,7 +127,7 @@ class ChurnProbe:
 
     Args:
         head: a head or a ``GLAIHead``.
-        probe_size: number of inputs to compare on, at least 1.
+        probe_size: number of inputs to compare on, at least 1; of a head whose layers lie at several names, tokens.
 
     Raises:
         TypeError: if ``head`` is not a module, or ``probe_size`` not an integer.
@@ -180,7 +183,7 @@ class ChurnProbe:
         plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
         x = args[0] if plain else next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         flattened = self._layout.takes_rows
-        rows = x.shape[:-1].numel() if flattened else len(x)
+        rows = x.shape[:-1].numel() if flattened else self._count(x)
         self.seen += rows
         if not self._listens:
             return
@@ -191,15 +194,20 @@ class ChurnProbe:
         others = None if plain or flattened else tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         self._others.append(others)
         self._kept += rows
-        while self._kept - len(self.inputs[0]) >= self.probe_size:
-            self._kept -= len(self.inputs.popleft())
+        while self._kept - self._count(self.inputs[0]) >= self.probe_size:
+            self._kept -= self._count(self.inputs.popleft())
             self._others.popleft()
+
+    def _count(self, x: Tensor) -> int:
+        """Count the inputs in a tensor: of a head that begins with a Linear of its module, every token is one."""
+        return x.shape[:-1].numel() if isinstance(entry_of(self.head), nn.Linear) else len(x)
 
     def _calls(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Yield what to call the head with, to see it on the inputs kept: as few calls as will do."""
-        surplus = max(0, self._kept - self.probe_size)
+        first = self.inputs[0]
+        surplus = max(0, self._kept - self.probe_size) * len(first) // max(1, self._count(first))
         if all(others is None for others in self._others) and len({x.shape[1:] for x in self.inputs}) == 1:
-            yield (torch.cat([self.inputs[0][surplus:], *list(self.inputs)[1:]]),), {}
+            yield (torch.cat([first[surplus:], *list(self.inputs)[1:]]),), {}
             return
         for x, others in zip(self.inputs, self._others, strict=True):
             given = ((x,), {}) if others is None else others
@@ -251,8 +259,11 @@ class ChurnProbe:
             raise UserValueError(f"Expected the snapshot of a head with tensors of shape {own}, but got {given}.")
         self.snapshot = {name: value.to(self.snapshot[name].device) for name, value in snapshot.items()}
 
-    def measure(self) -> tuple[Tensor, int]:
+    def measure(self, show: Callable[[list[Compared]], None] | None = None) -> tuple[Tensor, int]:
         """Compare the head with the snapshot on the inputs kept, and start again from here.
+
+        Args:
+            show: is called with what was compared: for each call of the head the patterns of the snapshot and its own.
 
         Returns:
             The number of pattern bits that differ (0-d int64 tensor on the inputs' device), and the number of bits
@@ -266,14 +277,15 @@ class ChurnProbe:
                 "Expected the head to be called in training before churn is measured, but it saw no input."
             )
         assert self._layout is not None
-        flipped, bits = torch.zeros((), dtype=torch.int64, device=self.inputs[0].device), 0
-        for args, kwargs in self._calls():
-            before = patterns_of(self._layout, args, kwargs, self.snapshot)
-            more_flipped, more_bits = count_flipped(before, patterns_of(self._layout, args, kwargs))
-            flipped += more_flipped
-            bits += more_bits
+        compared = [
+            (patterns_of(self._layout, args, kwargs, self.snapshot), patterns_of(self._layout, args, kwargs))
+            for args, kwargs in self._calls()
+        ]
+        if show is not None:
+            show(compared)
         self.restart()
-        return flipped, bits
+        counts = [count_flipped(before, after) for before, after in compared]
+        return torch.stack([flipped for flipped, _ in counts]).sum(), sum(bits for _, bits in counts)
 
     def detach(self) -> None:
         """Stop watching, and keep what was seen."""

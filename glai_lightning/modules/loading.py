@@ -62,8 +62,9 @@ def load_frozen(module: _M, path: str | PathLike[str], *, weights_only: bool = T
     check_state_dict(checkpoint["state_dict"])
     freezes = _freezes_in(checkpoint)
     heads = {name: _head_in(module, name) for name in freezes}
-    if hasattr(module, "on_load_checkpoint"):
-        module.on_load_checkpoint(checkpoint)
+    on_load_checkpoint: Any = getattr(module, "on_load_checkpoint", None)
+    if on_load_checkpoint is not None:
+        on_load_checkpoint(checkpoint)
     state_dict, strict = _described(checkpoint["state_dict"], freezes), getattr(module, "strict_loading", True)
     alone = {name: head for name, head in heads.items() if not isinstance(head, JoinedHead)}
     check_fits(module, state_dict, strict=strict, heads=alone)
@@ -84,10 +85,11 @@ def _freezes_in(checkpoint: Mapping[str, Any]) -> dict[str, FreezeMetadata]:
         read = {name: read_freeze(state_dict, name) for name, entry in metadata.items() if FREEZE_METADATA in entry}
         return {name: freeze for name, freeze in read.items() if freeze is not None}
     # Projects that save a part of their state dict copy the entries into a plain one. Output paths add none to it.
-    freezes = {}
+    freezes: dict[str, FreezeMetadata] = {}
     for state in checkpoint.get("callbacks", {}).values():
         heads = state.get("heads") if isinstance(state, Mapping) else None
-        for name, watch in heads.items() if isinstance(heads, Mapping) else ():
+        watched: Mapping[Any, Any] = heads if isinstance(heads, Mapping) else {}
+        for name, watch in watched.items():
             if isinstance(watch, Mapping) and watch.get("frozen") is True:
                 freezes[str(name)] = read_freeze(state_dict, name) or FreezeMetadata("output", watch["freeze_epoch"])
     return freezes

@@ -10,19 +10,20 @@ from torchmetrics import Metric
 
 from glai_lightning.checks import UserValueError, expect_integer, expect_number
 from glai_lightning.fitting.embedded import Embedded
+from glai_lightning.modules.contrastive import NTXentLoss
 from glai_lightning.modules.head_module import OptimizerFactory, SchedulerFactory
 from glai_lightning.modules.nearest_neighbours import NearestNeighbourAccuracy
 from glai_lightning.modules.scored import ScoredModule
-from glai_lightning.optional import import_optional
 
 
 class SimCLRModule(ScoredModule):
     """Trains a backbone and its projection head, or the head alone, with the contrastive loss of SimCLR.
 
     Chen et al. (2020), arXiv 2002.05709: the projections of two views of a sample attract each other, those of other
-    samples in the batch repel. The loss is lightly's ``NTXentLoss``, the mean over all pairs of views where there are
-    more than two; under distributed strategies the negatives are gathered from all processes, which need batches of the
-    same size. All views go through backbone and head in one call, so that BatchNorm sees them together.
+    samples in the batch repel. The loss is NT-Xent, see :class:`~glai_lightning.modules.contrastive.NTXentLoss`, the
+    mean over all pairs of views where there are more than two; under distributed strategies the negatives are gathered
+    from all processes, which need batches of the same size. All views go through backbone and head in one call, so that
+    BatchNorm sees them together.
 
     Batches are ``(views, labels)``: views (V, batch, ...) of V >= 2 views of each sample, or a sequence of V tensors
     (batch, ...) as lightly's transforms and PyTorch's collation make them; labels (batch,) or ``None``. Once an epoch
@@ -45,7 +46,6 @@ class SimCLRModule(ScoredModule):
         knn_neighbors: number k of neighbours, at least 1; ``None`` for no classifier.
 
     Raises:
-        ModuleNotFoundError: if lightly is not installed.
         TypeError: if ``temperature`` is not a number, or ``knn_neighbors`` not an integer.
         ValueError: if an argument is out of range; in a step, if there are fewer than two views or two samples, views
             differ in shape, or labels are missing.
@@ -84,7 +84,7 @@ class SimCLRModule(ScoredModule):
             expect_integer("knn_neighbors", knn_neighbors, least=1)
         self.temperature = temperature
         self.knn_neighbors = knn_neighbors
-        self.ntxent = _make_loss(temperature)
+        self.ntxent = NTXentLoss(temperature)
         self._set_metrics(self._make_metrics)
 
     def _make_metrics(self, stage: str) -> dict[str, Metric]:
@@ -152,11 +152,3 @@ def _stack(views: Tensor | Embedded | Sequence[Tensor]) -> Tensor:
     if len(set(shapes)) > 1:
         raise UserValueError(f"Expected all views of a batch to have the same shape, but got {shapes}.")
     return torch.stack(list(views))
-
-
-def _make_loss(temperature: float) -> nn.Module:
-    # `lightly` itself and its utilities import `pytorch_lightning`, a twin of `lightning.pytorch`; these parts do not.
-    losses = import_optional("lightly.loss", needed_for="`SimCLRModule`", extra="ssl")
-    # One process alone gathers nothing.
-    loss: nn.Module = losses.NTXentLoss(temperature, gather_distributed=torch.distributed.is_available())
-    return loss

@@ -283,7 +283,7 @@ class AnotherLossLater(lightning.pytorch.LightningModule):
         {"limit_train_batches": 3},
         {"max_time": "00:01:00:00"},
     ],
-    ids=str,
+    ids=lambda case: " ".join(f"{name} {sorted(of) if isinstance(of, dict) else ''}" for name, of in case.items()),
 )
 def test_auto_changes_nothing_elsewhere(case):
     (auto, module, freeze), (epochs, *_) = ends(one_pass="auto", **case), ends(one_pass=False, **case)

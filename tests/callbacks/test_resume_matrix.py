@@ -187,13 +187,11 @@ def run_whole(setting, folder, name, **options):
 LOGISTIC, RIDGE = LogisticSolver(max_passes=6), RidgeSolver()
 SETTINGS = [
     Setting("our", "SGD", "output"),
-    Setting("our", "Adam", "tangent"),
     Setting("our", "AdamW", "independent", LOGISTIC),
     Setting("our", "LBFGS", "output"),
     Setting("our", "AdamW", "output", RIDGE),
     Setting("our", "AdamW", "output", LOGISTIC, check_every_n_steps=3),
     Setting("our", "Adam", "tangent", check_every_n_steps=3),
-    Setting("somebody's", "AdamW", "output"),
     Setting("somebody's", "SGD", "tangent"),
     Setting("somebody's", "LBFGS", "independent"),
     Setting("somebody's", "SGD", "independent", check_every_n_steps=3),

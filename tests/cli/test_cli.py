@@ -1,9 +1,12 @@
 """The ``glai`` command, run as a user runs it: in a folder of their own."""
 
 import csv
+import io
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +38,31 @@ def fit(*arguments):
     assert main(["fit", "--config", SUPERVISED, *SHORT, *arguments]) == 0
 
 
+def fit_in(folder, *arguments):
+    """Fit in a folder, and return what was printed."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.chdir(folder)
+        fit(*arguments)
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return the folder of a finished fit, for tests that only read, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder / VERSION, fit_in(folder)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """Return the folder that a resumed fit made, beside that of the fit that it resumes, and what it printed."""
+    folder = tmp_path_factory.mktemp("resumed")
+    fit_in(folder, "--trainer.max_epochs=1")
+    printed = fit_in(folder, "--ckpt_path", str(VERSION / "checkpoints" / "last.ckpt"))
+    return folder / VERSION.parent / "version_1", printed
+
+
 OVERLAY = RECIPES / "multi_gpu.yaml"
 # They need data of the user: test_named_backbone_recipes.py runs them.
 ON_OWN_DATA = {RECIPES / "images.yaml", RECIPES / "texts.yaml"}
@@ -50,33 +78,30 @@ def test_every_shipped_recipe_freezes_itself_and_is_tested(recipe, capsys):
     assert "(best.ckpt)" in table
 
 
-def test_a_fit_leaves_logs_checkpoints_plots_and_configuration_in_one_folder():
-    fit()
-    names = {path.name for path in VERSION.iterdir()}
+def test_a_fit_leaves_logs_checkpoints_plots_and_configuration_in_one_folder(finished):
+    folder, _ = finished
+    names = {path.name for path in folder.iterdir()}
     assert {"metrics.csv", "config.yaml", "structure_churn.png", "score_over_seconds.png", "checkpoints"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    assert {path.name for path in (VERSION / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
-    assert [path.name for path in VERSION.parent.iterdir()] == ["version_0"]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert [path.name for path in folder.parent.iterdir()] == ["version_0"]
 
 
-def test_the_second_fit_goes_into_a_folder_of_its_own():
-    fit()
-    fit()
-    assert (VERSION.parent / "version_1" / "metrics.csv").exists()
-    assert len(list(VERSION.parent.iterdir())) == 2
+def test_the_second_fit_goes_into_a_folder_of_its_own(resumed):
+    folder, _ = resumed
+    assert (folder / "metrics.csv").exists()
+    assert {path.name for path in folder.parent.iterdir()} == {"version_0", "version_1"}
 
 
-def test_csv_has_the_structure_of_every_epoch_from_the_first_on():
-    fit()
-    with (VERSION / "metrics.csv").open() as file:
+def test_csv_has_the_structure_of_every_epoch_from_the_first_on(finished):
+    with (finished[0] / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["structure/frozen"]]
     assert [int(row["epoch"]) for row in rows] == [0, 1, 2, 3]
     assert all(row["structure/churn"] and row["structure/freeze_epoch"] for row in rows)
 
 
-def test_tensorboard_has_the_scalars_and_both_plots():
-    fit()
-    events = EventAccumulator(str(VERSION), size_guidance={"scalars": 0, "images": 0}).Reload()
+def test_tensorboard_has_the_scalars_and_both_plots(finished):
+    events = EventAccumulator(str(finished[0]), size_guidance={"scalars": 0, "images": 0}).Reload()
     tags = events.Tags()
     assert {"structure/churn", "structure/frozen", "structure/freeze_epoch", "val/accuracy"} <= set(tags["scalars"])
     assert len(events.Scalars("structure/churn")) == 4
@@ -91,15 +116,13 @@ def test_tensorboard_has_the_scalars_and_both_plots():
     assert events.Scalars("hp_metric")[-1].value == max(event.value for event in events.Scalars("val/accuracy"))
 
 
-def test_last_checkpoint_is_of_the_last_epoch_whatever_the_score():
-    fit()
-    last = torch.load(VERSION / "checkpoints" / "last.ckpt", weights_only=True)
+def test_last_checkpoint_is_of_the_last_epoch_whatever_the_score(finished):
+    last = torch.load(finished[0] / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["epoch"] == 3
 
 
-def test_the_table_comes_after_the_test_and_holds_its_scores(capsys):
-    fit()
-    output = capsys.readouterr().out
+def test_the_table_comes_after_the_test_and_holds_its_scores(finished):
+    _, output = finished
     assert output.index("Test metric") < output.index("Fit report")
     assert output.count("Fit report") == 1
     assert "test/accuracy" in output.split("Fit report")[1]
@@ -116,18 +139,12 @@ def test_a_frozen_checkpoint_is_tested_validated_and_predicted_from_the_command_
     assert "Fit report" not in capsys.readouterr().out
 
 
-def test_a_fit_resumes_from_the_last_checkpoint():
-    fit("--trainer.max_epochs=1")
-    fit("--ckpt_path", str(VERSION / "checkpoints" / "last.ckpt"))
-    resumed = torch.load(VERSION.parent / "version_1" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert resumed["epoch"] == 3
+def test_a_fit_resumes_from_the_last_checkpoint(resumed):
+    assert torch.load(resumed[0] / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 3
 
 
-def test_the_table_of_a_resumed_fit_tells_of_all_epochs(capsys):
-    fit("--trainer.max_epochs=1")
-    capsys.readouterr()
-    fit("--ckpt_path", str(VERSION / "checkpoints" / "last.ckpt"))
-    (epochs,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("epochs ")]
+def test_the_table_of_a_resumed_fit_tells_of_all_epochs(resumed):
+    (epochs,) = [line for line in resumed[1].splitlines() if line.strip().startswith("epochs ")]
     assert sum(int(number) for number in epochs.split()[1:]) == 4
 
 
@@ -188,8 +205,10 @@ def test_the_test_split_can_be_left_alone(capsys):
 
 
 def test_a_frozen_few_shot_checkpoint_is_tested_with_its_interval(capsys):
-    arguments = ["--config", str(RECIPES / "prototypical.yaml"), *QUIET, "--trainer.limit_val_batches=5"]
-    arguments += ["--data.train_episodes=20", "--data.eval_episodes=20", "--trainer.max_epochs=8"]
+    recipe = (RECIPES / "prototypical.yaml").read_text()
+    Path("own.yaml").write_text(recipe.replace("paths: output", "freeze_at_epoch: 1"))
+    arguments = ["--config", "own.yaml", *QUIET, "--trainer.limit_val_batches=5"]
+    arguments += ["--data.train_episodes=20", "--data.eval_episodes=20", "--trainer.max_epochs=2"]
     assert main(["fit", *arguments]) == 0
     checkpoint = "runs/prototypical/version_0/checkpoints/last.ckpt"
     assert torch.load(checkpoint, weights_only=True)["callbacks"]
@@ -212,7 +231,7 @@ def test_a_frozen_few_shot_checkpoint_is_tested_with_its_interval(capsys):
 def test_classes_are_split_from_the_command_line(arguments, classes, capsys):
     labels = np.arange(140) % 7
     alphabets = np.array(["A", "A", "B", "B", "B", "C", "C"])
-    np.savez("samples.npz", x=np.random.default_rng(0).normal(size=(140, 64)), y=labels, alphabet=alphabets)
+    np.savez("samples.npz", x=np.random.default_rng(0).normal(size=(140, 784)), y=labels, alphabet=alphabets)
     given = ["--data=glai_lightning.datamodules.EpisodesDataModule", "--data.path=samples.npz", "--data.ways=2"]
     recipe = str(RECIPES / "prototypical.yaml")
     callback = "--trainer.callbacks+=cli_classes.SaysTrainingClasses"
@@ -432,26 +451,24 @@ def run(*command):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_the_package_runs_as_a_module_and_reports_at_the_end():
-    done = run(sys.executable, "-m", "glai_lightning", "fit", "--config", SUPERVISED, *SHORT)
-    assert done.returncode == 0, done.stderr
-    assert "Fit report" in done.stdout
+def test_the_package_runs_as_a_module_and_reports_at_the_end(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["glai_lightning", "fit", "--config", SUPERVISED, *SHORT])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("glai_lightning", run_name="__main__", alter_sys=True)
+    assert ended.value.code == 0
+    assert "Fit report" in capsys.readouterr().out
     assert (VERSION / "metrics.csv").exists()
 
 
-def test_the_installed_command_answers_a_wrong_value_without_a_traceback():
+def test_the_installed_command_answers_a_wrong_value_without_a_traceback(monkeypatch, capsys):
     glai = os.path.join(os.path.dirname(sys.executable), "glai")
-    done = run(glai, "fit", "--config", SUPERVISED, *DRY, "--model.head.out_features=0")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: Expected `out_features` to be an integer of at least 1, but got 0."
-    assert "Traceback" not in done.stderr
-
-
-def test_listing_recipes_does_not_load_lightning():
-    code = (
-        "import sys; from glai_lightning.cli.main import main; main(['recipes']); sys.exit('lightning' in sys.modules)"
-    )
-    assert run(sys.executable, "-c", code).returncode == 0
+    monkeypatch.setattr(sys, "argv", [glai, "fit", "--config", SUPERVISED, *DRY, "--model.head.out_features=0"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(glai, run_name="__main__")
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1] == "error: Expected `out_features` to be an integer of at least 1, but got 0."
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("recipe", ["supervised", "simclr"])

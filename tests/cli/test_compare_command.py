@@ -1,21 +1,23 @@
 """``glai compare``, run as a user runs it: in a folder of their own."""
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from glai_lightning.cli.compare import EXIT_CODES
 from glai_lightning.cli.main import main
 
 RECIPE = str(Path(__file__).parent.parent.parent / "recipes" / "supervised.yaml")
 TINY = ["--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--model.head.hidden_features=16"]
+TINY += ["--trainer.limit_train_batches=8"]
 SCORED = ["--score=val/accuracy", "--mode=max"]
 FOLDER = Path("runs/comparison/supervised")
 
@@ -23,6 +25,18 @@ FOLDER = Path("runs/comparison/supervised")
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _without_plots(request, monkeypatch):
+    """Drawing takes longer than the tiny fits do."""
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr("glai_lightning.comparison.protocol.write_plots", lambda comparison, folder: [])
+
+
+@pytest.fixture
+def plots():
+    """For a test that reads plots."""
 
 
 def run(*arguments, config=RECIPE):
@@ -39,7 +53,7 @@ def error_of(capsys, *arguments, config=RECIPE):
     return line
 
 
-def test_a_recipe_is_compared_and_the_exit_code_is_the_verdict(capsys):
+def test_a_recipe_is_compared_and_the_exit_code_is_the_verdict(capsys, plots):
     code = run("--seeds=2", "--variants=mlp,random+solve")
     comparison = read()
     assert code == EXIT_CODES[comparison["verdict"]["outcome"]]
@@ -49,13 +63,18 @@ def test_a_recipe_is_compared_and_the_exit_code_is_the_verdict(capsys):
     printed = capsys.readouterr().out
     assert comparison["verdict"]["sentence"] in printed
     assert "best val/accuracy" in printed
-    assert {path.name for path in Path().rglob("*") if path.is_file()} == {
-        *("runs.jsonl", "comparison.json", "comparison.md", "score_over_seconds.png", "finished_head.png"),
+    plots = {"score_over_seconds", "finished_head"}
+    assert {path.name for path in Path().rglob("*") if path.is_file() and path.parent.name != "tensorboard"} == {
+        *("runs.jsonl", "comparison.json", "comparison.md", *(f"{plot}.png" for plot in plots)),
     }
+    images = EventAccumulator(str(FOLDER / "tensorboard")).Reload().Tags()["images"]
+    assert set(images) == {f"comparison/{plot}" for plot in plots}
     # The same command has nothing left to run.
     before = (FOLDER / "runs.jsonl").read_text()
     assert run("--seeds=2", "--variants=mlp,random+solve") == code
     assert (FOLDER / "runs.jsonl").read_text() == before
+    # It replaces its plots.
+    assert len(list((FOLDER / "tensorboard").iterdir())) == 1
 
 
 def test_seeds_begin_at_the_configured_one_and_reach_the_data():
@@ -140,21 +159,22 @@ def test_arguments_that_cannot_be_parsed_end_with_2(capsys):
 
 
 def test_an_interrupt_from_the_keyboard_keeps_finished_runs_and_says_how_to_go_on():
-    glai = os.path.join(os.path.dirname(sys.executable), "glai")
-    command = [glai, "compare", "--config", RECIPE, *TINY, "--variants=mlp,output", "--seeds=50"]
-    # What is started in the background of a shell ignores interrupts, and what it starts inherits that.
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    )
+    def compare():
+        # What is started in the background of a shell ignores interrupts, and what it starts inherits that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with open("errors.txt", "w", buffering=1) as sys.stderr:
+            run("--variants=mlp,output", "--seeds=50")
+
+    process = multiprocessing.get_context("fork").Process(target=compare)
+    process.start()
     runs = FOLDER / "runs.jsonl"
     while not (runs.exists() and runs.read_text().count("\n") > 2):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.1)
     # Python loses an interrupt that arrives in a finaliser: somebody presses the keys again.
-    while process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        time.sleep(2)
-    errors = process.stderr.read()
-    assert process.returncode != 0
-    assert "the same command goes on from there" in errors
+    while process.is_alive():
+        os.kill(process.pid, signal.SIGINT)
+        process.join(2)
+    assert process.exitcode != 0
+    assert "the same command goes on from there" in Path("errors.txt").read_text()
     assert runs.read_text().endswith("}\n")

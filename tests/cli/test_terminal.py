@@ -1,6 +1,8 @@
 """What a person sees in a terminal of 80 columns."""
 
 import fcntl
+import importlib.util
+import json
 import os
 import pty
 import re
@@ -20,16 +22,26 @@ CALLBACKS = [
     *SOLVER,
 ]
 WIDTH = 80
+AFTER = "That was one command."
 
 
-def in_a_terminal(folder, *arguments):
-    """Run a command in a terminal, and return the lines that stand in it and have scrolled out of it at the end."""
+#: Runs a command after another in one interpreter, whose start takes longer than they do.
+COMMANDS = f"""
+import sys, json
+from glai_lightning.cli.main import main
+for arguments in json.loads(sys.argv[1]):
+    assert main(arguments) == 0
+    print({AFTER!r}, flush=True)
+"""
+
+
+def in_a_terminal(folder, *commands):
+    """Run commands in a terminal, and return the lines that each leaves standing in it or scrolls out of it."""
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(folder)
         os.environ |= {"TERM": "xterm", "COLUMNS": str(WIDTH), "LINES": "40"}
-        glai = str(Path(sys.executable).with_name("glai"))
-        os.execv(glai, [glai, *arguments])
+        os.execv(sys.executable, [sys.executable, "-c", COMMANDS, json.dumps(commands)])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, WIDTH, 0, 0))
     output = b""
     while True:
@@ -38,7 +50,7 @@ def in_a_terminal(folder, *arguments):
         except OSError:
             break
     assert os.waitpid(process, 0)[1] == 0, output.decode()
-    return drawn(output.decode())
+    return [drawn(text) for text in output.decode().split(AFTER)[:-1]]
 
 
 def drawn(text):
@@ -60,16 +72,22 @@ def drawn(text):
     return [line.rstrip() for line in lines]
 
 
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """Return what a fit shows with each progress bar."""
+    bars = ["TQDMProgressBar", *(["RichProgressBar"] if importlib.util.find_spec("rich") else [])]
+    commands = []
+    for bar in bars:
+        chosen = [f"--trainer.callbacks+=lightning.pytorch.callbacks.{bar}", "--trainer.callbacks.refresh_rate=1"]
+        commands.append(["fit", "--config", RECIPE, *SHORT, *CALLBACKS, *chosen])
+    return dict(zip(bars, in_a_terminal(tmp_path_factory.mktemp("terminal"), *commands), strict=True))
+
+
 @pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar"])
-def test_messages_stand_above_the_progress_bar_and_the_table_fits(bar, tmp_path):
+def test_messages_stand_above_the_progress_bar_and_the_table_fits(bar, shown):
     if bar.startswith("Rich"):
         pytest.importorskip("rich")
-    chosen = [
-        *CALLBACKS,
-        f"--trainer.callbacks+=lightning.pytorch.callbacks.{bar}",
-        "--trainer.callbacks.refresh_rate=1",
-    ]
-    lines = in_a_terminal(tmp_path, "fit", "--config", RECIPE, *SHORT, *chosen)
+    lines = shown[bar]
     words = " ".join(" ".join(lines).split())
     assert re.search(
         r"Froze the structure of 'head' .* paths\): asked to freeze at epoch 1\. Trainable parameters: "

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 
 import pytest
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from glai_lightning import GLAIHead, SupervisedModule, mlp_head
 from glai_lightning.callbacks import FitReport, StructureFreezeCallback
 from glai_lightning.comparison import compare, markdown_report, text_report
+from glai_lightning.comparison.plots import write_plots
 from glai_lightning.datamodules import FeaturesDataModule
 from glai_lightning.solvers import LogisticSolver
 
@@ -61,6 +63,21 @@ class Made:
         return parts
 
 
+@pytest.fixture(autouse=True)
+def _without_plots(monkeypatch):
+    """Drawing takes longer than the tiny fits do."""
+    monkeypatch.setattr("glai_lightning.comparison.protocol.write_plots", lambda comparison, folder: [])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return a comparison with two seeds, and the folder that it wrote, plots and all."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("glai_lightning.comparison.protocol.write_plots", write_plots)
+        return run(folder, seeds=2), folder / "comparison"
+
+
 def run(tmp_path, make=None, **changes):
     options = {"score": "val/accuracy", "mode": "max", "variants": "mlp,output+solve", "seeds": 1, "progress": False}
     return compare(make or Made(), to=tmp_path / "comparison", **{**options, **changes})
@@ -98,9 +115,8 @@ def test_heads_are_run_on_both_sides_and_compared_with_themselves(tmp_path):
     assert {run.parameters.trainable for run in (*mlp, *solved)} == {sizes["linear"]}
 
 
-def test_files_hold_what_the_protocol_asks_for(tmp_path):
-    comparison = run(tmp_path, seeds=2)
-    folder = tmp_path / "comparison"
+def test_files_hold_what_the_protocol_asks_for(finished):
+    comparison, folder = finished
     read = json.loads((folder / "comparison.json").read_text())
     assert {"config", "machine", "runs", "summary"} <= read.keys()
     assert len(read["runs"]) == 4
@@ -193,15 +209,16 @@ def test_both_sides_are_the_same_fit_until_the_freeze(tmp_path):
         assert all((a.train_loss, a.val_score) == (b.train_loss, b.val_score) for a, b in pairs)
 
 
-def test_seeds_differ_in_weights_and_data(tmp_path):
-    one, other = run(tmp_path, seeds=2).of("mlp")
+def test_seeds_differ_in_weights_and_data(finished):
+    one, other = finished[0].of("mlp")
     assert one.epochs[0].train_loss != other.epochs[0].train_loss
 
 
-def test_the_same_seed_gives_the_same_scores(tmp_path):
-    first, second = run(tmp_path / "a"), run(tmp_path / "b")
-    assert [run.best_val_score for run in first.runs] == [run.best_val_score for run in second.runs]
-    assert [run.test_score for run in first.runs] == [run.test_score for run in second.runs]
+def test_the_same_seed_gives_the_same_scores_whatever_is_run_with_it(tmp_path, finished):
+    first = [run for run in finished[0].runs if run.seed == 1]
+    second = run(tmp_path, first_seed=1).runs
+    assert [run.best_val_score for run in first] == [run.best_val_score for run in second]
+    assert [run.test_score for run in first] == [run.test_score for run in second]
 
 
 def scored(validation, tested=None):
@@ -239,6 +256,14 @@ def test_early_stopping_ends_every_side_and_the_best_epoch_is_tested(tmp_path):
 def test_without_patience_a_fit_runs_to_its_end(tmp_path):
     make = Made(module=scored([0.9]), max_epochs=8)
     assert len(run(tmp_path, make, score="val/given", variants="mlp,output", patience=None).runs[0].epochs) == 8
+
+
+def test_the_freeze_rule_goes_by_the_score_where_nothing_else_monitors_it(tmp_path):
+    # The training loss falls to the end: by that, a side that solves nothing would never freeze.
+    settled = {**SETTLED, "min_steps": 1}
+    make = Made(module=scored([0.9] + [0.5] * 9), max_epochs=8, freeze=settled)
+    comparison = run(tmp_path, make, score="val/given", variants="mlp,output", patience=None)
+    assert comparison.of("output")[0].freeze_epoch is not None
 
 
 def test_the_smallest_score_is_the_best_where_the_mode_says_so(tmp_path):
@@ -347,8 +372,8 @@ def test_more_seeds_add_to_the_finished_runs(tmp_path):
     assert all(one in second.runs for one in first.runs)
 
 
-def test_runs_under_other_rules_are_not_mixed_in(tmp_path):
-    run(tmp_path)
+def test_runs_under_other_rules_are_not_mixed_in(tmp_path, finished):
+    shutil.copytree(finished[1], tmp_path / "comparison")
     with pytest.raises(MisconfigurationException, match=r"differs in `config.comparison.patience`"):
         run(tmp_path, patience=5)
     with pytest.raises(MisconfigurationException, match=r"differs in `config.fit.batch_size`"):

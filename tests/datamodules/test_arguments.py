@@ -33,13 +33,13 @@ def write_images(folder):
 
 
 GOOD = {
-    "DigitEpisodesDataModule": lambda folder: {},
     "DigitViewsDataModule": lambda folder: {},
     "DigitsDataModule": lambda folder: {},
     "EpisodesDataModule": lambda folder: {"arrays": {"x": torch.rand(300, 4), "y": torch.arange(300) % 15}},
     "FeaturesDataModule": lambda folder: {"arrays": features()},
     "ImageFolderDataModule": lambda folder: {"root": write_images(folder)},
     "LetterDataModule": lambda folder: {},
+    "OmniglotDataModule": lambda folder: {},
     "TableDataModule": lambda folder: {"frame": pandas.DataFrame({"x": range(60), "label": [0, 1] * 30})},
     "TextsDataModule": lambda folder: {"path": write_texts(folder)},
     "UnlabelledDataModule": lambda folder: {"path": write_images(folder)},

@@ -1,8 +1,5 @@
 """The digits: real data without a download."""
 
-import subprocess
-import sys
-
 import torch
 
 from glai_lightning.datamodules import DigitsDataModule
@@ -41,8 +38,3 @@ def test_a_linear_classifier_learns_them():
             optimizer.step()
     inputs, labels = digits.splits.test
     assert (classifier(inputs).argmax(1) == labels).float().mean() > 0.9
-
-
-def test_importing_the_datamodules_does_not_import_scikit_learn_data_sets():
-    code = "import sys, glai_lightning.datamodules; sys.exit('sklearn.datasets' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,7 +6,7 @@ from torch.utils.data import TensorDataset
 
 from glai_lightning import PrototypicalModule, mlp_head
 from glai_lightning.backbones import conv_backbone
-from glai_lightning.datamodules import DigitEpisodesDataModule, EpisodesDataModule
+from glai_lightning.datamodules import EpisodesDataModule
 from glai_lightning.datamodules.loader import EpisodeSampler
 from glai_lightning.datamodules.splits import split_classes
 from glai_lightning.datamodules.tasksets import NumberedEpisodes, distinct_integers
@@ -204,11 +204,6 @@ def test_labels_may_be_any_integers():
     data = episodes_of(arrays=arrays, classes={"train": [-33, -22, -11], "val": [0, 11], "test": [22, 33, 44]})
     assert classes_in(data, "train") == {-33, -22, -11}
     assert data.episodes["train"][0]["query_labels"].dtype == torch.int64
-
-
-def test_digits_split_five_and_five():
-    data = DigitEpisodesDataModule()
-    assert [classes_in(data, split) for split in THIRDS] == [{0, 1, 2, 3, 4}, {5, 6, 7, 8, 9}, {5, 6, 7, 8, 9}]
 
 
 class Watching(PrototypicalModule):

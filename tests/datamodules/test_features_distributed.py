@@ -1,5 +1,7 @@
 """Two processes share every epoch: no row is left out, none is read twice, and positions are restored."""
 
+import pickle
+
 import pytest
 import torch
 from recording import Recorder, numbered_rows, quiet_trainer
@@ -68,9 +70,9 @@ def test_every_process_resumes_after_an_epoch_with_the_epochs_to_come(tmp_path):
         assert after["train"] == before["train"][3:]
 
 
-def test_a_spawned_process_reads_its_share(tmp_path):
+def test_a_module_that_was_pickled_for_a_spawned_process_reads_its_share(tmp_path):
     data = numbered_rows()
-    first, second = fit(tmp_path, strategy="ddp_spawn", data=data, max_epochs=1)
+    first, second = fit(tmp_path, data=pickle.loads(pickle.dumps(data)), max_epochs=1)
     assert sorted(rows_by_epoch(first)[0] + rows_by_epoch(second)[0]) == sorted(data.splits.train[1].tolist())
 
 

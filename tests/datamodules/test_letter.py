@@ -1,8 +1,5 @@
 """The letters: a table to learn on that comes with the package."""
 
-import tomllib
-from pathlib import Path
-
 import torch
 from sklearn.linear_model import LogisticRegression
 
@@ -30,13 +27,3 @@ def test_the_measurements_tell_the_letters_apart():
     data = LetterDataModule()
     model = LogisticRegression(max_iter=200).fit(*(part[:3000] for part in data.splits.train))
     assert model.score(*data.splits.test) > 0.7
-
-
-def test_the_table_is_a_small_file_that_is_installed_with_the_package():
-    root = Path(__file__).parents[2]
-    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    (file,) = (
-        path for pattern in patterns["glai_lightning.datamodules"] for path in (root / "datamodules").glob(pattern)
-    )
-    assert file.name == "letter.npz"
-    assert file.stat().st_size < 300_000

@@ -3,8 +3,10 @@ import torch
 from head_examples import C, D, H
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from glai_lightning import ChurnProbe, activation_patterns, mlp_head, pattern_churn, structure_settled
+from glai_lightning.heads.joined import head_at
 
 
 def test_churn_counts_the_bits_of_all_layers_together():
@@ -101,6 +103,17 @@ def test_probe_keeps_references_to_no_more_than_it_needs():
     kept = list(probe.inputs)
     assert sum(len(rows) for rows in kept) <= 10 + 4
     assert [rows.data_ptr() for rows in kept] == [batch.data_ptr() for batch in batches[-3:]]
+
+
+def test_probe_counts_the_tokens_of_a_transformers_layer():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    probe = ChurnProbe(head_at(layer, "linear1+linear2"), probe_size=32)
+    for _ in range(3):
+        layer(torch.randn(4, 5, 8))
+    assert probe.seen == 60
+    _, bits = probe.measure()
+    # Whole sequences, as few of them as hold 32 tokens.
+    assert bits == 35 * 16
 
 
 def test_probe_ignores_evaluation_and_momentum_encoders():

@@ -9,6 +9,7 @@ from torch import nn
 
 from glai_lightning import GLAIHead, HeadSearchModule, SupervisedModule, mlp_head
 from glai_lightning.callbacks import StructureFreezeCallback
+from glai_lightning.fitting.kept_inputs import KeptInputs
 
 
 class Data(LightningDataModule):
@@ -33,13 +34,18 @@ def make_heads():
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
-def test_each_head_is_solved_and_the_best_is_an_ordinary_checkpoint(tmp_path, capsys, one_pass):
+def test_each_head_is_solved_and_the_best_is_an_ordinary_checkpoint(tmp_path, capsys, monkeypatch, one_pass):
+    kept = []
+    rows = KeptInputs.rows
+    monkeypatch.setattr(KeptInputs, "rows", lambda self, numbers: (kept.append(self), rows(self, numbers))[1])
     backbone = nn.Linear(FEATURES, FEATURES)
     module = HeadSearchModule(make_heads(), backbone, rates={"deep": 1e-2}, to=str(tmp_path / "best.ckpt"))
     freeze = StructureFreezeCallback("heads.*", min_steps=0, freeze_at_epoch=2, one_pass=one_pass)
     trainer = make_trainer(freeze, max_epochs=6)
     trainer.fit(module, datamodule=Data())
     assert trainer.current_epoch == (1 if one_pass else 2)
+    # What all heads are given is held once.
+    assert len(set(map(id, kept))) == one_pass
     assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [1e-3, 1e-3, 1e-2]
     assert all(isinstance(head, GLAIHead) for head in module.heads.values())
     assert all(watch.solve.report is not None for watch in freeze.heads.values())

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+#: Seconds without a word after which it is taken to hang.
+PATIENCE = 120
 #: Nothing but the pages, and nothing from outside.
 FLAGS = (
     "--headless",
@@ -38,6 +41,7 @@ class Browser:
     def __init__(self, reading: int, writing: int) -> None:
         self._reading, self._writing = os.fdopen(reading, "rb"), os.fdopen(writing, "wb")
         self._numbers, self._unread, self._session = itertools.count(1), b"", None
+        self._events: list[dict[str, Any]] = []
         target = self._ask("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for method in ENABLED:
@@ -45,7 +49,7 @@ class Browser:
 
     def errors_of(self, address: str) -> list[str]:
         """Open a page, and return what its console shows as errors until it has loaded and fetched all of it."""
-        self._events: list[dict[str, Any]] = []
+        self._events.clear()
         self._ask("Page.navigate", url=address)
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._events.append(self._read())
@@ -64,12 +68,13 @@ class Browser:
         self._writing.write(json.dumps(message).encode() + b"\0")
         self._writing.flush()
         while (answer := self._read()).get("id") != number:
-            self.__dict__.setdefault("_events", []).append(answer)
+            self._events.append(answer)
         assert "error" not in answer, answer
         return answer["result"]
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._unread:
+            assert select.select([self._reading], [], [], PATIENCE)[0], f"Chromium said nothing for {PATIENCE} seconds."
             part = os.read(self._reading.fileno(), 1 << 16)
             assert part, "Chromium ended."
             self._unread += part

@@ -47,13 +47,17 @@ def test_the_reported_loss_is_that_of_the_weights():
     assert report.loss == pytest.approx(loss.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize(("scale", "shift"), [(1e3, 0.0), (1e-3, 0.0), (1.0, 1e3)])
-def test_features_of_any_scale_and_shift_are_solved_alike(scale, shift):
+def test_features_of_any_scale_and_shift_are_solved_alike():
     features, targets = blobs()
-    plain = averaged(features, targets, l2=0.0, validation=blobs(seed=1))
     held_out, held_out_targets = blobs(seed=1)
-    moved = averaged(features * scale + shift, targets, l2=0.0, validation=(held_out * scale + shift, held_out_targets))
-    assert moved.report.score == pytest.approx(plain.report.score, abs=0.02)
+
+    def score(scale, shift):
+        validation = (held_out * scale + shift, held_out_targets)
+        return averaged(features * scale + shift, targets, l2=0.0, max_passes=6, validation=validation).report.score
+
+    plain = score(1.0, 0.0)
+    moved = [score(scale, shift) for scale, shift in ((1e3, 0.0), (1e-3, 0.0), (1.0, 1e3))]
+    assert moved == pytest.approx([plain] * 3, abs=0.02)
 
 
 def test_a_path_is_tried_from_strong_to_weak():
