@@ -91,7 +91,9 @@ def _freezes_in(checkpoint: Mapping[str, Any]) -> dict[str, FreezeMetadata]:
         watched: Mapping[Any, Any] = heads if isinstance(heads, Mapping) else {}
         for name, watch in watched.items():
             if isinstance(watch, Mapping) and watch.get("frozen") is True:
-                freezes[str(name)] = read_freeze(state_dict, name) or FreezeMetadata("output", watch["freeze_epoch"])
+                freezes[str(name)] = read_freeze(state_dict, name) or FreezeMetadata(
+                    "output", watch.get("freeze_epoch")
+                )
     return freezes
 
 

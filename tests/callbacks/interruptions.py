@@ -123,7 +123,7 @@ def mismatches(whole, resumed) -> list[str]:
     return found + differences(logged_in(whole, epochs), logged_in(resumed, epochs), "/logged")
 
 
-def in_processes(run, count: int = 1) -> list[int]:
+def in_processes(run, count: int = 1, seconds: int = 60) -> list[int]:
     """Run a function in processes forked from this one, started as ``torchrun`` starts them if there are several.
 
     Returns:
@@ -137,7 +137,7 @@ def in_processes(run, count: int = 1) -> list[int]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(seconds)
     for process in processes:
         if process.is_alive():
             process.kill()

@@ -44,6 +44,11 @@ EVERYTHING_ELSE = [
         SOLVED_AND_NOT,
     )
 ]
+#: Of each change three fits in turn, on samples that do not divide evenly. All fits that can end where one process ends
+#: are held against each other there, too: all but those with four processes and with BatchNorm of each process.
+SOME_OF_IT = [
+    fit for n, fit in enumerate(EVERYTHING_ELSE) if fit.norm == "batch" or sum(divmod(n, len(SOLVED_AND_NOT))) % 5 < 3
+]
 
 
 def fit_in(folder, fit, **options):
@@ -52,7 +57,7 @@ def fit_in(folder, fit, **options):
     return module, read_processes(folder, fit.count)
 
 
-@pytest.mark.parametrize("fits", [EVERY_STRATEGY, EVERYTHING_ELSE], ids=["every strategy", "everything else"])
+@pytest.mark.parametrize("fits", [EVERY_STRATEGY, SOME_OF_IT], ids=["every strategy", "everything else"])
 def test_processes_freeze_together_and_stay_identical_to_the_last_bit(tmp_path, record_property, fits):
     largest = 0.0
     for number, fit in enumerate(fits):
@@ -87,7 +92,8 @@ def test_two_processes_end_where_one_ends_that_reads_the_batches_of_both(tmp_pat
     for number, fit in enumerate(fits):
         # An iterative solve turns rounding in float32 into more where hundreds of weights meet as many samples.
         precision = "64-true" if fit.solver else "32-true"
-        _, (shared, _) = fit_in(tmp_path / f"shared{number}", fit, precision=precision)
+        _, (shared, other) = fit_in(tmp_path / f"shared{number}", fit, precision=precision)
+        assert largest_difference(shared, other) == 0.0, fit
         _, (alone,) = fit_in(tmp_path / f"alone{number}", fit.in_one_process(), precision=precision)
         assert (shared["freeze_epoch"], shared["reverts"]) == (alone["freeze_epoch"], alone["reverts"]), fit
         assert (shared["freeze_epoch"] is None) == fit.revert, fit
@@ -100,6 +106,7 @@ def test_two_processes_end_where_one_ends_that_reads_the_batches_of_both(tmp_pat
         difference = largest_difference(shared, alone, kinds=["weights"])
         assert difference <= 1e-5, fit
         largest = max(largest, difference)
+    record_property("identical processes: cells", len(fits))
     record_property("processes as one: cells", len(fits))
     record_property("processes as one: difference", largest)
 

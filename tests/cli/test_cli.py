@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from interruptions import in_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -471,13 +472,23 @@ def test_the_installed_command_answers_a_wrong_value_without_a_traceback(monkeyp
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("recipe", ["supervised", "simclr"])
-def test_the_overlay_runs_a_recipe_in_two_processes(recipe):
+def in_two_processes_on_a_cpu(recipe):
+    cpu = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.sync_batchnorm=false"]
+    configs = ["--config", str(RECIPES / f"{recipe}.yaml"), "--config", str(OVERLAY)]
+    return ["fit", *configs, *cpu, "--trainer.max_epochs=1", *QUIET[:2]]
+
+
+def test_the_overlay_runs_a_recipe_in_two_processes():
     # The command itself, because `ddp` starts it again for the second process.
     glai = os.path.join(os.path.dirname(sys.executable), "glai")
-    cpu = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.sync_batchnorm=false"]
-    short = ["--trainer.max_epochs=1", *QUIET[:2]]
-    configs = ["--config", str(RECIPES / f"{recipe}.yaml"), "--config", str(OVERLAY)]
-    done = run(glai, "fit", *configs, *cpu, *short)
+    done = run(glai, *in_two_processes_on_a_cpu("supervised"))
     assert done.returncode == 0, done.stderr
-    assert "structure/churn" in Path(f"runs/{recipe}/version_0/metrics.csv").read_text()
+    assert "structure/churn" in Path("runs/supervised/version_0/metrics.csv").read_text()
+
+
+def test_the_overlay_runs_a_recipe_with_views_in_two_processes():
+    def run():
+        assert main(in_two_processes_on_a_cpu("simclr")) == 0
+
+    assert in_processes(run, 2, seconds=240) == [0, 0]
+    assert "structure/churn" in Path("runs/simclr/version_0/metrics.csv").read_text()

@@ -36,8 +36,7 @@ def test_training_helps_on_characters_that_were_not_trained_on():
 def test_embedded_data_is_small_and_installed_with_the_package():
     root = Path(__file__).parents[2]
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    files = [
-        path for pattern in patterns["glai_lightning.datamodules"] for path in (root / "datamodules").glob(pattern)
-    ]
+    folder = root / "datamodules" / "data"
+    files = [path for pattern in patterns["glai_lightning.datamodules.data"] for path in folder.glob(pattern)]
     assert {file.name for file in files} == {"letter.npz", "omniglot.npz"}
     assert all(file.stat().st_size < 200_000 for file in files)

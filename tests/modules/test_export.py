@@ -1,7 +1,8 @@
 """Files for use without this package give what the module gives, to 1e-5, at any batch size."""
 
+import copy
+import functools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,12 +22,20 @@ from glai_lightning.modules.export import export_model
 ROWS = make_data(240)[0] * 100 + 1000
 
 
-def frozen_module(paths="output"):
-    """A module that was fitted on standardised rows, its head frozen."""
+@functools.cache
+def fitted_module():
+    """A module that was fitted on standardised rows."""
     x, y = ROWS, make_data(240)[1]
     module = SupervisedModule(mlp_head(FEATURES, [HIDDEN, 16], CLASSES, batch_norm=True, dropout=0.2))
     arrays = {"x_train": x[:180], "y_train": y[:180], "x_test": x[180:], "y_test": y[180:]}
     make_trainer(max_epochs=2).fit(module, FeaturesDataModule(arrays=arrays))
+    module.trainer = None
+    return module
+
+
+def frozen_module(paths="output"):
+    """The fitted module, its head frozen."""
+    module = copy.deepcopy(fitted_module())
     if paths is not None:
         module.head = freeze_in_place(module.head, paths=paths)
     return module.eval()
@@ -174,11 +183,9 @@ def test_what_cannot_be_exported_is_answered_with_a_sentence(make, to, name, mes
     assert not [path for path in Path(tmp_path).rglob("*") if path.is_file()]
 
 
-def test_a_missing_onnx_is_named_with_the_line_that_installs_it():
-    code = (
-        "import sys; sys.modules['onnx'] = None; from glai_lightning import SupervisedModule, mlp_head; "
-        "SupervisedModule(mlp_head(4, 8, 3)).to_onnx('model.onnx')"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "Expected `onnx` to be installed for an export to ONNX" in ran.stderr
-    assert "pip install 'glai-lightning[export]'" in ran.stderr
+@pytest.mark.parametrize("library", ["onnx", "onnxscript"])
+def test_a_missing_onnx_is_named_with_the_line_that_installs_it(library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ModuleNotFoundError, match=f"Expected `{library}` to be installed for an export to ONNX") as e:
+        SupervisedModule(mlp_head(4, 8, 3)).to_onnx("model.onnx")
+    assert "pip install 'glai-lightning[export]'" in str(e.value)
