@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 # Lint, types and all tests on two cores: about eight minutes, and a minute more where the tools are to be installed.
 test: $(VENV)/installed-for-tests lint types
 	@echo 'Running all tests on two cores: about eight minutes.'
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .

@@ -50,7 +50,7 @@ class OmniglotDataModule(EpisodesDataModule):
         eval_episodes: int = 600,
         seed: int = 0,
     ) -> None:
-        with np.load(Path(__file__).parent / "data" / "omniglot.npz") as archive:
+        with np.load(Path(__file__).parent / "data" / "omniglot.npz", allow_pickle=False) as archive:
             arrays = dict(archive)
         arrays["x"] = np.unpackbits(arrays["x"], axis=1).reshape(-1, 28, 28)
         super().__init__(

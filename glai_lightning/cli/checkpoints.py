@@ -39,23 +39,23 @@ def find_checkpoint(name: str, roots: Iterable[Path]) -> str | None:
     """Return the checkpoint that earlier fits left behind.
 
     Args:
-        name: 'best', of the latest fit by the score that it monitored, or 'last', the file that was written last.
+        name: 'best', of the latest fit that monitored a score, or 'last', the file that was written last.
         roots: folders below which there may be checkpoints.
 
     Returns:
         The path; ``None`` where there is none.
     """
     files = [file for folder in _checkpoint_folders(roots) for file in folder.glob("*.ckpt")]
-    if not files:
-        return None
-    latest = max(files, key=lambda file: file.stat().st_mtime)
+    files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
     if name == "last":
-        return str(latest)
-    for path in _best_paths(latest):
-        # Beside the latest, should the folder have been moved since.
-        for candidate in (path, latest.with_name(path.name)):
-            if candidate.is_file():
-                return str(candidate)
+        return str(files[0]) if files else None
+    # A later fit that monitored nothing has no best.
+    for file in files:
+        for path in _best_paths(file):
+            # Beside it, should the folder have been moved since.
+            for candidate in (path, file.with_name(path.name)):
+                if candidate.is_file():
+                    return str(candidate)
     return None
 
 

@@ -73,7 +73,8 @@ def make_module(base, loss=cross_entropy, **backbone):
             self.step(batch, "val_loss")
 
         def configure_optimizers(self):
-            optimizer = torch.optim.AdamW(self.head.parameters(), lr=1e-2)
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=1e-2)
             schedule = torch.optim.lr_scheduler.OneCycleLR(
                 optimizer, 0.02, max(9, self.trainer.estimated_stepping_batches)
             )

@@ -288,10 +288,11 @@ def test_a_second_fit_after_a_solve_trains_on():
     assert trainer.global_step == 2 * 5
 
 
-def test_a_solve_that_finds_nothing_better_says_so():
-    callback = solving(stop_after_solve=True, solver=LogisticSolver(l2=1e6))
-    with pytest.warns(UserWarning, match="no path weights that are better"):
+def test_a_solve_that_finds_nothing_better_says_so(caplog):
+    callback = solving(stop_after_solve=True, solver=LogisticSolver(l2=1e6), verbose=True)
+    with caplog.at_level("INFO", "glai_lightning"):
         make_trainer(callback).fit(fixed_module(), make_loader(), make_loader(64))
+    assert "None were better than those before, which stay." in caplog.text
 
 
 def test_what_the_head_is_solved_for_can_be_said_by_a_method():
