@@ -11,9 +11,9 @@ demo: $(VENV)/installed
 	@echo 'Fitting a head twice, never frozen and frozen and solved: half a minute.'
 	$(BIN)/glai demo
 
-# Lint, types and all tests on two cores: about eight minutes, and a minute more where the tools are to be installed.
+# Lint, types and all tests on two cores: about ten minutes, and two more where the tools are to be installed.
 test: $(VENV)/installed-for-tests lint types
-	@echo 'Running all tests on two cores: about eight minutes.'
+	@echo 'Running all tests on two cores: about ten minutes.'
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed-for-tests
