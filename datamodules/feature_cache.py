@@ -31,6 +31,8 @@ from glai_lightning.datamodules.tasksets import seed_generators
 _MANIFEST = "manifest.json"
 #: A crash costs at most about so many rows, or this part of a split: reading gets slower with the number of shards.
 _ROWS, _MOST_SHARDS = 4096, 32
+#: Rows of each split that tell whether a backbone is random.
+_ROWS_EMBEDDED_TWICE = 8
 
 
 def fill_cache(
@@ -176,7 +178,8 @@ def _check_draws(split: str, reader: _Reader, backbone: nn.Module, *, views: int
             f"Expected the inputs of '{split}' to be the same whenever they are read, but they are augmented at "
             "random: leave the augmentation out, or cache several draws of the training inputs with `views`."
         )
-    if not np.array_equal(_embed(backbone, first, seed=0), _embed(backbone, first, seed=1), equal_nan=True):
+    few, _ = next(reader.read(0, min(stop, _ROWS_EMBEDDED_TWICE), 0))
+    if not np.array_equal(_embed(backbone, few, seed=0), _embed(backbone, few, seed=1), equal_nan=True):
         raise UserValueError("Expected `backbone` to embed an input always alike, but it is random.")
 
 
