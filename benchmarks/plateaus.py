@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer, seed_everything
-from measuring import RESULTS, machine
+from lightning.pytorch import LightningModule, seed_everything
+from measuring import RESULTS, machine, quiet_trainer
 from sklearn.datasets import load_digits, make_classification
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
@@ -131,16 +131,7 @@ def fit(case: Case, rows: Rows, seed: int, *, freezes: bool) -> tuple[float, flo
     seed_everything(seed, verbose=False)
     module = case.module()
     freeze = StructureFreezeCallback("head", verbose=False)
-    trainer = Trainer(
-        max_epochs=case.epochs,
-        callbacks=[freeze] if freezes else [],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
+    trainer = quiet_trainer(case.epochs, *([freeze] if freezes else []))
     began = time.process_time()
     trainer.fit(module, training, validation)
     seconds = time.process_time() - began

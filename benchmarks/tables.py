@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,6 +29,7 @@ _VARIANTS = {
 }
 
 
+@cache
 def read(name: str) -> Rows:
     """Return the rows of one file of results."""
     (path,) = RESULTS.glob(f"{name}_[0-9]*.csv")

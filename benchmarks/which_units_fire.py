@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from matplotlib.colors import ListedColormap
-from measuring import RESULTS, save_results, use_one_thread
+from measuring import RESULTS, quiet_trainer, save_results, use_one_thread
 
 from glai_lightning import SupervisedModule, activation_patterns, mlp_head
 from glai_lightning.callbacks import StructureFreezeCallback
@@ -68,16 +68,7 @@ def fit(side: str, callback: Callback, max_epochs: int) -> tuple[list[dict[str, 
     """Fit the demo's head, and return what was noted after each epoch."""
     seed_everything(0, workers=True, verbose=False)
     data, recorder = LetterDataModule(batch_size=128, seed=0), Recorder()
-    trainer = Trainer(
-        max_epochs=max_epochs,
-        callbacks=[callback, recorder],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = quiet_trainer(max_epochs, callback, recorder)
     trainer.fit(SupervisedModule(mlp_head(16, 512, 26)), data)
     return [{"side": side, **row} for row in recorder.rows], recorder.patterns
 

@@ -50,8 +50,7 @@ def _write_to_tensorboard(figures: "dict[str, Figure]", folder: Path) -> None:
 def score_figure(comparison: Comparison) -> "Figure":
     """Draw the best validation score so far against seconds: the mean over seeds in a band from worst to best seed."""
     figure, axes = new_figure()
-    clock = comparison.clock
-    end = 1.05 * max(getattr(run, f"finished_{clock}") for run in comparison.runs)
+    end = 1.05 * max(map(comparison.finished, comparison.runs))
     for color, variant in zip(_COLORS, comparison.summary, strict=False):
         runs = [run for run in comparison.of(variant) if run.best_val_score is not None]
         if not runs:
@@ -73,7 +72,7 @@ def finished_figure(comparison: Comparison) -> "Figure":
     figure, axes = new_figure()
     names = list(comparison.summary)
     for row, (color, variant) in enumerate(zip(_COLORS, names, strict=False)):
-        seconds = [getattr(run, f"finished_{comparison.clock}") for run in comparison.of(variant)]
+        seconds = list(map(comparison.finished, comparison.of(variant)))
         interval = mean_interval(seconds)
         axes.barh(row, interval.mean, color=color, alpha=0.35, height=0.6)
         axes.plot(seconds, [row] * len(seconds), "o", color=color, markersize=3, label="a seed" if row == 0 else None)

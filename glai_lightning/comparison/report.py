@@ -71,7 +71,7 @@ def _rivals(comparison: Comparison) -> list[str]:
 def _overtaking(comparison: Comparison) -> str:
     variant = comparison.verdict.variant
     summary, runs = comparison.summary[variant], comparison.of(variant)
-    finished = _number(_mean(runs, lambda run: getattr(run, f"finished_{comparison.clock}")), ".3g")
+    finished = _number(_mean(runs, comparison.finished), ".3g")
     ends = f"{variant} had finished after {finished} s."
     if summary.mlp_reached_seconds is None:
         return f"The MLP never reached the best {comparison.score} of {variant}; {ends}"
@@ -110,7 +110,7 @@ def _time_table(comparison: Comparison) -> Table:
         cells = [
             _number(_mean(runs, lambda run: run.num_epochs), ".1f"),
             _number(_mean(runs, lambda run: run.evaluations), ".1f"),
-            _number(_mean(runs, lambda run: getattr(run, f"finished_{clock}")), ".3g"),
+            _number(_mean(runs, comparison.finished), ".3g"),
             *_speedup(variant, summary.speedup_finished),
             _number(_mean(runs, lambda run: getattr(run, f"best_{clock}")), ".3g"),
             *_speedup(variant, summary.speedup_best),
@@ -162,8 +162,6 @@ def _cost_table(comparison: Comparison) -> Table:
 
 
 def _head_table(comparison: Comparison) -> Table:
-    score: Value = (lambda run: run.test_score) if comparison.test_score else (lambda run: run.best_val_score)
-    finished: Value = lambda run: getattr(run, f"finished_{comparison.clock}")  # noqa: E731
     name = comparison.test_score or comparison.score
     rows = [
         [
@@ -179,8 +177,8 @@ def _head_table(comparison: Comparison) -> Table:
             [
                 head,
                 f"{side.parameters:,}",
-                *(_number(_mean(of_side, finished), ".3g") for of_side in runs),
-                *(_number(_mean(of_side, score), ".4g") for of_side in runs),
+                *(_number(_mean(of_side, comparison.finished), ".3g") for of_side in runs),
+                *(_number(_mean(of_side, comparison.score_of), ".4g") for of_side in runs),
                 times(side.speedup_finished).replace(" times", ""),
                 signed(side.difference, margin=comparison.verdict.margin),
             ]

@@ -118,9 +118,16 @@ class Comparison:
     def beside(self, variant: str, other: str) -> tuple[Speedup | None, Interval | None]:
         """Return how many times as fast as another a variant finished, and its difference in score, seed by seed."""
         pairs = list(zip(self.of(other), self.of(variant), strict=True))
-        score: Value = (lambda run: run.test_score) if self.test_score else (lambda run: run.best_val_score)
-        finished: Value = lambda run: getattr(run, f"finished_{self.clock}")  # noqa: E731
-        return _speedup(pairs, finished), _difference(pairs, score, self.mode)
+        return _speedup(pairs, self.finished), _difference(pairs, self.score_of, self.mode)
+
+    def finished(self, run: Run) -> float:
+        """Return the seconds of a run to its finished head, by the clock of the comparison."""
+        seconds: float = getattr(run, f"finished_{self.clock}")
+        return seconds
+
+    def score_of(self, run: Run) -> float | None:
+        """Return the test score of a run, or its best validation score where nothing was tested."""
+        return run.test_score if self.test_score else run.best_val_score
 
     def as_dict(self) -> dict[str, Any]:
         """Return the comparison as ``comparison.json`` holds it."""
