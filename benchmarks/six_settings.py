@@ -100,12 +100,29 @@ def few_shot(make_data: Callable[[int], EpisodesDataModule], features: int, sche
     return make_fit
 
 
+def without_a_head(make_data: Callable[[int], EpisodesDataModule], seeds: int) -> list[float]:
+    """Return the test accuracy, seed by seed, of distances between the inputs themselves."""
+    module, accuracies = PrototypicalModule(nn.Flatten()), []
+    for seed in range(seeds):
+        (metrics,) = trainer(1, enable_progress_bar=False).test(module, make_data(seed), verbose=False)
+        accuracies.append(metrics["test/accuracy"])
+    return accuracies
+
+
 def clinc_episodes(folder: Path, seed: int) -> EpisodesDataModule:
     """Return episodes of intents; a third of them is for validation, and another for testing."""
     with np.load(folder / "clinc150_minilm.npz") as archive:
         arrays = {name: np.concatenate([archive[f"{name}_{part}"] for part in ("train", "test")]) for name in "xy"}
     thirds = {"train": 1 / 3, "val": 1 / 3, "test": 1 / 3}
     return EpisodesDataModule(arrays=arrays, ways=20, queries=5, classes=thirds, seed=seed)
+
+
+def episodes_of(folder: Path) -> dict[str, Callable[[int], EpisodesDataModule]]:
+    """Return what makes the data of the two few-shot settings out of a seed."""
+    return {
+        "omniglot": lambda seed: OmniglotDataModule(seed=seed),
+        "clinc150_episodes": partial(clinc_episodes, folder),
+    }
 
 
 def omniglot() -> MakeFit:
@@ -163,9 +180,7 @@ def all_settings(folder: Path) -> dict[tuple[str, str, str], Callable[[Path, int
             make_fit = projection(views, features, schedule)
             variants = "mlp,output,output@3"
             settings["projection", name, schedule] = partial(run, make_fit, "knn_projections", variants, patience)
-        episodes = {"omniglot": lambda seed: OmniglotDataModule(seed=seed)}
-        episodes["clinc150_episodes"] = partial(clinc_episodes, folder)
-        for (name, make_data), features in zip(episodes.items(), (784, 384), strict=True):
+        for (name, make_data), features in zip(episodes_of(folder).items(), (784, 384), strict=True):
             make_fit = few_shot(make_data, features, schedule)
             settings["few-shot", name, schedule] = partial(run, make_fit, "accuracy", "mlp,output,output@3", patience)
     for name, make in (("fashion_mnist", partial(end_to_end.fashion_mnist, folder)), ("omniglot", omniglot)):
@@ -220,6 +235,13 @@ def main() -> None:
         ]
         save_results("six_settings", rows, arguments.results)
         print_summary(comparisons)
+    if "few-shot" in arguments.kinds:
+        rows = [
+            {"data": name, "seed": seed, "test_score": round(accuracy, 6)}
+            for name, make_data in episodes_of(arguments.data).items()
+            for seed, accuracy in enumerate(without_a_head(make_data, arguments.seeds))
+        ]
+        save_results("few_shot_without_head", rows, arguments.results)
 
 
 if __name__ == "__main__":

@@ -5,21 +5,31 @@ A table is a list of rows of cells, the header first. What got worse is bold.
     python benchmarks/tables.py        # prints all of them
 """
 
-import csv
 import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
-Rows = list[dict[str, str]]
-Table = list[list[str]]
+from setting_tables import end_to_end_pairs, frozen_at_epoch_3, head_scores, heads, six_settings, transformer_ffn
+from table_cells import (
+    RESULTS,
+    SETS,
+    Rows,
+    Table,
+    as_markdown,
+    half_width,
+    mean,
+    nudged,
+    paired,
+    points,
+    read,
+    times,
+    where,
+    with_interval,
+)
 
-_SETS = {"clinc150_minilm": "clinc150", "cifar10_resnet_features": "cifar10 features", "fashion_mnist": "fashion_mnist"}
 _VARIANTS = {
     "output+solve": "output+solve",
     "output": "output, trained on (freezing the inner layers)",
@@ -27,56 +37,6 @@ _VARIANTS = {
     "independent": "independent, matched width (the paper's)",
     "random": "random structure, solved",
 }
-
-
-@cache
-def read(name: str) -> Rows:
-    """Return the rows of one file of results."""
-    (path,) = RESULTS.glob(f"{name}_[0-9]*.csv")
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def mean(rows: Rows, column: str) -> float:
-    return statistics.fmean(float(row[column]) for row in rows)
-
-
-def where(rows: Rows, **values: str) -> Rows:
-    return [row for row in rows if all(row[column] == value for column, value in values.items())]
-
-
-def times(ratio: float) -> str:
-    """Write a factor; one below 1 is bold."""
-    return f"{nudged(ratio):.2f}" if ratio >= 0.995 else f"**{nudged(ratio):.2f}**"
-
-
-def nudged(value: float) -> float:
-    """Return a value that is rounded away from 0 where it is half of a last digit, whatever its last bits."""
-    return value + math.copysign(1e-6, value)
-
-
-def points(difference: float) -> str:
-    """Write a difference of percentages; one below 0 is bold."""
-    text = f"{nudged(difference):+.2f}".replace("-0.00", "+0.00")
-    return f"**{text}**" if text[0] == "-" else text
-
-
-def with_interval(differences: list[float]) -> str:
-    """Write the mean of paired differences of five seeds, with its Student-t interval."""
-    half = half_width(differences)
-    middle = statistics.fmean(differences)
-    return f"{points(middle)} ({middle - half:+.2f} to {middle + half:+.2f})"
-
-
-def half_width(values: list[float]) -> float:
-    """Return half of the 95 % interval of the mean of five values, by Student's t of four degrees of freedom."""
-    assert len(values) == 5
-    return 2.7764 * statistics.stdev(values) / math.sqrt(5)
-
-
-def paired(side: Rows, other: Rows, column: str) -> list[tuple[float, float]]:
-    """Return the values of both sides in one column, seed by seed."""
-    return [(float(row[column]), float(where(other, seed=row["seed"])[0][column])) for row in side]
 
 
 @dataclass(frozen=True)
@@ -99,7 +59,7 @@ class Side:
 def _sides(schedule: str, variant: str) -> list[Side]:
     (path,) = RESULTS.glob("compare_supervised_*.json")
     summaries, rows, sides = json.loads(path.read_text()), read("compare_supervised"), []
-    for name in _SETS:
+    for name in SETS:
         runs = where(rows, configuration=f"{name}_{schedule}")
         scores = paired(where(runs, variant=variant), where(runs, variant="mlp"), "test_score")
         speed = summaries[f"{name}_{schedule}"]["summary"][variant]["speedup_finished"]
@@ -149,7 +109,7 @@ def bare_line() -> Table:
 
 def constant_rate() -> Table:
     """Time to a finished head at a constant rate, for each variant."""
-    table = [["constant rate 1e-3, early stopping", *_SETS.values(), "mean"]]
+    table = [["constant rate 1e-3, early stopping", *SETS.values(), "mean"]]
     for variant, title in _VARIANTS.items():
         sides = _sides("constant", variant)
         cells = [side.cells_with_intervals() if variant == "output+solve" else side.cells() for side in sides]
@@ -162,7 +122,7 @@ def other_schedules() -> Table:
     decaying, high = _sides("onecycle", "output+solve"), _sides("highrate", "output+solve")
     cells = [f"{side.cells()[0]}, {side.cells_with_intervals()[1]}" for side in decaying]
     return [
-        ["output+solve under other schedules", *_SETS.values(), "mean"],
+        ["output+solve under other schedules", *SETS.values(), "mean"],
         ["one-cycle to 3e-3 over ten epochs, both sides", *cells, ", ".join(_mean_of_sets(decaying))],
         [
             "constant 3e-3, frozen after two epochs, against the MLP at 3e-3",
@@ -310,61 +270,6 @@ def race() -> Table:
 
 
 #: Every table, by the name that a page gives for it.
-HEADS = ("mlp", "gelu", "silu", "tanh", "glu", "polyglu", "eugen", "random", "linear")
-
-
-def _both_sides(head: str) -> Iterator[list[tuple[dict[str, str], dict[str, str]]]]:
-    """Yield, set by set, the runs of a head never frozen and solved, seed by seed."""
-    rows = read("compare_heads")
-    solved = "output+solve" if head == "mlp" else f"{head}+solve"
-    for name in _SETS:
-        own = where(rows, configuration=f"{name}_constant")
-        yield [(run, where(own, variant=solved, seed=run["seed"])[0]) for run in where(own, variant=head)]
-
-
-def heads() -> Table:
-    """Heads at equal parameters, frozen and solved: how many times as fast as never frozen, and the difference."""
-    rows = [["head", *_SETS.values(), "mean"]]
-    for head in HEADS:
-        ratios, differences = [], []
-        for pairs in _both_sides(head):
-            seconds = [float(a["finished_cpu_seconds"]) / float(b["finished_cpu_seconds"]) for a, b in pairs]
-            ratios.append(statistics.geometric_mean(seconds))
-            differences.append(
-                100 * statistics.fmean(float(b["test_score"]) - float(a["test_score"]) for a, b in pairs)
-            )
-        ratios.append(statistics.geometric_mean(ratios))
-        differences.append(statistics.fmean(differences))
-        rows.append([head, *(f"{times(r)}, {points(d)}" for r, d in zip(ratios, differences, strict=True))])
-    return rows
-
-
-def head_scores() -> Table:
-    """The same heads: parameters, and test accuracy never frozen and solved."""
-    rows = [["parameters; test accuracy never frozen, solved", *_SETS.values()]]
-    for head in HEADS:
-        cells = []
-        for pairs in _both_sides(head):
-            never, solved = (100 * mean([pair[side] for pair in pairs], "test_score") for side in (0, 1))
-            cells.append(f"{int(pairs[0][0]['head_parameters']):,}; {nudged(never):.2f} %, {nudged(solved):.2f} %")
-        rows.append([head, *cells])
-    return rows
-
-
-def transformer_ffn() -> Table:
-    """FFN blocks of a small language model, frozen while it trains."""
-    columns = ["loss", "CPU seconds", "loss at equal seconds", "optimizer state, gradients"]
-    rows = [["FFNs frozen", "from steps", *columns]]
-    for row in read("transformer_ffn"):
-        memory = ", ".join(f"{float(row[of]) / 1e6:.2f} MB" for of in ("optimizer_bytes", "gradient_bytes"))
-        losses = [f"{float(row[of]):.3f}" for of in ("val_loss", "val_loss_at_equal_seconds")]
-        steps = "never" if set(row["frozen_from_step"].split()) == {"never"} else row["frozen_from_step"]
-        side = row["side"].removeprefix("frozen ").replace("never frozen", "never")
-        cells = [steps, losses[0], f"{float(row['cpu_seconds']):.1f}", losses[1], memory]
-        rows.append([f"{row['activation']}, {side}", *cells])
-    return rows
-
-
 TABLES: dict[str, Callable[[], Table]] = {
     "headline": headline,
     "bare_line": bare_line,
@@ -376,15 +281,12 @@ TABLES: dict[str, Callable[[], Table]] = {
     "training_step": training_step,
     "heads": heads,
     "head_scores": head_scores,
+    "six_settings": six_settings,
+    "frozen_at_epoch_3": frozen_at_epoch_3,
+    "end_to_end_pairs": end_to_end_pairs,
     "transformer_ffn": transformer_ffn,
     "race": race,
 }
-
-
-def as_markdown(table: Table) -> str:
-    """Write a table as Markdown."""
-    header, *rows = ["| " + " | ".join(row) + " |" for row in table]
-    return "\n".join([header, "|" + "---|" * len(table[0]), *rows])
 
 
 if __name__ == "__main__":

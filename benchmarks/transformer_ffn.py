@@ -45,7 +45,7 @@ def corpus() -> str:
     return "\n".join([*(topics[name] for name in sorted(topics)), *(path.read_text() for path in descriptions)])
 
 
-def loaders() -> tuple[DataLoader[Any], DataLoader[Any], int]:
+def loaders(seed: int = 0) -> tuple[DataLoader[Any], DataLoader[Any], int]:
     """Return the loaders of training and validation, rows of 65 characters, and the number of characters."""
     text = corpus()
     characters = {character: number for number, character in enumerate(sorted(set(text)))}
@@ -53,7 +53,7 @@ def loaders() -> tuple[DataLoader[Any], DataLoader[Any], int]:
     rows = numbers[: len(numbers) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
     held_out = torch.arange(len(rows)) % 10 == 9
     train, val = rows[~held_out], rows[held_out]
-    order = torch.Generator().manual_seed(0)
+    order = torch.Generator().manual_seed(seed)
     return (
         DataLoader(TensorDataset(train), BATCH, shuffle=True, drop_last=True, generator=order),
         DataLoader(TensorDataset(val[:: len(val) // 128]), 64),
@@ -139,10 +139,10 @@ class OffTheClock(StructureMonitor):
         self.curve.began += time.process_time() - before
 
 
-def fit(activation: str, side: str, epochs: int, epoch_steps: int) -> list[dict[str, object]]:
+def fit(activation: str, side: str, seed: int, epochs: int, epoch_steps: int) -> list[dict[str, object]]:
     """Train one side, and return a row for each epoch."""
-    seed_everything(0, verbose=False)
-    train, val, characters = loaders()
+    seed_everything(seed, verbose=False)
+    train, val, characters = loaders(seed)
     module, curve = LanguageModel(characters, activation), Curve()
     half = epochs // 2 if side == SIDES[2] else None
     freeze = StructureFreezeCallback(FFN, solver=None, min_steps=0, freeze_at_epoch=half, verbose=False)
@@ -165,7 +165,15 @@ def fit(activation: str, side: str, epochs: int, epoch_steps: int) -> list[dict[
         reverts = sum(revert.reverts.values()) if side == SIDES[3] else 0
         parameters = sum(parameter.numel() for parameter in module.parameters())
         rows.append(
-            {"activation": activation, "side": side, **row, **of_layers, "reverts": reverts, "parameters": parameters}
+            {
+                "activation": activation,
+                "side": side,
+                "seed": seed,
+                **row,
+                **of_layers,
+                "reverts": reverts,
+                "parameters": parameters,
+            }
         )
     return rows
 
@@ -200,24 +208,28 @@ def loss_at(rows: list[dict[str, Any]], seconds: float) -> float:
 
 
 def summarise(rows: list[dict[str, Any]], steps: dict[str, dict[str, float]]) -> list[dict[str, object]]:
-    """Return a row for each activation and side."""
+    """Return a row for each activation, side and seed, beside the side of that seed that is never frozen."""
     table = []
-    for activation, of_step in steps.items():
-        by_side = {side: [r for r in rows if (r["activation"], r["side"]) == (activation, side)] for side in SIDES}
+    for (activation, seed), group in itertools.groupby(rows, lambda row: (row["activation"], row["seed"])):
+        of_group = list(group)
+        by_side = {side: [row for row in of_group if row["side"] == side] for side in SIDES}
         by_side = {side: of_side for side, of_side in by_side.items() if of_side}
-        shortest = min(of_one[-1]["cpu_seconds"] for of_one in by_side.values())
+        shortest = min(of_side[-1]["cpu_seconds"] for of_side in by_side.values())
         for side, of_side in by_side.items():
             last = of_side[-1]
             frozen = [sum(row[f"frozen_{number}"] for row in of_side) for number in range(LAYERS)]
+            of_step = steps[activation]
             table.append(
                 {
                     "activation": activation,
                     "side": side,
+                    "seed": int(seed),
                     "frozen_from_step": " ".join(
                         str(int(last["step"] * (len(of_side) - epochs) // len(of_side))) if epochs else "never"
                         for epochs in frozen
                     ),
                     "val_loss": last["val_loss"],
+                    "best_val_loss": min(row["val_loss"] for row in of_side),
                     "cpu_seconds": last["cpu_seconds"],
                     "val_loss_at_equal_seconds": round(loss_at(of_side, shortest), 4),
                     "equal_seconds": shortest,
@@ -231,11 +243,12 @@ def summarise(rows: list[dict[str, Any]], steps: dict[str, dict[str, float]]) ->
 
 
 def draw(rows: list[dict[str, Any]], activations: list[str], path: Path) -> None:
-    """Draw churn in each layer that is never frozen, and the loss of every side over CPU seconds."""
+    """Draw, of the first seed, churn in each layer that is never frozen, and the loss of every side over time."""
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(
         2, len(activations), figsize=(4.6 * len(activations), 5.6), layout="constrained", squeeze=False
     )
+    rows = [row for row in rows if row["seed"] == 0]
     for column, activation in enumerate(activations):
         churn, loss = axes[:, column]
         watched = [row for row in rows if (row["activation"], row["side"]) == (activation, SIDES[0])]
@@ -272,8 +285,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--activations", nargs="+", default=["relu", "gelu"])
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--epoch_steps", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epoch_steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=20, help="of the steps that are timed")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -281,17 +295,18 @@ def main() -> None:
     arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / f"transformer_curves_{machine()}.csv"
     rows = read_rows(path) if path.exists() else []
-    known = {(row["activation"], row["side"]) for row in rows}
-    for side, activation in itertools.product(arguments.sides, arguments.activations):
-        if (activation, side) in known:
+    known = {(row["activation"], row["side"], row["seed"]) for row in rows}
+    for seed, side, activation in itertools.product(range(arguments.seeds), arguments.sides, arguments.activations):
+        if (activation, side, seed) in known:
             continue
-        rows += fit(activation, side, arguments.epochs, arguments.epoch_steps)
+        rows += fit(activation, side, seed, arguments.epochs, arguments.epoch_steps)
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         print(rows[-1], flush=True)
     steps = {activation: step_times(activation, arguments.repeats) for activation in arguments.activations}
+    rows.sort(key=lambda row: (row["activation"], row["seed"]))
     save_results("transformer_ffn", summarise(rows, steps), arguments.results)
     draw(rows, arguments.activations, arguments.results / f"transformer_ffn_{machine()}.png")
 
