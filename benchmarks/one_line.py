@@ -13,7 +13,9 @@ import csv
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +24,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from measuring import RESULTS, machine
 from scipy import stats
 from sklearn import datasets
+from torch.optim import AdamW
 
 from glai_lightning import SupervisedModule, mlp_head
 from glai_lightning.callbacks import StructureFreezeCallback
+from glai_lightning.comparison.heads import head_in_place
 from glai_lightning.datamodules import FeaturesDataModule
 
 HIDDEN, MAX_EPOCHS = 512, 60
@@ -106,22 +110,32 @@ HELD_OUT = ("parity of 3 columns", "swiss roll")
 STORED = ("clinc150_minilm", "cifar10_resnet_features", "fashion_mnist", "letter")
 
 
+def makers_of(data: Path | None) -> dict[str, Callable[[], Arrays]]:
+    """Return what makes each set, those of a folder included if there is one."""
+    makers: dict[str, Callable[[], Arrays]] = {name: lambda make=make: split(*make()) for name, make in MADE.items()}
+    if data is not None:
+        makers |= {name: lambda name=name: stored(data / f"{name}.npz") for name in STORED}
+    return makers
+
+
 #: Arguments of the callback on each side; ``None`` for early stopping in its place.
-SIDES: dict[str, dict[str, bool] | None] = {
+SIDES: dict[str, dict[str, Any] | None] = {
     "early stopping": None,
     "freeze and solve": {},
     "in one pass": {"one_pass": True},
 }
 
 
-def fit(arrays: Arrays, seed: int, side: str) -> dict[str, float | int]:
-    """Fit one side, and return its test accuracy and what it took."""
-    arguments = SIDES[side]
+def fit(
+    arrays: Arrays, seed: int, arguments: dict[str, Any] | None, *, rate: float = 1e-3, head: str = "mlp"
+) -> dict[str, float | int]:
+    """Fit with the callback and its arguments, or early stopping, and return the test accuracy and what it took."""
     seed_everything(seed, verbose=False)
     data: LightningDataModule = FeaturesDataModule(arrays=arrays, batch_size=128, seed=seed, standardise=True)
     data.setup("fit")
     classes = int(arrays["y_train"].max()) + 1
-    module = SupervisedModule(mlp_head(arrays["x_train"].shape[1], HIDDEN, classes))
+    mlp = mlp_head(arrays["x_train"].shape[1], HIDDEN, classes)
+    module = SupervisedModule(mlp if head == "mlp" else head_in_place(mlp, head), optimizer=partial(AdamW, lr=rate))
     with tempfile.TemporaryDirectory() as folder:
         best = ModelCheckpoint(folder, monitor="val/accuracy", mode="max")
         freeze = StructureFreezeCallback("head", verbose=False, **(arguments or {}))
@@ -156,9 +170,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    makers: dict[str, Callable[[], Arrays]] = {name: lambda make=make: split(*make()) for name, make in MADE.items()}
-    if arguments.data is not None:
-        makers |= {name: lambda name=name: stored(arguments.data / f"{name}.npz") for name in STORED}
+    makers = makers_of(arguments.data)
     chosen = arguments.sets or list(makers)
     path = RESULTS / f"one_line_{machine()}.csv"
     everything: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
@@ -171,7 +183,7 @@ def main() -> None:
             for seed in range(arguments.seeds):
                 for turn in range(len(SIDES)):
                     side = list(SIDES)[(seed + turn) % len(SIDES)]
-                    runs[side].append(fit(arrays, seed, side))
+                    runs[side].append(fit(arrays, seed, SIDES[side]))
                     writer.writerow([name, seed, side, *(f"{v:.6g}" for v in runs[side][-1].values())])
                 file.flush()
             for side in list(SIDES)[1:]:

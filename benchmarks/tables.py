@@ -12,7 +12,16 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from setting_tables import end_to_end_pairs, frozen_at_epoch_3, head_scores, heads, six_settings, transformer_ffn
+from setting_tables import (
+    end_to_end_pairs,
+    frozen_at_epoch_3,
+    head_scores,
+    heads,
+    heads_at_high_rate,
+    sets_at_high_rate,
+    six_settings,
+    transformer_ffn,
+)
 from table_cells import (
     RESULTS,
     SETS,
@@ -281,6 +290,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "training_step": training_step,
     "heads": heads,
     "head_scores": head_scores,
+    "heads_at_high_rate": heads_at_high_rate,
+    "sets_at_high_rate": sets_at_high_rate,
     "six_settings": six_settings,
     "frozen_at_epoch_3": frozen_at_epoch_3,
     "end_to_end_pairs": end_to_end_pairs,
