@@ -180,11 +180,7 @@ def wrong_figures(text, document, table):
     ]
 
 
-ELSEWHERE = {
-    "headline": "README.md",
-    "freeze_rates": "docs/when_to_freeze.md",
-    "freeze_rules": "docs/when_to_freeze.md",
-}
+ELSEWHERE = {"headline": "README.md"} | dict.fromkeys(("freeze_rates", "freeze_rules"), "docs/when_to_freeze.md")
 COMMITTED = [(ELSEWHERE.get(name, "benchmarks/README.md"), name) for name in tables.TABLES if name != "race"]
 
 
