@@ -36,10 +36,26 @@ def site(tmp_path_factory):
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "site"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
-            built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            built = build("--site-dir", folder)
             assert built.returncode == 0, built.stderr
     return folder
+
+
+def build(*options, cwd=ROOT):
+    """Build a site as `make docs` does."""
+    (command,) = re.findall(r"python (-m mkdocs .*)", (ROOT / "Makefile").read_text())
+    return subprocess.run(
+        [sys.executable, *command.split(), *options], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_make_docs_fails_on_a_dead_link_with_a_sentence(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("[a](nowhere.md)")
+    (tmp_path / "mkdocs.yml").write_text("site_name: of one page")
+    built = build(cwd=tmp_path)
+    assert built.returncode != 0
+    assert "contains a link 'nowhere.md', but the target is not found" in built.stderr
 
 
 @pytest.fixture
