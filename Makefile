@@ -27,9 +27,9 @@ types: $(VENV)/installed-for-tests
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target build/typed .
 	python=$$(cd $(BIN) && pwd)/python && cd build/typed && "$$python" -m mypy --config-file ../../pyproject.toml -p glai_lightning
 
-# The site of the documents. A warning is an error: a dead link, a page that no one finds.
+# The site of the documents. A warning is an error: a dead link, a page that no one finds. With --quiet there are none.
 docs: $(VENV)/installed-for-tests
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo 'Built build/site. To read it: $(BIN)/python -m http.server -d build/site'
 
 $(VENV)/bin/python:

@@ -51,6 +51,6 @@ def build(session: nox.Session) -> None:
     session.run("twine", "check", "--strict", *distributions)
     for distribution in distributions:
         session.install(CPU, "--reinstall-package=glai-lightning", distribution)
-        session.run(
-            "python", "-c", "import glai_lightning.callbacks, glai_lightning.cli; print(glai_lightning.__version__)"
-        )
+        # Isolated, or it would import the sources in the current folder.
+        imports = "import glai_lightning.callbacks, glai_lightning.cli, glai_lightning.recipes"
+        session.run("python", "-I", "-c", f"{imports}; print(glai_lightning)")

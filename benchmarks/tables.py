@@ -278,6 +278,37 @@ def race() -> Table:
     return table
 
 
+def freeze_rates() -> Table:
+    """What rate and moment of the freeze are worth."""
+    names = {"chosen_on": "the four chosen on"}
+    for name in ("clinc150_minilm", "cifar10_resnet_features", "cifar10_resnet_views", "digits"):
+        names[name] = name.replace("_minilm", "").replace("_resnet_", " ")
+    names |= {name: name for name in ("fashion_mnist", "omniglot_small")}
+    rows = [["rate of the structure, epochs", *names.values()]]
+    for row in read("freeze_rates"):
+        moment = "the rule" if row["rule"] == "churn" else row["settings"]
+        rows.append([f"{row['rate']}, {moment}", *(_speed_and_points(row, name, 1) for name in names)])
+    # Too early to be worth a line.
+    return [row for row in rows if row[0] not in ("0.0003, 2", "0.0003, 3") and not row[0].endswith(", 1")]
+
+
+def freeze_rules() -> Table:
+    """The fastest setting of each rule that loses no more than the default."""
+    names = {"chosen_on": "chosen on", "chosen_on_best_rate": "at the MLPs' best rates"}
+    names |= {name: name for name in ("fashion_mnist", "omniglot_small")}
+    rows = [["rule, checked once an epoch", "settings", *names.values()]]
+    for row in where(read("freeze_rules"), checks="epoch"):
+        if "at most" not in row["role"]:
+            rule = "the default: churn" if row["role"] == "the default" else row["rule"]
+            settings = row["settings"].replace("tolerance inf", "no tolerance")
+            rows.append([rule, settings, *(_speed_and_points(row, name, 2) for name in names)])
+    return rows
+
+
+def _speed_and_points(row: dict[str, str], name: str, digits: int) -> str:
+    return f"{float(row[f'{name}_speed']):.{digits}f}x, {float(row[f'{name}_test']):+.2f}"
+
+
 #: Every table, by the name that a page gives for it.
 TABLES: dict[str, Callable[[], Table]] = {
     "headline": headline,
@@ -297,6 +328,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "end_to_end_pairs": end_to_end_pairs,
     "transformer_ffn": transformer_ffn,
     "race": race,
+    "freeze_rates": freeze_rates,
+    "freeze_rules": freeze_rules,
 }
 
 

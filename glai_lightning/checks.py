@@ -1,6 +1,7 @@
 """Errors for the user, and checks of arguments, in one grammar: "Expected `paths` to be ..., but got 'all'."."""
 
 import math
+import os
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
@@ -157,4 +158,37 @@ def expect_file(name: str, value: object) -> Path:
     path = Path(value)
     if "\0" in str(path) or not path.is_file():
         raise UserValueError(f"Expected `{name}` to be an existing file, but got '{path}'.")
+    return path
+
+
+def expect_writable(name: str, value: str | PathLike[str]) -> Path:
+    """Check that a file can be written, before the work whose result it is to hold, and return its path.
+
+    Args:
+        name: name of the argument, for the message.
+        value: the argument. What is there already stays as it is.
+
+    Raises:
+        UserValueError: if it is a folder, if its folder is not there, or if it cannot be written.
+
+    Example:
+        >>> expect_writable("--to", "nowhere/a.csv")
+        Traceback (most recent call last):
+        ...
+        glai_lightning.checks.UserValueError: Expected `--to` to lie in an existing folder, but got 'nowhere/a.csv'.
+    """
+    path = Path(value)
+    if "\0" in str(path) or not path.parent.is_dir():
+        raise UserValueError(f"Expected `{name}` to lie in an existing folder, but got '{path}'.")
+    if path.is_dir():
+        raise UserValueError(f"Expected `{name}` to be a file, but got the folder '{path}'.")
+    try:
+        # What is there is not opened: that would end a pipe.
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError
+        if not path.exists():
+            path.touch()
+            path.unlink()
+    except OSError as error:
+        raise UserValueError(f"Expected `{name}` to be a file that can be written, but got '{path}'.") from error
     return path

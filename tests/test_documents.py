@@ -151,6 +151,23 @@ def test_commands_are_taken(command, capsys):
     assert code == 0, capsys.readouterr().err
 
 
+def test_benchmarks_that_pages_name_are_there_and_take_their_options():
+    # Options of all benchmarks, and those that one of them hands on to `glai compare`.
+    files = ("benchmarks/measuring.py", "glai_lightning/cli/compare.py")
+    shared, named, faults = "".join((ROOT / file).read_text() for file in files), 0, []
+    for document in [*DOCUMENTS, ROOT / "benchmarks" / "README.md"]:
+        for name, options in re.findall(r"`python\s+(benchmarks/\w+\.py)([^`]*)`", document.read_text()):
+            named += 1
+            script = (ROOT / name).read_text() if (ROOT / name).exists() else ""
+            unknown = [option for option in re.findall(r"--\w+", options) if f'"{option}"' not in script + shared]
+            if not script or unknown:
+                faults.append(
+                    f"Expected {name} of {document.name} to be a script that takes {unknown}, but it is none."
+                )
+    assert named > 20
+    assert not faults, "\n".join(faults)
+
+
 def test_there_is_something_to_run():
     assert len(blocks("python")) > 10
     assert len(blocks("yaml")) > 6

@@ -12,7 +12,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from glai_lightning.callbacks.fit_plots import save_png, score_figure
 from glai_lightning.callbacks.structure_freeze import StructureFreezeCallback
-from glai_lightning.checks import UserValueError
+from glai_lightning.checks import UserValueError, expect_writable
 from glai_lightning.comparison.protocol import quiet
 from glai_lightning.comparison.runs import Run, run_fit
 from glai_lightning.comparison.variants import BUDGET, REFERENCE, Fit, Rules, find_variant
@@ -61,6 +61,8 @@ def demonstrate(make_data: Callable[[], FeaturesDataModule], folder: Path, max_e
         ModuleNotFoundError: if matplotlib is not installed.
     """
     import_optional("matplotlib", needed_for="the plot of `glai demo`", extra="report")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = expect_writable("--to", folder / "score_over_seconds.png")
     stopping = EarlyStopping(_RULES.score, mode=_RULES.mode, patience=_RULES.patience or 0)
     freeze = StructureFreezeCallback(_RULES.head)
     with quiet():
@@ -71,8 +73,6 @@ def demonstrate(make_data: Callable[[], FeaturesDataModule], folder: Path, max_e
             f"Expected the head to be frozen and solved within {max_epochs} epochs, but its structure did not settle."
         )
     print("\n".join(["", *_table(never_frozen, frozen), "", *_sentence(never_frozen, frozen, frozen.solve)]))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "score_over_seconds.png"
     with path.open("wb") as file:
         save_png(score_figure(frozen, never_frozen=never_frozen), file)
     print(f"\nplot: {path}")

@@ -53,7 +53,7 @@ _PREDICTED = {
     "--to FILE": "where to write, .csv or .npz (default: predictions.csv)",
 }
 _EXPORTED = {
-    "--ckpt_path FILE": "the checkpoint; 'best' and 'last' stand for those of the latest fit in runs/",
+    "--ckpt_path FILE": "the checkpoint; 'best' and 'last' stand for those of the latest fit",
     "--to FORMAT": "onnx or torch-export: the model with its preprocessing, for any batch size; mlp: what follows the "
     "backbone, as layers of torch.nn; safetensors: the weights and a description",
     "--output FILE": "the file to write (default: model.onnx, model.pt2, model.pt, model.safetensors)",

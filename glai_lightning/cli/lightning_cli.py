@@ -91,6 +91,8 @@ class GlaiCLI(LightningCLI):
                 "Expected `--optimizer` to come with `--lr_scheduler`, because it replaces both the optimizer and the "
                 "scheduler of the module, but got it alone with a scheduler in the module's arguments."
             )
+        if self.subcommand == "predict":
+            self.predictions = PredictionWriter(Path(config.to))
 
     def after_instantiate_classes(self) -> None:
         """Find the checkpoint of an earlier run, if one is named, and let all loggers write into one folder."""
@@ -130,7 +132,6 @@ class GlaiCLI(LightningCLI):
 
     def before_predict(self) -> None:
         """Write the predictions into a file."""
-        self.predictions = PredictionWriter(Path(self.config[self.subcommand].to))
         self.trainer.callbacks.append(self.predictions)  # type: ignore[attr-defined]
 
     def after_predict(self) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from glai_lightning.checks import expect_writable
 from glai_lightning.cli.checkpoints import checked_checkpoint, described_module
 from glai_lightning.datamodules import UnlabelledDataModule
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
@@ -34,16 +35,15 @@ class PredictionWriter(BasePredictionWriter):
         num_inputs: how many inputs were predicted for.
 
     Raises:
-        MisconfigurationException: if it is of another kind, or its folder is not there.
+        MisconfigurationException: if it is of another kind.
+        ValueError: if it cannot be written.
     """
 
     def __init__(self, to: Path) -> None:
         super().__init__("epoch")
         if to.suffix not in _FORMATS:
             raise UserMisconfigurationError(f"Expected `--to` to end with {' or '.join(_FORMATS)}, but got '{to}'.")
-        if not to.parent.is_dir():
-            raise UserMisconfigurationError(f"Expected `--to` to be in a folder that is there, but got '{to}'.")
-        self.to = to
+        self.to = expect_writable("--to", to)
         self.num_inputs = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

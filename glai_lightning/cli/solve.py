@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from glai_lightning.checks import UserValueError
+from glai_lightning.checks import UserValueError, expect_writable
 from glai_lightning.cli.checkpoints import checked_checkpoint
 from glai_lightning.cli.export import load_module
 from glai_lightning.cli.samples import is_samples, labelled_batches
@@ -46,9 +46,8 @@ def run_solve(arguments: Sequence[str]) -> Path:
     options = parser.parse_args(arguments)
     checkpoint = checked_checkpoint(options.ckpt_path)
     to = options.to or Path(checkpoint).with_suffix(".solved.ckpt")
-    for name, path in (("--to", to), ("--statistics", Path(options.statistics))):
-        if not path.parent.is_dir():
-            raise UserValueError(f"Expected `{name}` to be in a folder that is there, but got '{path}'.")
+    expect_writable("--to", to)
+    expect_writable("--statistics", options.statistics)
     module = load_module(checkpoint, options.config)
     if not isinstance(module, SupervisedModule):
         raise UserValueError(f"Expected the checkpoint of a `SupervisedModule`, but got a `{type(module).__name__}`.")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glai_lightning.checks import UserTypeError, UserValueError, expect_choice
+from glai_lightning.checks import UserTypeError, UserValueError, expect_choice, expect_writable
 from glai_lightning.heads.frozen import GLAIHead
 from glai_lightning.modules.deployment import Deployed, deployed
 from glai_lightning.modules.description import describe
@@ -103,11 +103,7 @@ def export_model(module: Any, to: str, path: str | PathLike[str], example: Any =
     """
     expect_choice("to", to, tuple(FORMATS))
     _check_module(module)
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise UserValueError(f"Expected `path` to lie in an existing folder, but got '{path}'.")
-    if path.is_dir():
-        raise UserValueError(f"Expected `path` to be a file, but got the folder '{path}'.")
+    path = expect_writable("path", path)
     file = io.BytesIO()
     if to == "onnx":
         file.write(export_onnx(module, None, example).model_proto.SerializeToString())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from glai_lightning import SupervisedModule
 from glai_lightning.cli.main import main
 
 RECIPE = str(Path(__file__).parent.parent.parent / "recipes" / "supervised.yaml")
@@ -105,12 +106,28 @@ def test_tests_and_predictions_leave_no_folders_of_logs():
         (["predict", "--ckpt_path=best", "--data=labelled.npz"], "Expected 'labelled.npz' to hold `x`"),
         (["predict", "--ckpt_path=best", "--data=nowhere.npz"], "but got 'nowhere.npz'"),
         (["predict", "--ckpt_path=best", "--data=words.csv"], "Expected 'words.csv' to hold 2 numbers in each row"),
-        (["predict", "--ckpt_path=best", "--data=rows.npz", "--to=nowhere/a.csv"], "in a folder that is there"),
         (["predict", "--ckpt_path=best", "--data=rows.npz", "--to=a.txt"], "to end with .csv or .npz"),
-        (["predict", "--ckpt_path=best", "--data=rows.npz", "--to=/proc/a.csv"], "'/proc/a.csv'"),
     ],
 )
 def test_what_cannot_be_predicted_is_answered_with_a_sentence(arguments, sentence, capsys):
     assert main(arguments) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert sentence in line
+
+
+@pytest.mark.parametrize("arguments", [["--data=rows.npz"], ["--config", RECIPE]])
+@pytest.mark.parametrize(
+    ("to", "sentence"),
+    [
+        ("nowhere/a.csv", "Expected `--to` to lie in an existing folder, but got 'nowhere/a.csv'."),
+        ("folder.csv", "Expected `--to` to be a file, but got the folder 'folder.csv'."),
+        ("/proc/a.csv", "Expected `--to` to be a file that can be written, but got '/proc/a.csv'."),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_predicted(
+    arguments, to, sentence, capsys, monkeypatch
+):
+    Path("folder.csv").mkdir(exist_ok=True)
+    monkeypatch.setattr(SupervisedModule, "predict_step", lambda *args, **kwargs: pytest.fail("It predicts."))
+    assert predict(f"--ckpt_path={CHECKPOINT}", f"--to={to}", *arguments) == 1
+    assert f"error: {sentence}" in capsys.readouterr().err.splitlines()

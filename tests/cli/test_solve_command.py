@@ -176,7 +176,7 @@ def test_a_module_is_made_from_its_configuration_too(folder):
         (["--add", "."], "Expected a folder of images for each class in '.', but got 'one.png' in none"),
         (["--add", "rows.csv"], "Expected 'rows.csv' to have the columns 'label', but got 'a', 'b'"),
         (["--add", "rows.csv", "--label_column", "a"], "Expected rows of 8 numbers in 'rows.csv', but got 1"),
-        (["--to", "no/solved.ckpt", "--add", "first.npz"], "Expected `--to` to be in a folder that is there"),
+        (["--to", "no/solved.ckpt", "--add", "first.npz"], "Expected `--to` to lie in an existing folder"),
     ],
 )
 def test_what_cannot_be_solved_is_a_sentence_and_writes_nothing(folder, capsys, arguments, message):

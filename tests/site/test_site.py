@@ -4,16 +4,21 @@ import importlib
 import os
 import pkgutil
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import setuptools
 from browser import find_chromium, running_browser
 from filelock import FileLock
+from markdown.extensions.toc import slugify
 from pages import dead_links, read_site
 
 import glai_lightning
@@ -31,10 +36,26 @@ def site(tmp_path_factory):
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "site"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
-            built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            built = build("--site-dir", folder)
             assert built.returncode == 0, built.stderr
     return folder
+
+
+def build(*options, cwd=ROOT):
+    """Build a site as `make docs` does."""
+    (command,) = re.findall(r"python (-m mkdocs .*)", (ROOT / "Makefile").read_text())
+    return subprocess.run(
+        [sys.executable, *command.split(), *options], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_make_docs_fails_on_a_dead_link_with_a_sentence(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("[a](nowhere.md)")
+    (tmp_path / "mkdocs.yml").write_text("site_name: of one page")
+    built = build(cwd=tmp_path)
+    assert built.returncode != 0
+    assert "contains a link 'nowhere.md', but the target is not found" in built.stderr
 
 
 @pytest.fixture
@@ -101,6 +122,59 @@ def test_a_dead_link_is_found(html, sentence, tmp_path):
     assert all(fault.startswith(sentence) for fault in faults)
 
 
+@pytest.fixture
+def on_an_index(tmp_path, monkeypatch):
+    """Return what makes the description that package indexes show of the text of a README."""
+
+    def description(readme):
+        given = {}
+        monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
+        for name in ("setup.py", "pyproject.toml"):
+            shutil.copy(ROOT / name, tmp_path)
+        (tmp_path / "README.md").write_text(readme)
+        runpy.run_path(str(tmp_path / "setup.py"))
+        return given["long_description"]
+
+    return description
+
+
+def dead_links_on_an_index(description):
+    """Return a sentence for every link of a description that leads to no file or heading of this version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ours = re.compile(rf"{project['urls']['Source']}/(?:blob|raw)/v{project['version']}/([^#]+)#?(.*)")
+    faults = []
+    for target in re.findall(r"\]\(([^)]*)\)", description):
+        path, anchor = found.groups() if (found := ours.fullmatch(target)) else (None, "")
+        if not path and not re.match(r"\w+:|#", target):
+            faults.append(f"Expected the link {target!r} of README to be absolute, but it is not.")
+        elif path and not (ROOT / path).exists():
+            faults.append(f"Expected the link {path!r} of README to lead to a file, but there is none.")
+        elif anchor and f"\n{anchor}\n" not in re.sub(
+            "^#+ (.*)$", lambda match: slugify(match[1], "-"), (ROOT / path).read_text(), flags=re.MULTILINE
+        ):
+            faults.append(f"Expected the link '{path}#{anchor}' of README to lead to a heading, but there is none.")
+    return faults
+
+
+def test_every_link_of_readme_leads_to_a_file_of_this_version_on_package_indexes(on_an_index):
+    description = on_an_index((ROOT / "README.md").read_text())
+    assert "](http" in description
+    faults = dead_links_on_an_index(description)
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("link", "sentence"),
+    [
+        ("[a](docs/nowhere.md)", "Expected the link 'docs/nowhere.md' of README to lead to a file, but there is none."),
+        ("![a](nowhere.png)", "Expected the link 'nowhere.png' of README to lead to a file, but there is none."),
+        ("[a](docs/faq.md#b)", "Expected the link 'docs/faq.md#b' of README to lead to a heading, but there is none."),
+    ],
+)
+def test_a_dead_link_of_readme_is_found(link, sentence, on_an_index):
+    assert dead_links_on_an_index(on_an_index(f"[b](recipes) {link} [c](https://example.org)")) == [sentence]
+
+
 def wrong_figures(text, document, table):
     """Return a sentence for each cell of a table that is not in the document as the files of results have it.
 
@@ -122,9 +196,8 @@ def wrong_figures(text, document, table):
     ]
 
 
-COMMITTED = [("README.md", "headline")] + [
-    ("benchmarks/README.md", name) for name in tables.TABLES if name not in ("headline", "race")
-]
+ELSEWHERE = {"headline": "README.md"} | dict.fromkeys(("freeze_rates", "freeze_rules"), "docs/when_to_freeze.md")
+COMMITTED = [(ELSEWHERE.get(name, "benchmarks/README.md"), name) for name in tables.TABLES if name != "race"]
 
 
 @pytest.mark.parametrize(("document", "name"), COMMITTED)
