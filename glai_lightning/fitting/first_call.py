@@ -1,14 +1,18 @@
 """Reading a head that takes more than one tensor of features from the first call that a step of the fit makes."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import nn
 
 from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.misconfiguration import as_misconfiguration
 from glai_lightning.fitting.step_reading import call_step, isolated_step
+from glai_lightning.heads.joined import JoinedHead, remember_joined
 from glai_lightning.heads.layout import read_head
+from glai_lightning.heads.recording import CallRecorder
 
 
 class _HeadReached(BaseException):
@@ -16,7 +20,9 @@ class _HeadReached(BaseException):
 
 
 def read_first_call(trainer: Any, slot: HeadSlot, batch: Any, batch_idx: int) -> None:
-    """Run a training step, without a trace, as far as it calls a head, and read the head from that call.
+    """Run a training step, without a trace, and read a head from its first call, at which the step ends.
+
+    For a head whose layers lie at several names the whole step runs, to see what is between them.
 
     Args:
         trainer: the Trainer of the fit.
@@ -27,6 +33,12 @@ def read_first_call(trainer: Any, slot: HeadSlot, batch: Any, batch_idx: int) ->
     Raises:
         MisconfigurationException: if the head cannot be read from that call.
     """
+    if isinstance(slot.module, JoinedHead):
+        with _step_in(trainer, slot.pl_module), torch.no_grad(), CallRecorder(slot.pl_module) as recorder:
+            call_step(slot.pl_module.training_step, batch, batch_idx)
+        with as_misconfiguration():
+            remember_joined(slot.pl_module, slot.name, recorder)
+        return
 
     def read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with as_misconfiguration():
@@ -35,7 +47,13 @@ def read_first_call(trainer: Any, slot: HeadSlot, batch: Any, batch_idx: int) ->
 
     handle = slot.module.register_forward_pre_hook(read, with_kwargs=True)
     try:
-        with isolated_step(slot.pl_module), trainer.precision_plugin.forward_context(), suppress(_HeadReached):
+        with _step_in(trainer, slot.pl_module), suppress(_HeadReached):
             call_step(slot.pl_module.training_step, batch, batch_idx)
     finally:
         handle.remove()
+
+
+@contextmanager
+def _step_in(trainer: Any, pl_module: Any) -> Iterator[None]:
+    with isolated_step(pl_module), trainer.precision_plugin.forward_context():
+        yield

@@ -193,9 +193,28 @@ def read_head(head: nn.Module, *args: Any, **kwargs: Any) -> HeadLayout:
     if known is not None and known[0] == state:
         return known[1].find(head)
     _check_layers(head)
-    names = _read(head, args, kwargs) if args or kwargs else _read_made_up(head)
+    names = _names_of(head, *record(head, args, kwargs)) if args or kwargs else _read_made_up(head)
     _READ[head] = (_state_of(head), names)
     return names.find(head)
+
+
+def is_readable(head: nn.Module) -> bool:
+    """Tell whether a head was read, or can be without a real call of it."""
+    try:
+        read_head(head)
+    except CannotBeCalledError:
+        return False
+    return True
+
+
+def read_recorded(head: nn.Module, recorder: CallRecorder) -> None:
+    """Read the parts of a head from a call of it that was recorded.
+
+    Raises:
+        ValueError: as ``read_head``.
+    """
+    _check_layers(head)
+    _READ[head] = (_state_of(head), _names_of(head, recorder.calls, "Tensor", recorder))
 
 
 def copy_head(head: nn.Module, names: HeadNames) -> nn.Module:
@@ -248,7 +267,7 @@ def _read_made_up(head: nn.Module) -> HeadNames:
     failed: Exception | None = None
     for inputs in made_up_inputs(head):
         try:
-            return _read(head, (inputs,) * _count_required(head), {})
+            return _names_of(head, *record(head, (inputs,) * _count_required(head), {}))
         except UserValueError:
             raise
         except Exception as error:
@@ -314,8 +333,7 @@ def _width(head: nn.Module, first: Any) -> int:
     return own if isinstance(own, int) else layer_sizes(first)[0]
 
 
-def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HeadNames:
-    calls, returned, recorder = record(head, args, kwargs)
+def _names_of(head: nn.Module, calls: Sequence[RecordedCall], returned: str, recorder: CallRecorder) -> HeadNames:
     layers = [position for position, call in enumerate(calls) if call.is_layer]
     kind = type(head).__name__
     if len(layers) < 2:
@@ -323,16 +341,16 @@ def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hea
     last = layers[-1]
     output = calls[last]
     _check_output(head, output, [calls[position] for position in layers])
-    beside = [calls[position].name for position in layers[:-1] if position not in output.feeds_on]
+    beside = [calls[position].title for position in layers[:-1] if position not in output.feeds_on]
     if beside and output.feeds_on:
         raise UserValueError(
-            f"Expected every layer of the head before its last Linear, at '{output.name}', to feed it, but got "
+            f"Expected every layer of the head before its last Linear, at '{output.title}', to feed it, but got "
             f"'{beside[-1]}' beside it. Name each as a head of its own."
         )
     points = [point for point, at in zip(recorder.preactivations, recorder.positions, strict=True) if at < last]
     if not points:
         raise UserValueError(
-            f"Expected an activation before the last Linear of `{kind}`, at '{output.name}', so that units have a "
+            f"Expected an activation before the last Linear of `{kind}`, at '{output.title}', so that units have a "
             "pattern, but got none."
         )
     _check_norms(calls[:last])
@@ -386,17 +404,17 @@ def _check_output(head: nn.Module, output: RecordedCall, layers: Sequence[Record
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     if "forward" in vars(module) or (own_forward and not _maps_linearly(module)):
         raise UserValueError(
-            f"Expected the Linear at '{output.name}' to compute x W^T + b, but got `{type(module).__name__}`."
+            f"Expected the Linear at '{output.title}' to compute x W^T + b, but got `{type(module).__name__}`."
         )
     if not module.weight.is_floating_point():
         raise UserValueError(
-            f"Expected the Linear at '{output.name}' to hold real numbers, but got {module.weight.dtype}."
+            f"Expected the Linear at '{output.title}' to hold real numbers, but got {module.weight.dtype}."
         )
     # With weight_norm the weight is none of the parameters.
     names = [name for name, own in head.named_parameters(remove_duplicate=False) if own is module.weight]
     if len(names) > 1:
         raise UserValueError(
-            f"Expected the weight of the last Linear, at '{output.name}', to be its own, but got it as {names} too."
+            f"Expected the weight of the last Linear, at '{output.title}', to be its own, but got it as {names} too."
         )
 
 
@@ -418,7 +436,7 @@ def _check_norms(calls: Sequence[RecordedCall]) -> None:
         if isinstance(norm, _BatchNorm) and (norm.running_mean is None or norm.momentum is None):
             setting = "track_running_stats=False" if norm.running_mean is None else "momentum=None"
             raise UserValueError(
-                f"Expected the BatchNorm at '{call.name}' to keep running statistics with a momentum, so that it can "
+                f"Expected the BatchNorm at '{call.title}' to keep running statistics with a momentum, so that it can "
                 f"be frozen, but got {setting}."
             )
 

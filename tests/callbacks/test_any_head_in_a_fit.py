@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fits import make_trainer
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from glai_lightning import glu_head, mlp_head
 from glai_lightning.callbacks import StructureFreezeCallback
+from glai_lightning.heads.joined import head_at
 from glai_lightning.solvers import LogisticSolver
 
 
@@ -124,15 +125,15 @@ class Plain(Layers):
         (lambda: Plain(mlp_head(6, 12, 3)), "he*", "head.0", 1),
         (lambda: Plain(glu_head(6, 12, 3)), "head", "head.gate", 1),
         (Module, "head", "head.fc1", 1),
-        # Once to see what lies between its layers, and once as a head.
-        (Layers, CHAIN, "layer_1", 2),
+        (Layers, CHAIN, "layer_1", 1),
+        (lambda: Table(), "body.layers+head", "body.layers.1", 1),
     ],
 )
 def test_a_head_is_called_once_more_in_a_fit_to_be_read(make, name, first, readings):
     module, calls = make(), []
     module.get_submodule(first).register_forward_hook(lambda *_: calls.append(1))
     trainer = make_trainer(StructureFreezeCallback(name, freeze_at_epoch=0, solver=None, verbose=False), max_epochs=2)
-    trainer.fit(module, loader())
+    trainer.fit(module, dicts() if isinstance(module, Table) else loader())
     assert len(calls) == trainer.global_step + readings
 
 
@@ -151,6 +152,105 @@ def test_a_joined_head_resumes_frozen(tmp_path):
     assert callback.frozen
     assert callback.freeze_epoch == 1
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), whole.parameters(), strict=True))
+
+
+def dicts():
+    x, y = loader().dataset.tensors
+    return DataLoader([{"x": a, "y": b} for a, b in zip(x, y, strict=True)], batch_size=16)
+
+
+class Table(LightningModule):
+    """Layers at two names, between which a forward that takes a dictionary calls functions."""
+
+    def __init__(self, views=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.ModuleDict({"layers": nn.Sequential(nn.Dropout(0.1), nn.Linear(6, 12), nn.GELU())})
+        self.head, self.views, self.late = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)), views, None
+
+    def forward(self, batch, scale):
+        h = self.body["layers"](batch["x"].flatten(1) * scale)
+        if self.late is not None:
+            h = self.late(h)
+        return {"logits": self.head(h.float())}
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def training_step(self, batch, batch_idx):
+        return sum(F.cross_entropy(self(batch, 1.0)["logits"], batch["y"]) for _ in range(self.views))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+class KeepFrozen(Callback):
+    """Keeps the outputs around the freeze, and the structure after it."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.kept = getattr(self, "kept", [])
+        with torch.no_grad():
+            outputs = pl_module.eval()(next(iter(dicts())), 1.0)["logits"]
+        pl_module.train()
+        self.kept.append((outputs, pl_module.head[0].weight.clone()))
+
+
+def test_a_joined_head_of_a_module_that_takes_a_dictionary_is_read_from_its_step():
+    module, watch = Table(), KeepFrozen()
+    keys, names = list(module.state_dict()), [name for name, _ in module.named_parameters()]
+    callback = StructureFreezeCallback("body.layers+head", freeze_at_epoch=2, stop_after_solve=False, verbose=False)
+    make_trainer(watch, callback, max_epochs=3).fit(module, dicts())
+    assert callback.frozen
+    assert len(callback.churn_history) == 2
+    assert callback.churn_history[0] > 0
+    assert callback.solve_report.loss < callback.solve_report.start_loss
+    assert [name for name, p in module.named_parameters() if p.requires_grad] == ["head.2.weight", "head.2.bias"]
+    assert (list(module.state_dict()), [name for name, _ in module.named_parameters()]) == (keys, names)
+    batch = next(iter(dicts()))
+    x = module.eval().body["layers"](batch["x"])
+    assert torch.equal(module(batch, 1.0)["logits"], head_at(module, "body.layers+head")(batch["x"]))
+    assert torch.equal(module(batch, 1.0)["logits"], module.head(x))
+
+
+def test_a_freeze_of_a_joined_head_is_exact_and_holds_its_structure():
+    module, watch = Table(), KeepFrozen()
+    options = {"freeze_at_epoch": 1, "solver": None, "verbose": False}
+    make_trainer(StructureFreezeCallback("body.layers+head", **options), watch, max_epochs=3).fit(module, dicts())
+    unfrozen = Table(), KeepFrozen()
+    make_trainer(unfrozen[1], max_epochs=2).fit(unfrozen[0], dicts())
+    # The freeze comes before the outputs are kept.
+    assert torch.equal(watch.kept[1][0], unfrozen[1].kept[1][0])
+    assert torch.equal(watch.kept[1][1], module.head[0].weight)
+    assert not torch.equal(watch.kept[0][1], module.head[0].weight)
+
+
+@pytest.mark.parametrize(("make", "name"), [(Table, "body.layers+head"), (lambda: Dictionary(), "head")])
+@pytest.mark.parametrize("within", [False, True])
+def test_a_head_that_is_read_on_the_first_batch_resumes(make, name, within, tmp_path):
+    def run(max_epochs, max_steps=-1, **options):
+        module = make()
+        callback = StructureFreezeCallback(name, freeze_at_epoch=1, solver=None, verbose=False)
+        trainer = make_trainer(callback, max_epochs=max_epochs, max_steps=max_steps)
+        trainer.fit(module, dicts(), **options)
+        return module, callback, trainer
+
+    _, callback, trainer = run(2, max_steps=6 if within else -1)
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    whole = run(4)[0]
+    module, callback, _ = run(4, ckpt_path=tmp_path / "cut.ckpt")
+    assert callback.freeze_epoch == 1
+    if not within:
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), whole.parameters(), strict=True))
+    # A test in a process that knows of no call.
+    make_trainer(StructureFreezeCallback(name)).validate(make(), dicts(), ckpt_path=tmp_path / "cut.ckpt")
+
+
+class Dictionary(Module):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.head(batch, torch.ones(12))["logits"], batch["y"])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
 
 
 class Transformer(LightningModule):
@@ -180,7 +280,7 @@ def test_a_pattern_names_one_joined_head_for_each_match():
 @pytest.mark.parametrize(
     ("head", "paths", "message"),
     [
-        ("layer_2+layer_1", "output", "in the order in which they are called, once each, but got 'layer_2' before"),
+        ("layer_2+layer_1", "output", "in the order in which they are called, but that is 'layer_1', 'layer_2'"),
         (CHAIN, "tangent", "Expected `paths` to be 'output' for the head 'layer_1"),
         ("layer_1+layer_4", "output", "Expected `head` to name a module of `Layers`, but got 'layer_1.layer_4'"),
         (["layer_1+layer_2", "layer_2+layer_3"], "output", "to lie apart, but got 'layer_2' inside 'layer_2'"),
