@@ -23,6 +23,8 @@ from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.sizes import count_trainable
 from glai_lightning.fitting.solving import HeadSolve, KeptEpoch, ReadBatch
 from glai_lightning.heads.frozen import frozen_parameters
+from glai_lightning.heads.joined import JoinedHead
+from glai_lightning.heads.patterns import layout_of
 from glai_lightning.heads.record import Paths
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
@@ -204,6 +206,10 @@ class HeadWatch:
             # A validation ends by giving all modules the modes back that they had when it began, with the head frozen.
             slot.module.train(slot.module.training)
             self._just_reverted = False
+        if self.frozen and isinstance(slot.module, JoinedHead):
+            # It is no part of the module, whose `train` reaches its layers past it.
+            for module in layout_of(slot.module).frozen_modules():
+                module.eval()
         self._watch.before_batch(trainer, batch_idx)
 
     def after_batch(self, trainer: Any, slot: HeadSlot) -> bool:

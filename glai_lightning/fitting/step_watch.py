@@ -84,12 +84,12 @@ class StepWatch(TorchFunctionMode):
         given: list[Tensor | None] = []
 
         def entered(*args: Any, **kwargs: Any) -> Any:
-            given.append(self._inputs_among(args, kwargs))
+            given.append(self._inputs_among(enter, args, kwargs))
             return enter(*args, **kwargs)
 
         @functools.wraps(forward)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            own = self._inputs_among(args, kwargs)
+            own = self._inputs_among(forward, args, kwargs)
             inputs = own if entry is last else given.pop()
             if own is None or inputs is None:
                 return forward(*args, **kwargs)
@@ -117,11 +117,19 @@ class StepWatch(TorchFunctionMode):
         last: nn.Module = layout.output
         return last if changed and not changing_steps(layout) else self._head
 
-    def _inputs_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if len(tensors) > 1 and self._replacement is not None:
-            raise LossNotReadError("Expected a head that is given one tensor, so that it can be solved.")
-        return tensors[0] if tensors else None
+    def _inputs_among(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        given = (*args, *kwargs.values())
+        tensor = next((value for value in given if isinstance(value, Tensor)), None)
+        if self._replacement is not None and (tensor is None or len(given) > 1):
+            others = [value for value in _arguments_set(forward, args, kwargs) if value is not tensor]
+            if tensor is None or others:
+                kinds = ", ".join(type(value).__name__ for value in given)
+                raise LossNotReadError(
+                    f"Expected a head that is given one tensor alone, so that it can be solved, but got {kinds}."
+                )
+        return tensor
 
     def leave_head(self) -> None:
         """Let the head run as it did before."""
@@ -164,6 +172,20 @@ class StepWatch(TorchFunctionMode):
                 smoothing, ignored = arguments.get("label_smoothing", 0.0), arguments.get("ignore_index", -100)
                 return LossCall(kind, place, targets.detach(), float(smoothing), ignored)
         return None
+
+
+def _arguments_set(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """List what a function is given, without what it would have taken by itself."""
+    signature, given = inspect.signature(forward), []
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        parameter = signature.parameters[name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            given += value
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            given += value.values()
+        elif value is not parameter.default:
+            given.append(value)
+    return given
 
 
 class StepWatches(TorchFunctionMode):

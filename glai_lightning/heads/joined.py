@@ -8,10 +8,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from glai_lightning.checks import UserError, UserValueError, listed
-from glai_lightning.heads.layout import CannotBeCalledError, in_mode, made_up_inputs, read_recorded
+from glai_lightning.heads.layout import CannotBeCalledError, in_mode, read_recorded
+from glai_lightning.heads.made_up import made_up_inputs
 from glai_lightning.heads.recording import CallRecorder, RecordedCall, unchanged
 
 
@@ -19,23 +19,41 @@ class UncalledError(UserValueError):
     """A joined head of which a call of its module does not call every layer."""
 
 
+#: Functions that take sizes, of which a forward may have computed the first from what it was given.
+_SHAPING = {"view", "reshape", "expand"}
+
+
 class Applied(nn.Module):
     """A function as a module.
 
     Args:
         function: of a tensor and what follows.
-        args: positional arguments after the tensor.
+        args: positional arguments, the tensor that a recorded call was given first.
         kwargs: named arguments.
     """
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
-        self.function, self.args, self.kwargs = function, args, kwargs
+        self.function, self.kwargs = function, {name: value for name, value in kwargs.items() if name != "input"}
         self.function_name = getattr(function, "__name__", "function")
+        self.args = args[1:]
+        #: For how many leading dimensions the first of some sizes stands.
+        self.leading: int | None = None
+        if self.function_name not in _SHAPING or not isinstance(next(iter(self.args), None), int | tuple | list):
+            return
+        sizes = self.args[0] if isinstance(self.args[0], tuple | list) else self.args
+        if self.function_name != "expand" and -1 not in sizes:
+            sizes = (-1, *sizes[1:])
+        shape = args[0].shape
+        self.leading = next((k for k in range(1, len(shape) + 1) if shape[:k].numel() == sizes[0]), None)
+        self.args = (tuple(sizes),)
 
     def forward(self, x: Tensor) -> Any:
         """Apply the function."""
-        return self.function(x, *self.args, **self.kwargs)
+        args = self.args
+        if self.leading is not None:
+            args = ((x.shape[: self.leading].numel(), *args[0][1:]),)
+        return self.function(x, *args, **self.kwargs)
 
 
 class JoinedHead(nn.Sequential):
@@ -79,7 +97,7 @@ class JoinedHead(nn.Sequential):
                 f"features, but a call with such inputs failed ({self.unread}). `find_heads(module, batch)` reads them "
                 "from a real call."
             )
-        return super().forward(x)
+        return super().forward(x)  # type: ignore[no-untyped-call]
 
     def read(self, owner: nn.Module, recorder: CallRecorder, prefix: str = "") -> None:
         """Read the steps, and the parts of the head, from a recorded call.
@@ -215,16 +233,10 @@ def _steps_of(name: str, span: Sequence[RecordedCall], prefix: str) -> list[str 
                 f"Expected each step of the head {name!r} to take what the one before computes and nothing else, but "
                 f"`{call.name}` does not. Name the module that holds them as the head."
             )
-        if isinstance(call.module, _BatchNorm) and position < len(span) - 1:
-            raise UserValueError(
-                f"Expected no BatchNorm between the layers of the head {name!r}, whose statistics would go on moving, "
-                f"but got '{prefix}{call.name}'. Name the module that holds them as the head."
-            )
         if call.module is not None:
             steps.append(prefix + call.name)
         else:
-            args, kwargs = call.arguments
-            steps.append(Applied(call.function, args[1:], {k: v for k, v in kwargs.items() if k != "input"}))
+            steps.append(Applied(call.function, *call.arguments))
     return steps
 
 

@@ -1,7 +1,6 @@
 """What a head consists of: a feature map, which is what a freeze freezes, and its last Linear."""
 
 import copy
-import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.checks import UserTypeError, UserValueError
 from glai_lightning.heads.chain import Chain, FunctionStep, HiddenLayer, Step, does_nothing, function_step, read_chain
+from glai_lightning.heads.made_up import count_required, input_width, made_up_inputs
 from glai_lightning.heads.recording import (
     CallRecorder,
     RecordedCall,
@@ -267,7 +267,7 @@ def _read_made_up(head: nn.Module) -> HeadNames:
     failed: Exception | None = None
     for inputs in made_up_inputs(head):
         try:
-            return _names_of(head, *record(head, (inputs,) * _count_required(head), {}))
+            return _names_of(head, *record(head, (inputs,) * count_required(head), {}))
         except UserValueError:
             raise
         except Exception as error:
@@ -285,14 +285,6 @@ def _read_made_up(head: nn.Module) -> HeadNames:
     return replace(names, chain=replace(chain, leading=leading + chain.leading) if isinstance(chain, Chain) else chain)
 
 
-def _count_required(head: nn.Module) -> int:
-    """Count the arguments that a forward cannot do without; what comes second often is a residual like the first."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(head.forward).parameters.values()
-    required = [p for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
-    return max(1, len(required))
-
-
 def _after_leading(head: nn.Module) -> nn.Module | None:
     """Return a Sequential from its first part with a Linear on: what comes before may take images, or words."""
     if not isinstance(head, nn.Sequential) or type(head).forward is not nn.Sequential.forward:
@@ -301,36 +293,6 @@ def _after_leading(head: nn.Module) -> nn.Module | None:
     holds_linear = [any(isinstance(module, nn.Linear) for module in part.modules()) for _, part in parts]
     first = holds_linear.index(True) if True in holds_linear else 0
     return nn.Sequential(OrderedDict(parts[first:])) if first else None
-
-
-def made_up_inputs(head: nn.Module) -> Iterator[Tensor]:
-    """Yield inputs of the shapes that a head may take, the likeliest first."""
-    layers = [module for _, module in innermost(head) if is_layer(module)]
-    weight: Any = layers[0].weight
-    generator = torch.Generator().manual_seed(0)
-    width = _width(head, layers[0])
-    around: list[tuple[int, ...]] = [(), (1, 1), (7, 7)]
-    if isinstance(layers[0], nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        around = [(1,) * (layers[0].weight.ndim - 2), (7,) * (layers[0].weight.ndim - 2), ()]
-    widths = [width, *{layer_sizes(layer)[0] for layer in layers[1:]} - {width}]
-    for shape in [
-        *((2, width, *more) for width in widths[:1] for more in around),
-        # No number of tokens that a module may take for its channels.
-        (2, 13, width),
-        (2, 7, 7, width),
-        *((2, width) for width in widths[1:]),
-        *((2, tokens, width) for tokens in widths[1:]),
-    ]:
-        inputs = torch.randn(shape, generator=generator)
-        if weight.is_meta:
-            inputs = inputs.to("meta")
-        yield inputs.to(weight.device, weight.dtype if weight.is_floating_point() else torch.float32)
-
-
-def _width(head: nn.Module, first: Any) -> int:
-    """Return the width of a head's inputs: what it says itself, or else what its first layer takes."""
-    own = getattr(head, "in_features", None)
-    return own if isinstance(own, int) else layer_sizes(first)[0]
 
 
 def _names_of(head: nn.Module, calls: Sequence[RecordedCall], returned: str, recorder: CallRecorder) -> HeadNames:
@@ -373,7 +335,7 @@ def _names_of(head: nn.Module, calls: Sequence[RecordedCall], returned: str, rec
         ),
         activations=tuple(recorder.kinds[: len(points)]),
         widths=(
-            _width(head, calls[layers[0]].module),
+            input_width(head, calls[layers[0]].module),
             *(point.shape[channels] for point in points),
             layer_sizes(output.module)[1],
         ),

@@ -1,5 +1,7 @@
 """Heads that the callback reads from the first call of a fit, and heads whose layers lie at several names."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from glai_lightning import glu_head, mlp_head
-from glai_lightning.callbacks import StructureFreezeCallback
+from glai_lightning import find_heads, glu_head, mlp_head
+from glai_lightning.callbacks import FitReport, StructureFreezeCallback
 from glai_lightning.heads.joined import head_at
 from glai_lightning.solvers import LogisticSolver
 
@@ -243,6 +245,102 @@ def test_a_head_that_is_read_on_the_first_batch_resumes(make, name, within, tmp_
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), whole.parameters(), strict=True))
     # A test in a process that knows of no call.
     make_trainer(StructureFreezeCallback(name)).validate(make(), dicts(), ckpt_path=tmp_path / "cut.ckpt")
+
+
+SIZES = {
+    "rows": lambda h: h.view(len(h), 12),
+    "tokens": lambda h: h.unsqueeze(1).expand(len(h), 3, 12).reshape(len(h) * 3, -1).reshape(len(h), 3, 12).mean(1),
+    "a tuple": lambda h: torch.reshape(h, (h.shape[0], 12)),
+    "a type": lambda h: h.view(torch.float32),
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("made_up", [False, True])
+def test_sizes_that_a_forward_computes_between_layers_follow_the_batch(sizes, made_up):
+    class Sized(Layers):
+        def forward(self, x):
+            return F.log_softmax(self.layer_3(torch.relu(self.layer_2(sizes(F.gelu(self.layer_1(x)))))), 1)
+
+    module = Sized()
+    x = torch.randn(20, 6)
+    if not made_up:
+        find_heads(module, loader().dataset[:7])
+    assert torch.equal(head_at(module, CHAIN)(x).log_softmax(1), module(x))
+
+
+def test_what_cannot_stand_between_the_layers_of_a_head_is_refused_on_the_first_batch():
+    class Between(Table):
+        def forward(self, batch, scale):
+            h = self.body["layers"](batch["x"])
+            return {"logits": self.head(self.late(h, h))}
+
+    module = Between()
+    module.late = nn.Bilinear(12, 12, 12)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(MisconfigurationException, match=r"of the head 'body.layers\+head' to take .* `late` does not"):
+        make_trainer(StructureFreezeCallback("body.layers+head")).fit(module, dicts())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+class TrainAnew(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        pl_module.train()
+        self.kept = [*getattr(self, "kept", []), pl_module.late.running_mean.clone()]
+
+
+def test_batch_norm_between_the_layers_of_a_head_stands_still_once_they_are_frozen():
+    module, watch = Table(), TrainAnew()
+    module.late = nn.BatchNorm1d(12)
+    callback = StructureFreezeCallback("body.layers+head", freeze_at_epoch=1, solver=None, verbose=False)
+    make_trainer(callback, watch, max_epochs=3).fit(module, dicts(), dicts())
+    assert not torch.equal(watch.kept[0], watch.kept[1])
+    assert torch.equal(watch.kept[1], module.late.running_mean)
+    assert not module.late.weight.requires_grad
+    assert len(callback.churn_history) == 1
+
+
+def test_a_joined_head_may_be_called_several_times_with_the_same_steps():
+    class Twice(Table):
+        def forward(self, batch, scale):
+            self.late = nn.Tanh() if self.late is None and self.differs else None
+            return super().forward(batch, scale)
+
+    module, Twice.differs = Twice(views=2), False
+    callback = StructureFreezeCallback("body.layers+head", freeze_at_epoch=1, solver=None, verbose=False)
+    make_trainer(callback, max_epochs=2).fit(module, dicts())
+    assert callback.frozen
+    Twice.differs = True
+    with pytest.raises(MisconfigurationException, match=r"Expected every call of the head .* to take the same steps"):
+        make_trainer(StructureFreezeCallback("body.layers+head")).fit(Twice(views=2), dicts())
+
+
+CALLS = {
+    "a dictionary": lambda head, x: head({"x": x}, None),
+    "a dictionary and a tensor": lambda head, x: head({"x": x}, torch.ones(len(x), 12)),
+    "a number": lambda head, x: head(x, 5.0),
+    "a number by name": lambda head, x: head(x, scale=5.0),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_head_that_is_given_more_than_a_tensor_is_not_solved(call):
+    class Takes(Masked):
+        def forward(self, x, scale=None):
+            h = F.silu(self.fc1(x["x"] if isinstance(x, dict) else x))
+            return self.fc2(h if scale is None else h * scale)
+
+    class Step(Module):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(call(self.head, batch[0]), batch[1])
+
+    callback = StructureFreezeCallback(freeze_at_epoch=1, verbose=False)
+    # The report says which widths a head has, as far as it was read.
+    make_trainer(callback, FitReport(), max_epochs=2).fit(Step(Takes()), loader())
+    assert callback.frozen
+    assert callback.solve_report is None
+    with pytest.raises(MisconfigurationException, match="Expected a head that is given one tensor alone"):
+        make_trainer(StructureFreezeCallback(solver=LogisticSolver())).fit(Step(Takes()), loader())
 
 
 class Dictionary(Module):
