@@ -9,11 +9,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from glai_lightning.fitting.loss_reading import LossKind, LossNotReadError
 from glai_lightning.heads.chain import FunctionStep
 from glai_lightning.heads.joined import JoinedHead, entry_of
-from glai_lightning.heads.patterns import changing_steps, layout_of
+from glai_lightning.heads.patterns import FORMS, changing_steps, layout_of
 
 _LOSSES: dict[Callable[..., Any], LossKind] = {
     F.cross_entropy: "cross_entropy",
@@ -52,6 +53,7 @@ class StepWatch(TorchFunctionMode):
         outputs: what it returned, call by call; before any change that is made to it in place.
         calls: plain loss calls on what it returned.
         numbers: all numbers with a gradient that were computed.
+        between: names of the functions that changed what it returned before a loss of it was computed.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class StepWatch(TorchFunctionMode):
         self.outputs: list[Tensor] = []
         self.calls: list[LossCall] = []
         self.numbers: list[Tensor] = []
+        self.between: list[str] = []
+        self._computed: dict[int, Tensor] = {}
         self._head = head
         self._replacement = outputs
         self._stop = stop
@@ -103,6 +107,7 @@ class StepWatch(TorchFunctionMode):
             self.inputs.append(inputs)
             self.outputs.append(outputs)
             self._passed.append(passed)
+            self._computed[id(passed)] = passed
             return passed
 
         entry.__dict__["forward"] = entered
@@ -146,9 +151,20 @@ class StepWatch(TorchFunctionMode):
         if func in _LOSSES and self.note_loss(func, args, kwargs) and self._stop:
             raise LossReached
         result = func(*args, **kwargs)
-        if self._passed and isinstance(result, Tensor) and result.ndim == 0 and result.requires_grad:
-            self.numbers.append(result)
+        if self._passed and isinstance(result, Tensor):
+            if result.ndim == 0 and result.requires_grad:
+                self.numbers.append(result)
+            self._note_between(func, (args, kwargs), result)
         return result
+
+    def _note_between(self, func: Callable[..., Any], given: Any, result: Tensor) -> None:
+        if func in _LOSSES or result.ndim == 0 or not any(id(leaf) in self._computed for leaf in tree_leaves(given)):
+            return
+        # The tensor is kept, so that no other takes its id.
+        self._computed[id(result)] = result
+        name = getattr(func, "__name__", str(func)).strip("_")
+        if name not in FORMS and name not in self.between:
+            self.between.append(name)
 
     def note_loss(self, loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Note a call of a known loss function; tell whether it is a plain one on what the head returned."""

@@ -41,6 +41,7 @@ class HeadNames:
         trailing: what comes after the last Linear.
         activations: name of the class or function of every activation with, for a module, its qualified name.
         widths: inputs of the first layer, units of every activation, outputs.
+        layers: names of the layers in the order of their calls.
         products: inputs times outputs of every layer in the order of the calls.
         chain: the head as an MLP of piecewise-linear layers, for paths that have a formula; or why it is none.
     """
@@ -50,6 +51,7 @@ class HeadNames:
     trailing: tuple[Step, ...]
     activations: tuple[tuple[str, str | None], ...]
     widths: tuple[int, ...]
+    layers: tuple[str, ...]
     products: tuple[int, ...]
     chain: Chain | str
 
@@ -339,6 +341,7 @@ def _names_of(head: nn.Module, calls: Sequence[RecordedCall], returned: str, rec
             *(point.shape[channels] for point in points),
             layer_sizes(output.module)[1],
         ),
+        layers=tuple(calls[position].name for position in layers),
         products=tuple(math.prod(layer_sizes(calls[position].module)) for position in layers),
         chain=read_chain(kind, calls, returned),
     )
@@ -353,10 +356,27 @@ def record(
         Its steps, the type of what it returns ('Tensor' for the result of the last step alone), and the recorder.
     """
     with unchanged(head), torch.no_grad(), in_mode([head], training), CallRecorder(head) as recorder:
-        recorder.start([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        versions = [None if x.is_inference() else x._version for x in given]
+        recorder.start(given)
         outputs = head.forward(*args, **kwargs)
         returned = recorder.type_of(outputs)
+    if versions != [None if x.is_inference() else x._version for x in given]:
+        _check_in_place(head, args, kwargs, given)
     return recorder.calls, returned, recorder
+
+
+@torch.no_grad()
+def _check_in_place(head: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Sequence[Tensor]) -> None:
+    """Check that a head which changes its inputs in place, as a ReLU does, changes them once."""
+    before = [x.clone() for x in given]
+    with unchanged(head), in_mode([head], False):
+        head.forward(*args, **kwargs)
+    if not all(map(torch.equal, before, given)):
+        raise UserValueError(
+            f"Expected the forward of `{type(head).__name__}` to leave its inputs as they are, but it changes them in "
+            "place. Pass `inplace=False` to the module that it begins with."
+        )
 
 
 def _check_output(head: nn.Module, output: RecordedCall, layers: Sequence[RecordedCall]) -> None:

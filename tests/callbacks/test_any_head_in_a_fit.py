@@ -382,12 +382,84 @@ def test_a_pattern_names_one_joined_head_for_each_match():
         (CHAIN, "tangent", "Expected `paths` to be 'output' for the head 'layer_1"),
         ("layer_1+layer_4", "output", "Expected `head` to name a module of `Layers`, but got 'layer_1.layer_4'"),
         (["layer_1+layer_2", "layer_2+layer_3"], "output", "to lie apart, but got 'layer_2' inside 'layer_2'"),
+        ("layer_1+layer_1", "output", "Expected the layers of the head 'layer_1+layer_1' to lie apart"),
+        (
+            "layer_1+",
+            "output",
+            "Expected the names in `head` without blanks, joined by '+' as in 'a+b', but got 'layer_1+'",
+        ),
+        (["layer_1 + layer_2"], "output", "without blanks, joined by '+' as in 'a+b', but got 'layer_1 + layer_2'"),
     ],
 )
 def test_chains_that_are_no_head_are_refused(head, paths, message):
     with pytest.raises(MisconfigurationException, match="Expected") as caught:
         make_trainer(StructureFreezeCallback(head, paths)).fit(Layers(), loader())
     assert message.replace("layer_1.layer_4", "layer_1+layer_4") in str(caught.value)
+
+
+class Ways(nn.Module):
+    """A head that goes through other layers in another case."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.fc, self.a, self.b, self.way = nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 3), way
+
+    def forward(self, x, other=False):
+        h = F.gelu(self.fc(x))
+        if self.way == "more" and other:
+            h = F.gelu(self.fc(h))
+        last = {"output": other, "mode": self.training}.get(self.way, False)
+        return self.b(h) if last else self.a(h)
+
+
+@pytest.mark.parametrize(
+    ("way", "taken"), [("output", "'fc', 'b'"), ("more", "'fc', 'fc', 'a'"), ("mode", "'fc', 'b'")]
+)
+def test_a_head_that_is_called_by_other_ways_is_refused_before_the_first_step(way, taken):
+    class Step(Module):
+        def training_step(self, batch, batch_idx):
+            return sum(F.cross_entropy(self.head(batch[0], other), batch[1]) for other in (False, True))
+
+    module = Step(Ways(way))
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(MisconfigurationException, match=f"read from, 'fc', 'a', but one goes through {taken}"):
+        make_trainer(StructureFreezeCallback(solver=None)).fit(module, loader())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+@pytest.mark.parametrize("paths", ["output", "tangent", "independent"])
+def test_a_head_that_changes_its_inputs_in_place_is_refused_unless_once_is_enough(paths):
+    def head(first):
+        return Plain(nn.Sequential(first, nn.Linear(6, 12), nn.ReLU(inplace=True), nn.Linear(12, 3)))
+
+    callback = StructureFreezeCallback(paths=paths, freeze_at_epoch=1, solver=None, verbose=False)
+    make_trainer(callback, max_epochs=2).fit(head(nn.ReLU(inplace=True)), loader())
+    assert callback.frozen
+    with pytest.raises(
+        MisconfigurationException, match="to leave its inputs as they are, but it changes them in place"
+    ):
+        make_trainer(StructureFreezeCallback(paths=paths)).fit(head(nn.SiLU(inplace=True)), loader())
+
+
+BETWEEN = {
+    "`sigmoid`": torch.sigmoid,
+    "`div`, `tanh`": lambda z: (z / 3.0).tanh(),
+    "`linear`": nn.Linear(3, 3),
+}
+
+
+@pytest.mark.parametrize(("names", "function"), BETWEEN.items(), ids=BETWEEN)
+def test_what_bends_the_outputs_before_the_loss_is_named(names, function, caplog):
+    class Step(Module):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(function(self.head(batch[0])).squeeze(), batch[1])
+
+    match = f"Between them and the loss the step calls {names}"
+    with pytest.raises(MisconfigurationException, match=match):
+        make_trainer(StructureFreezeCallback(solver=LogisticSolver())).fit(Step(mlp_head(6, 12, 3)), loader())
+    make_trainer(StructureFreezeCallback(), max_epochs=1).fit(Step(mlp_head(6, 12, 3)), loader())
+    assert match in caplog.text
 
 
 class Probabilities(nn.Module):
