@@ -192,7 +192,7 @@ class StepWatch(TorchFunctionMode):
 
 def _arguments_set(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """List what a function is given, without what it would have taken by itself."""
-    signature, given = inspect.signature(forward), []
+    signature, given = inspect.signature(forward), list[Any]()
     for name, value in signature.bind(*args, **kwargs).arguments.items():
         parameter = signature.parameters[name]
         if parameter.kind is parameter.VAR_POSITIONAL:
