@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import textwrap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from glai_lightning.fitting.fit_record import EpochRecord, FitRecord, SolveRecor
 from glai_lightning.fitting.fit_recorder import FitRecorder
 from glai_lightning.fitting.misconfiguration import UserMisconfigurationError
 from glai_lightning.heads.joined import head_at
+from glai_lightning.heads.layout import CannotBeCalledError
 from glai_lightning.heads.patterns import layout_of
 from glai_lightning.optional import import_optional
 
@@ -202,7 +204,9 @@ def _hyperparameters(freeze: StructureFreezeCallback, trainer: Any, pl_module: A
         entries |= {"optimizer": type(optimizer).__name__, "learning_rate": float(rate)}
     for name in freeze.heads:
         key = "widths" if len(freeze.heads) == 1 else f"widths/{name}"
-        entries[key] = "-".join(map(str, layout_of(head_at(pl_module, name)).widths))
+        # A head that is read on the first batch has no widths yet.
+        with suppress(CannotBeCalledError):
+            entries[key] = "-".join(map(str, layout_of(head_at(pl_module, name)).widths))
     settings = ("paths", "churn_tolerance", "relative_tolerance", "patience", "min_epochs", "min_steps")
     entries |= {name: getattr(freeze, name) for name in (*settings, "freeze_at_epoch", "stop_after_solve")}
     return entries | {

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.hooks import RemovableHandle
 
 from glai_lightning.callbacks.callback_state import check_state
 from glai_lightning.callbacks.churn_watch import ChurnWatch
@@ -19,10 +20,13 @@ from glai_lightning.checks import (
     expect_number,
 )
 from glai_lightning.fitting.conversion import freeze_in_fit, unfreeze_in_fit
+from glai_lightning.fitting.first_call import compare_calls
 from glai_lightning.fitting.heads_in_module import HeadSlot
 from glai_lightning.fitting.sizes import count_trainable
 from glai_lightning.fitting.solving import HeadSolve, KeptEpoch, ReadBatch
 from glai_lightning.heads.frozen import frozen_parameters
+from glai_lightning.heads.joined import JoinedHead
+from glai_lightning.heads.patterns import layout_of
 from glai_lightning.heads.record import Paths
 from glai_lightning.solvers import LogisticSolver, RidgeSolver, SolveReport
 
@@ -155,6 +159,8 @@ class HeadWatch:
         self.solve = HeadSolve(settings.solver, settings.paths, one_pass=settings.one_pass)
         self.trials = SolveTrials()
         self._watch = ChurnWatch(settings.probe_size, settings.check_every_n_steps)
+        self._is_compared = False
+        self._hooks: list[RemovableHandle] = []
         self.start_over()
 
     def start_over(self) -> None:
@@ -183,7 +189,8 @@ class HeadWatch:
 
     def start(self, trainer: Any, slot: HeadSlot, state: Mapping[str, Any] | None) -> None:
         """Start to watch the head, from the snapshot of a checkpoint if there is one."""
-        self._watch.close()
+        self.close()
+        self._is_compared = False
         self.solve.start()
         if not self.frozen:
             self._watch.start(trainer, slot)
@@ -204,10 +211,17 @@ class HeadWatch:
             # A validation ends by giving all modules the modes back that they had when it began, with the head frozen.
             slot.module.train(slot.module.training)
             self._just_reverted = False
+        if self.frozen and isinstance(slot.module, JoinedHead):
+            # It is no part of the module, whose `train` reaches its layers past it.
+            for module in layout_of(slot.module).frozen_modules():
+                module.eval()
+        if not self._is_compared:
+            self._is_compared, self._hooks = True, compare_calls(slot)
         self._watch.before_batch(trainer, batch_idx)
 
     def after_batch(self, trainer: Any, slot: HeadSlot) -> bool:
         """Make the check that is due; tell whether there was one."""
+        self._remove_hooks()
         churn = self._watch.after_batch(trainer, slot)
         if churn is not None:
             self.churn_history.append(churn)
@@ -339,12 +353,19 @@ class HeadWatch:
             state = f"settled and was not frozen, because {self.waits_for}"
         return f"The structure of {self.name!r} {state} (last churn {last}): the head stays an MLP."
 
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
     def detach(self) -> None:
         """Stop watching, and keep what was seen."""
+        self._remove_hooks()
         self._watch.detach()
 
     def close(self) -> None:
         """Stop watching."""
+        self._remove_hooks()
         self._watch.close()
 
     def state_dict(self) -> dict[str, Any]:

@@ -217,11 +217,15 @@ class StructureFreezeCallback(WatchedHeads):
                 watch.load_state_dict(state)
             elif not continues:
                 watch.start_over()
-            restore_in_fit(trainer, slot)
-            if slot.is_frozen:
-                self._find_frozen(watch, slot)
-            elif watch.frozen:
-                watch.start_over()
+            if slot.name not in self._unread:
+                self._restore(trainer, watch, slot)
+
+    def _restore(self, trainer: Any, watch: HeadWatch, slot: HeadSlot) -> None:
+        restore_in_fit(trainer, slot)
+        if slot.is_frozen:
+            self._find_frozen(watch, slot)
+        elif watch.frozen:
+            watch.start_over()
 
     def _check(self, trainer: Any, slot: HeadSlot) -> bool:
         if not check_head(slot, self.paths):
@@ -245,13 +249,13 @@ class StructureFreezeCallback(WatchedHeads):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start to watch."""
         for watch, slot in self._watched(pl_module):
-            watch.start(trainer, slot, self._state_of(watch))
+            if slot.name not in self._unread:
+                watch.start(trainer, slot, self._state_of(watch))
         self._stopping.wanted = self.stop_after_solve and not self._finished
         if self._restored is not None and self.stop_after_solve and self._finished:
             names = " and ".join(repr(name) for name in self.heads)
             self.say(f"The head at {names} was solved before the checkpoint, after which the fit was to stop.")
             trainer.should_stop = True
-        self._restored = None
         self._one_pass = self.one_pass_record = None
         possible = self.one_pass is True or (self.stop_after_solve and not self._judges)
         if self.one_pass and possible and not self._finished:
@@ -286,11 +290,14 @@ class StructureFreezeCallback(WatchedHeads):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep the inputs of the last batches before a check; see, on the first batch, that the loss can be solved."""
-        for _, slot in self._watched(pl_module):
+        for watch, slot in self._watched(pl_module):
             if slot.name in self._unread:
                 read_first_call(trainer, slot, batch, batch_idx)
                 if self._check(trainer, slot):
                     self._unread.remove(slot.name)
+                    self._restore(trainer, watch, slot)
+                    watch.start(trainer, slot, self._state_of(watch))
+        self._restored = None
         if batch_idx == 0:
             # Where a fit resumes from its save after an epoch's last batch, Lightning starts no new epoch.
             self.on_train_epoch_start(trainer, pl_module)

@@ -227,6 +227,11 @@ def prepare_fit(parts: tuple[Any, Any, Any], variant: Variant, rules: Rules, sol
     freeze = freeze_callback(variant, find_freeze(trainer, rules.head), solver)
     head = find_head(module, rules.head)
     if variant.replace is not None:
+        if "+" in rules.head:
+            raise UserMisconfigurationError(
+                f"Expected `head` to name one module, whose place another head can take, but got {rules.head!r}. "
+                "Variants that keep the head can be compared: 'mlp', 'output', 'output+solve' and 'annealed'."
+            )
         try:
             module.set_submodule(rules.head, variant.replace(head))
         except ValueError as error:

@@ -58,6 +58,11 @@ def as_names(argument: str, value: str | Sequence[str]) -> list[str]:
         raise UserMisconfigurationError(
             f"Expected `{argument}` to be the name of a module, or a list of names, but got {value!r}."
         )
+    for name in names:
+        if any(not part or part != part.strip() for part in name.split("+")):
+            raise UserMisconfigurationError(
+                f"Expected the names in `{argument}` without blanks, joined by '+' as in 'a+b', but got {name!r}."
+            )
     return names
 
 
@@ -87,13 +92,8 @@ def match_heads(pl_module: nn.Module, names: Sequence[str], argument: str = "hea
             raise UserMisconfigurationError(
                 f"Expected `{argument}` to name every head once, but got {one!r} twice, by {given}."
             )
-        parts = [(a, b) for a in one.split("+") for b in other.split("+")]
-        overlap = next((sorted(pair, key=len) for pair in parts if _lies_inside(*sorted(pair, key=len))), None)
-        if overlap is not None:
-            outer, inner = overlap
-            raise UserMisconfigurationError(
-                f"Expected the heads in `{argument}` to lie apart, but got {inner!r} inside {outer!r}."
-            )
+        for a, b in itertools.product(one.split("+"), other.split("+")):
+            _check_apart(a, b, f"the heads in `{argument}`")
     return [name for name, _ in matched]
 
 
@@ -131,10 +131,20 @@ def _match_joined(pl_module: nn.Module, parts: list[str], argument: str) -> list
             f"{name_heads(pl_module)}"
         )
     beside = [first.rpartition(".")[0] for first in firsts]
-    return [
-        "+".join([first, *(part if part in modules else f"{parent}.{part}".lstrip(".") for part in parts[1:])])
+    joined = [
+        [first, *(part if part in modules else f"{parent}.{part}".lstrip(".") for part in parts[1:])]
         for first, parent in zip(firsts, beside, strict=True)
     ]
+    for own in joined:
+        for one, other in itertools.combinations(own, 2):
+            _check_apart(one, other, f"the layers of the head {'+'.join(own)!r}")
+    return ["+".join(own) for own in joined]
+
+
+def _check_apart(one: str, other: str, what: str) -> None:
+    outer, inner = sorted((one, other), key=len)
+    if _lies_inside(outer, inner):
+        raise UserMisconfigurationError(f"Expected {what} to lie apart, but got {inner!r} inside {outer!r}.")
 
 
 def find_head(pl_module: nn.Module, head_name: str) -> nn.Module:
@@ -170,7 +180,7 @@ def find_head(pl_module: nn.Module, head_name: str) -> nn.Module:
         if first != name and id(parameter) in own:
             raise UserMisconfigurationError(
                 f"Expected every parameter of the head at {head_name!r} to have one name, but got {first!r} "
-                f"under {name!r} as well, where it would be frozen too."
+                f"under {name!r} as well, where a freeze or a solve would change it too."
             )
     return head
 

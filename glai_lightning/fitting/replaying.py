@@ -42,11 +42,11 @@ class FixedCalls:
         compiled = {
             id(part)
             for module in pl_module.modules()
-            if _is_compiled(module)
+            if is_compiled(module)
             for part in module.modules()
             if part is not module
         }
-        self.compiled = any(map(_is_compiled, pl_module.modules()))
+        self.compiled = any(map(is_compiled, pl_module.modules()))
         passed_over = inside | around | compiled
         self._modules = [(n, m) for n, m in pl_module.named_modules() if id(m) not in passed_over]
         # Networks that hold a head: what they do before it need not be kept if they return what it returns.
@@ -203,7 +203,8 @@ class FixedCalls:
             return run(*args, **kwargs)
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether a module is compiled, by ``torch.compile(module)`` or in place."""
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 

@@ -37,6 +37,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from glai_lightning.checks import listed
 from glai_lightning.fitting.loss_reading import (
     HeadBatch,
     LossKind,
@@ -305,7 +306,13 @@ class StepReader:
                 raise _unreadable(
                     self.name, "training_step", "returned one that depends on the weights of the head beside them"
                 )
-        return read_loss(loss, watch.outputs)
+        try:
+            return read_loss(loss, watch.outputs)
+        except LossNotReadError as error:
+            if not watch.between:
+                raise
+            between = listed(f"`{name}`" for name in watch.between)
+            raise LossNotReadError(f"{error} Between them and the loss the step calls {between}.") from error
 
     def _read_any(self, watch: StepWatch) -> LossReading:
         """Read the first number of a validation step that is a loss of the kind that the head is trained on."""

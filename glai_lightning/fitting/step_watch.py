@@ -9,11 +9,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from glai_lightning.fitting.loss_reading import LossKind, LossNotReadError
 from glai_lightning.heads.chain import FunctionStep
 from glai_lightning.heads.joined import JoinedHead, entry_of
-from glai_lightning.heads.patterns import changing_steps, layout_of
+from glai_lightning.heads.patterns import FORMS, changing_steps, layout_of
 
 _LOSSES: dict[Callable[..., Any], LossKind] = {
     F.cross_entropy: "cross_entropy",
@@ -52,6 +53,7 @@ class StepWatch(TorchFunctionMode):
         outputs: what it returned, call by call; before any change that is made to it in place.
         calls: plain loss calls on what it returned.
         numbers: all numbers with a gradient that were computed.
+        between: names of the functions that changed what it returned before a loss of it was computed.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class StepWatch(TorchFunctionMode):
         self.outputs: list[Tensor] = []
         self.calls: list[LossCall] = []
         self.numbers: list[Tensor] = []
+        self.between: list[str] = []
+        self._computed: dict[int, Tensor] = {}
         self._head = head
         self._replacement = outputs
         self._stop = stop
@@ -84,12 +88,12 @@ class StepWatch(TorchFunctionMode):
         given: list[Tensor | None] = []
 
         def entered(*args: Any, **kwargs: Any) -> Any:
-            given.append(self._inputs_among(args, kwargs))
+            given.append(self._inputs_among(enter, args, kwargs))
             return enter(*args, **kwargs)
 
         @functools.wraps(forward)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            own = self._inputs_among(args, kwargs)
+            own = self._inputs_among(forward, args, kwargs)
             inputs = own if entry is last else given.pop()
             if own is None or inputs is None:
                 return forward(*args, **kwargs)
@@ -103,6 +107,7 @@ class StepWatch(TorchFunctionMode):
             self.inputs.append(inputs)
             self.outputs.append(outputs)
             self._passed.append(passed)
+            self._computed[id(passed)] = passed
             return passed
 
         entry.__dict__["forward"] = entered
@@ -117,11 +122,19 @@ class StepWatch(TorchFunctionMode):
         last: nn.Module = layout.output
         return last if changed and not changing_steps(layout) else self._head
 
-    def _inputs_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if len(tensors) > 1 and self._replacement is not None:
-            raise LossNotReadError("Expected a head that is given one tensor, so that it can be solved.")
-        return tensors[0] if tensors else None
+    def _inputs_among(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        given = (*args, *kwargs.values())
+        tensor = next((value for value in given if isinstance(value, Tensor)), None)
+        if self._replacement is not None and (tensor is None or len(given) > 1):
+            others = [value for value in _arguments_set(forward, args, kwargs) if value is not tensor]
+            if tensor is None or others:
+                kinds = ", ".join(type(value).__name__ for value in given)
+                raise LossNotReadError(
+                    f"Expected a head that is given one tensor alone, so that it can be solved, but got {kinds}."
+                )
+        return tensor
 
     def leave_head(self) -> None:
         """Let the head run as it did before."""
@@ -138,9 +151,20 @@ class StepWatch(TorchFunctionMode):
         if func in _LOSSES and self.note_loss(func, args, kwargs) and self._stop:
             raise LossReached
         result = func(*args, **kwargs)
-        if self._passed and isinstance(result, Tensor) and result.ndim == 0 and result.requires_grad:
-            self.numbers.append(result)
+        if self._passed and isinstance(result, Tensor):
+            if result.ndim == 0 and result.requires_grad:
+                self.numbers.append(result)
+            self._note_between(func, (args, kwargs), result)
         return result
+
+    def _note_between(self, func: Callable[..., Any], given: Any, result: Tensor) -> None:
+        if func in _LOSSES or result.ndim == 0 or not any(id(leaf) in self._computed for leaf in tree_leaves(given)):
+            return
+        # The tensor is kept, so that no other takes its id.
+        self._computed[id(result)] = result
+        name = getattr(func, "__name__", str(func)).strip("_")
+        if name not in FORMS and name not in self.between:
+            self.between.append(name)
 
     def note_loss(self, loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Note a call of a known loss function; tell whether it is a plain one on what the head returned."""
@@ -164,6 +188,20 @@ class StepWatch(TorchFunctionMode):
                 smoothing, ignored = arguments.get("label_smoothing", 0.0), arguments.get("ignore_index", -100)
                 return LossCall(kind, place, targets.detach(), float(smoothing), ignored)
         return None
+
+
+def _arguments_set(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """List what a function is given, without what it would have taken by itself."""
+    signature, given = inspect.signature(forward), list[Any]()
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        parameter = signature.parameters[name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            given += value
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            given += value.values()
+        elif value is not parameter.default:
+            given.append(value)
+    return given
 
 
 class StepWatches(TorchFunctionMode):

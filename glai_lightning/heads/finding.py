@@ -83,7 +83,7 @@ def find_heads(module: nn.Module, batch: Any) -> list[FoundHead]:
             handle.remove()
     total = max(counter.get_total_flops() / 2, 1.0)
     best: dict[int, tuple[int, FoundHead]] = {}
-    for name, layout in [*_read(module, given), *_joined(module, recorder.calls)]:
+    for name, layout in [*_read(module, given), *_joined(module, recorder)]:
         layers = _layers_of(name, layout.head)
         found = FoundHead(
             name=name,
@@ -172,12 +172,12 @@ def _read(
     return found
 
 
-def _joined(module: nn.Module, calls: Sequence[RecordedCall]) -> list[tuple[str, HeadLayout]]:
+def _joined(module: nn.Module, recorder: CallRecorder) -> list[tuple[str, HeadLayout]]:
     found = []
-    for chain in _chains(calls):
+    for chain in _chains(recorder.calls):
         name = "+".join(chain)
         try:
-            found.append((name, read_head(remember_joined(module, name, calls))))
+            found.append((name, read_head(remember_joined(module, name, recorder))))
         except UserError:
             continue
     return found

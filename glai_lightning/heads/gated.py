@@ -134,7 +134,7 @@ def polyglu_head(
         hidden_features: units H, at least 1.
         out_features: number C of outputs, at least 1.
         temperature: of the Gumbel-softmax, before the first step; above 0.
-        lowest_temperature: what it falls to; above 0.
+        lowest_temperature: what it falls to; above 0, at most ``temperature``.
         decay: factor by which it falls at each step, in (0, 1].
 
     Returns:
@@ -152,7 +152,7 @@ def polyglu_head(
     """
     expect_sizes(in_features=in_features, hidden_features=hidden_features, out_features=out_features)
     expect_number("temperature", temperature, low=0.0, above=True)
-    expect_number("lowest_temperature", lowest_temperature, low=0.0, above=True)
+    expect_number("lowest_temperature", lowest_temperature, low=0.0, high=temperature, above=True)
     expect_number("decay", decay, low=0.0, high=1.0, above=True)
     routed = RoutedActivation(temperature, lowest_temperature, decay)
     return PolyGLUHead(in_features, hidden_features, out_features, routed)

@@ -2,16 +2,25 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from glai_lightning.checks import UserValueError
-from glai_lightning.heads.layout import CannotBeCalledError, in_mode, made_up_inputs
+from glai_lightning.checks import UserError, UserValueError, listed
+from glai_lightning.heads.layout import CannotBeCalledError, in_mode, read_recorded
+from glai_lightning.heads.made_up import made_up_inputs
 from glai_lightning.heads.recording import CallRecorder, RecordedCall, unchanged
+
+
+class UncalledError(UserValueError):
+    """A joined head of which a call of its module does not call every layer."""
+
+
+#: Functions that take sizes, of which a forward may have computed the first from what it was given.
+_SHAPING = {"view", "reshape", "expand"}
 
 
 class Applied(nn.Module):
@@ -19,33 +28,50 @@ class Applied(nn.Module):
 
     Args:
         function: of a tensor and what follows.
-        args: positional arguments after the tensor.
+        args: positional arguments, the tensor that a recorded call was given first.
         kwargs: named arguments.
     """
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
-        self.function, self.args, self.kwargs = function, args, kwargs
+        self.function, self.kwargs = function, {name: value for name, value in kwargs.items() if name != "input"}
         self.function_name = getattr(function, "__name__", "function")
+        self.args = args[1:]
+        #: For how many leading dimensions the first of some sizes stands.
+        self.leading: int | None = None
+        if self.function_name not in _SHAPING or not isinstance(next(iter(self.args), None), int | tuple | list):
+            return
+        sizes = self.args[0] if isinstance(self.args[0], tuple | list) else self.args
+        if self.function_name != "expand" and -1 not in sizes:
+            sizes = (-1, *sizes[1:])
+        shape = args[0].shape
+        self.leading = next((k for k in range(1, len(shape) + 1) if shape[:k].numel() == sizes[0]), None)
+        self.args = (tuple(sizes),)
 
     def forward(self, x: Tensor) -> Any:
         """Apply the function."""
-        return self.function(x, *self.args, **self.kwargs)
+        args = self.args
+        if self.leading is not None:
+            args = ((x.shape[: self.leading].numel(), *args[0][1:]),)
+        return self.function(x, *args, **self.kwargs)
 
 
 class JoinedHead(nn.Sequential):
     """The steps between the first and the last of some layers of a module, which calls them itself.
 
-    It holds the very modules, under numbers, and is no part of the module that they belong to.
+    It holds the very modules, under numbers, and is no part of the module that they belong to. Until a call of that
+    module was read it holds the layers alone.
 
     Args:
         owner: the module.
-        steps: qualified names of modules in it, and functions.
+        name: qualified names of layers in it, joined by '+'.
     """
 
-    def __init__(self, owner: nn.Module, steps: Sequence[str | Applied]) -> None:
+    def __init__(self, owner: nn.Module, name: str) -> None:
         super().__init__()
-        self.steps = list(steps)
+        self.name = name
+        self.steps: list[str | Applied] = list(name.split("+"))
+        self.unread: str | None = "no call of it was read"
         self.look_up(owner)
 
     def look_up(self, owner: nn.Module) -> None:
@@ -58,6 +84,37 @@ class JoinedHead(nn.Sequential):
     def entry(self) -> nn.Module:
         """The first layer."""
         return self[0]
+
+    def forward(self, x: Any) -> Any:
+        """Take the steps.
+
+        Raises:
+            ValueError: if no call was read that shows which they are.
+        """
+        if self.unread is not None:
+            raise CannotBeCalledError(
+                f"Expected a module that calls {' and '.join(map(repr, self.name.split('+')))} to take one tensor of "
+                f"features, but a call with such inputs failed ({self.unread}). `find_heads(module, batch)` reads them "
+                "from a real call."
+            )
+        return super().forward(x)  # type: ignore[no-untyped-call]
+
+    def read(self, owner: nn.Module, recorder: CallRecorder, prefix: str = "") -> None:
+        """Read the steps, and the parts of the head, from a recorded call.
+
+        Args:
+            owner: the module.
+            recorder: recorded the call of the module, or of one in it.
+            prefix: stands before the names of that one.
+
+        Raises:
+            ValueError: if the layers do not follow one another, or are no head.
+        """
+        span = _span_of(self.name, recorder.calls, prefix)
+        self.steps = _steps_of(self.name, recorder.calls[span.start : span.stop], prefix)
+        self.unread = None
+        self.look_up(owner)
+        read_recorded(self, _part_of(recorder, self, span))
 
 
 def entry_of(head: nn.Module) -> nn.Module:
@@ -72,17 +129,22 @@ _JOINED: "WeakKeyDictionary[nn.Module, dict[str, JoinedHead]]" = WeakKeyDictiona
 def head_at(owner: nn.Module, name: str) -> nn.Module:
     """Return the head at a qualified name, or the one whose layers lie at several, joined by '+'.
 
+    A joined head is read from a call of the innermost module around its layers that takes made-up features. Where there
+    is none it is unread, until ``remember_joined`` reads it from a real call.
+
     Raises:
         AttributeError: if there is no such module.
-        ValueError: if the layers do not follow one another, or it cannot be seen whether they do.
+        ValueError: if the layers do not follow one another.
     """
     if "+" not in name:
         return owner.get_submodule(name)
-    joined = _JOINED.setdefault(owner, {})
-    if name not in joined:
-        joined[name] = JoinedHead(owner, _steps_of(owner, name.split("+")))
-    joined[name].look_up(owner)
-    return joined[name]
+    head = known_joined(owner, name)
+    if head is None:
+        head = JoinedHead(owner, name)
+        _read_made_up(head, owner)
+        _JOINED.setdefault(owner, {})[name] = head
+    head.look_up(owner)
+    return head
 
 
 def known_joined(owner: nn.Module, name: str) -> JoinedHead | None:
@@ -90,32 +152,37 @@ def known_joined(owner: nn.Module, name: str) -> JoinedHead | None:
     return _JOINED.get(owner, {}).get(name)
 
 
-def remember_joined(owner: nn.Module, name: str, calls: Sequence[RecordedCall]) -> JoinedHead:
+def remember_joined(owner: nn.Module, name: str, recorder: CallRecorder) -> JoinedHead:
     """Join layers by a recorded call of their module, and return the head from here on for that name."""
-    head = JoinedHead(owner, _between(calls, name.split("+"), ""))
-    return _JOINED.setdefault(owner, {}).setdefault(name, head)
+    head = known_joined(owner, name) or JoinedHead(owner, name)
+    if head.unread is not None:
+        head.read(owner, recorder)
+        _JOINED.setdefault(owner, {})[name] = head
+    return head
 
 
-def _steps_of(owner: nn.Module, parts: list[str]) -> list[str | Applied]:
-    for part in parts:
-        owner.get_submodule(part)
+def _read_made_up(head: JoinedHead, owner: nn.Module) -> None:
     failed: Exception | None = None
-    for prefix in _common_prefixes(parts):
+    for prefix in _common_prefixes(head.name.split("+")):
         parent = owner.get_submodule(prefix)
         for inputs in made_up_inputs(parent):
             try:
                 with unchanged(parent), torch.no_grad(), in_mode([parent], False), CallRecorder(parent) as recorder:
                     recorder.start([inputs])
                     parent.forward(inputs)
+                head.read(owner, recorder, f"{prefix}." if prefix else "")
+            except UncalledError as error:
+                # Another call of the module may come by them.
+                failed = failed or error
+                break
+            except UserError:
+                raise
             except Exception as error:
                 # What a forward expects is not known, so it may object in any way.
                 failed = failed or error
-                continue
-            return _between(recorder.calls, parts, f"{prefix}." if prefix else "")
-    raise CannotBeCalledError(
-        f"Expected a module that calls {' and '.join(map(repr, parts))} to take one tensor of features, but a call "
-        f"with such inputs failed ({failed}). `find_heads(module, batch)` reads them from a real call."
-    )
+            else:
+                return
+    head.unread = str(failed)
 
 
 def _common_prefixes(parts: Sequence[str]) -> Iterator[str]:
@@ -126,20 +193,39 @@ def _common_prefixes(parts: Sequence[str]) -> Iterator[str]:
         yield ".".join(paths[0][:length])
 
 
-def _between(calls: Sequence[RecordedCall], parts: Sequence[str], prefix: str) -> list[str | Applied]:
-    name = "+".join(parts)
-    named = [(i, f"{prefix}{call.name}.") for i, call in enumerate(calls) if call.module is not None]
-    at = {part: [i for i, own in named if own.startswith(f"{part}.")] for part in parts}
-    uncalled = [part for part, positions in at.items() if not positions]
+def _span_of(name: str, calls: Sequence[RecordedCall], prefix: str) -> range:
+    """Return where the steps of a head stand among those of a call; of several times that it is called, the first."""
+    parts = name.split("+")
+    runs: list[list[tuple[int, str]]] = [[]]
+    for position, call in enumerate(calls):
+        own = f"{prefix}{call.name}."
+        part = next((part for part in parts if call.module is not None and own.startswith(f"{part}.")), None)
+        if part is None:
+            continue
+        if runs[-1] and parts.index(part) < parts.index(runs[-1][-1][1]):
+            runs.append([])
+        runs[-1].append((position, part))
+    called = [part for run in runs for part, _ in itertools.groupby(part for _, part in run)]
+    uncalled = [part for part in parts if part not in called]
     if uncalled:
-        raise UserValueError(f"Expected all layers of the head {name!r} to be called, but {uncalled[0]!r} is not.")
-    for one, other in itertools.pairwise(parts):
-        if at[one][-1] >= at[other][0]:
-            raise UserValueError(
-                f"Expected the layers of the head {name!r} in the order in which they are called, once each, but got "
-                f"{one!r} before {other!r}."
-            )
-    span = calls[at[parts[0]][0] : at[parts[-1]][-1] + 1]
+        raise UncalledError(f"Expected all layers of the head {name!r} to be called, but {uncalled[0]!r} is not.")
+    if called != parts * len(runs):
+        raise UserValueError(
+            f"Expected the layers of the head {name!r} in the order in which they are called, but that is "
+            f"{listed(map(repr, called))}."
+        )
+    spans = [range(run[0][0], run[-1][0] + 1) for run in runs]
+    taken = [[calls[position].name for position in span] for span in spans]
+    other = next((steps for steps in taken if steps != taken[0]), None)
+    if other is not None:
+        raise UserValueError(
+            f"Expected every call of the head {name!r} to take the same steps, but got {', '.join(taken[0])} and "
+            f"{', '.join(other)}."
+        )
+    return spans[0]
+
+
+def _steps_of(name: str, span: Sequence[RecordedCall], prefix: str) -> list[str | Applied]:
     steps: list[str | Applied] = []
     for position, call in enumerate(span):
         if position and not call.follows:
@@ -147,14 +233,25 @@ def _between(calls: Sequence[RecordedCall], parts: Sequence[str], prefix: str) -
                 f"Expected each step of the head {name!r} to take what the one before computes and nothing else, but "
                 f"`{call.name}` does not. Name the module that holds them as the head."
             )
-        if isinstance(call.module, _BatchNorm) and position < len(span) - 1:
-            raise UserValueError(
-                f"Expected no BatchNorm between the layers of the head {name!r}, whose statistics would go on moving, "
-                f"but got '{prefix}{call.name}'. Name the module that holds them as the head."
-            )
         if call.module is not None:
             steps.append(prefix + call.name)
         else:
-            args, kwargs = call.arguments
-            steps.append(Applied(call.function, args[1:], {k: v for k, v in kwargs.items() if k != "input"}))
+            steps.append(Applied(call.function, *call.arguments))
     return steps
+
+
+def _part_of(recorder: CallRecorder, head: JoinedHead, span: range) -> CallRecorder:
+    """Return what was recorded of the steps of a head, as if it had been called itself."""
+    part = CallRecorder(head)
+    for position, at in enumerate(span):
+        call = recorder.calls[at]
+        feeds_on = frozenset(source - span.start for source in call.feeds_on if source in span)
+        part.calls.append(replace(call, name=str(position), module=head[position], feeds_on=feeds_on, shown=call.name))
+    for preactivation, (kind, name), at in zip(
+        recorder.preactivations, recorder.kinds, recorder.positions, strict=True
+    ):
+        if at in span:
+            part.preactivations.append(preactivation)
+            part.positions.append(at - span.start)
+            part.kinds.append((kind, None if name is None else str(at - span.start)))
+    return part

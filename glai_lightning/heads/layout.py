@@ -1,7 +1,6 @@
 """What a head consists of: a feature map, which is what a freeze freezes, and its last Linear."""
 
 import copy
-import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from glai_lightning.checks import UserTypeError, UserValueError
 from glai_lightning.heads.chain import Chain, FunctionStep, HiddenLayer, Step, does_nothing, function_step, read_chain
+from glai_lightning.heads.made_up import count_required, input_width, made_up_inputs
 from glai_lightning.heads.recording import (
     CallRecorder,
     RecordedCall,
@@ -41,6 +41,7 @@ class HeadNames:
         trailing: what comes after the last Linear.
         activations: name of the class or function of every activation with, for a module, its qualified name.
         widths: inputs of the first layer, units of every activation, outputs.
+        layers: names of the layers in the order of their calls.
         products: inputs times outputs of every layer in the order of the calls.
         chain: the head as an MLP of piecewise-linear layers, for paths that have a formula; or why it is none.
     """
@@ -50,6 +51,7 @@ class HeadNames:
     trailing: tuple[Step, ...]
     activations: tuple[tuple[str, str | None], ...]
     widths: tuple[int, ...]
+    layers: tuple[str, ...]
     products: tuple[int, ...]
     chain: Chain | str
 
@@ -193,9 +195,28 @@ def read_head(head: nn.Module, *args: Any, **kwargs: Any) -> HeadLayout:
     if known is not None and known[0] == state:
         return known[1].find(head)
     _check_layers(head)
-    names = _read(head, args, kwargs) if args or kwargs else _read_made_up(head)
+    names = _names_of(head, *record(head, args, kwargs)) if args or kwargs else _read_made_up(head)
     _READ[head] = (_state_of(head), names)
     return names.find(head)
+
+
+def is_readable(head: nn.Module) -> bool:
+    """Tell whether a head was read, or can be without a real call of it."""
+    try:
+        read_head(head)
+    except CannotBeCalledError:
+        return False
+    return True
+
+
+def read_recorded(head: nn.Module, recorder: CallRecorder) -> None:
+    """Read the parts of a head from a call of it that was recorded.
+
+    Raises:
+        ValueError: as ``read_head``.
+    """
+    _check_layers(head)
+    _READ[head] = (_state_of(head), _names_of(head, recorder.calls, "Tensor", recorder))
 
 
 def copy_head(head: nn.Module, names: HeadNames) -> nn.Module:
@@ -248,7 +269,7 @@ def _read_made_up(head: nn.Module) -> HeadNames:
     failed: Exception | None = None
     for inputs in made_up_inputs(head):
         try:
-            return _read(head, (inputs,) * _count_required(head), {})
+            return _names_of(head, *record(head, (inputs,) * count_required(head), {}))
         except UserValueError:
             raise
         except Exception as error:
@@ -266,14 +287,6 @@ def _read_made_up(head: nn.Module) -> HeadNames:
     return replace(names, chain=replace(chain, leading=leading + chain.leading) if isinstance(chain, Chain) else chain)
 
 
-def _count_required(head: nn.Module) -> int:
-    """Count the arguments that a forward cannot do without; what comes second often is a residual like the first."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(head.forward).parameters.values()
-    required = [p for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
-    return max(1, len(required))
-
-
 def _after_leading(head: nn.Module) -> nn.Module | None:
     """Return a Sequential from its first part with a Linear on: what comes before may take images, or words."""
     if not isinstance(head, nn.Sequential) or type(head).forward is not nn.Sequential.forward:
@@ -284,38 +297,7 @@ def _after_leading(head: nn.Module) -> nn.Module | None:
     return nn.Sequential(OrderedDict(parts[first:])) if first else None
 
 
-def made_up_inputs(head: nn.Module) -> Iterator[Tensor]:
-    """Yield inputs of the shapes that a head may take, the likeliest first."""
-    layers = [module for _, module in innermost(head) if is_layer(module)]
-    weight: Any = layers[0].weight
-    generator = torch.Generator().manual_seed(0)
-    width = _width(head, layers[0])
-    around: list[tuple[int, ...]] = [(), (1, 1), (7, 7)]
-    if isinstance(layers[0], nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        around = [(1,) * (layers[0].weight.ndim - 2), (7,) * (layers[0].weight.ndim - 2), ()]
-    widths = [width, *{layer_sizes(layer)[0] for layer in layers[1:]} - {width}]
-    for shape in [
-        *((2, width, *more) for width in widths[:1] for more in around),
-        # No number of tokens that a module may take for its channels.
-        (2, 13, width),
-        (2, 7, 7, width),
-        *((2, width) for width in widths[1:]),
-        *((2, tokens, width) for tokens in widths[1:]),
-    ]:
-        inputs = torch.randn(shape, generator=generator)
-        if weight.is_meta:
-            inputs = inputs.to("meta")
-        yield inputs.to(weight.device, weight.dtype if weight.is_floating_point() else torch.float32)
-
-
-def _width(head: nn.Module, first: Any) -> int:
-    """Return the width of a head's inputs: what it says itself, or else what its first layer takes."""
-    own = getattr(head, "in_features", None)
-    return own if isinstance(own, int) else layer_sizes(first)[0]
-
-
-def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HeadNames:
-    calls, returned, recorder = record(head, args, kwargs)
+def _names_of(head: nn.Module, calls: Sequence[RecordedCall], returned: str, recorder: CallRecorder) -> HeadNames:
     layers = [position for position, call in enumerate(calls) if call.is_layer]
     kind = type(head).__name__
     if len(layers) < 2:
@@ -323,16 +305,16 @@ def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hea
     last = layers[-1]
     output = calls[last]
     _check_output(head, output, [calls[position] for position in layers])
-    beside = [calls[position].name for position in layers[:-1] if position not in output.feeds_on]
+    beside = [calls[position].title for position in layers[:-1] if position not in output.feeds_on]
     if beside and output.feeds_on:
         raise UserValueError(
-            f"Expected every layer of the head before its last Linear, at '{output.name}', to feed it, but got "
+            f"Expected every layer of the head before its last Linear, at '{output.title}', to feed it, but got "
             f"'{beside[-1]}' beside it. Name each as a head of its own."
         )
     points = [point for point, at in zip(recorder.preactivations, recorder.positions, strict=True) if at < last]
     if not points:
         raise UserValueError(
-            f"Expected an activation before the last Linear of `{kind}`, at '{output.name}', so that units have a "
+            f"Expected an activation before the last Linear of `{kind}`, at '{output.title}', so that units have a "
             "pattern, but got none."
         )
     _check_norms(calls[:last])
@@ -355,10 +337,11 @@ def _read(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hea
         ),
         activations=tuple(recorder.kinds[: len(points)]),
         widths=(
-            _width(head, calls[layers[0]].module),
+            input_width(head, calls[layers[0]].module),
             *(point.shape[channels] for point in points),
             layer_sizes(output.module)[1],
         ),
+        layers=tuple(calls[position].name for position in layers),
         products=tuple(math.prod(layer_sizes(calls[position].module)) for position in layers),
         chain=read_chain(kind, calls, returned),
     )
@@ -373,10 +356,27 @@ def record(
         Its steps, the type of what it returns ('Tensor' for the result of the last step alone), and the recorder.
     """
     with unchanged(head), torch.no_grad(), in_mode([head], training), CallRecorder(head) as recorder:
-        recorder.start([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        versions = [None if x.is_inference() else x._version for x in given]
+        recorder.start(given)
         outputs = head.forward(*args, **kwargs)
         returned = recorder.type_of(outputs)
+    if versions != [None if x.is_inference() else x._version for x in given]:
+        _check_in_place(head, args, kwargs, given)
     return recorder.calls, returned, recorder
+
+
+@torch.no_grad()
+def _check_in_place(head: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Sequence[Tensor]) -> None:
+    """Check that a head which changes its inputs in place, as a ReLU does, changes them once."""
+    before = [x.clone() for x in given]
+    with unchanged(head), in_mode([head], False):
+        head.forward(*args, **kwargs)
+    if not all(map(torch.equal, before, given)):
+        raise UserValueError(
+            f"Expected the forward of `{type(head).__name__}` to leave its inputs as they are, but it changes them in "
+            "place. Pass `inplace=False` to the module that it begins with."
+        )
 
 
 def _check_output(head: nn.Module, output: RecordedCall, layers: Sequence[RecordedCall]) -> None:
@@ -386,17 +386,17 @@ def _check_output(head: nn.Module, output: RecordedCall, layers: Sequence[Record
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     if "forward" in vars(module) or (own_forward and not _maps_linearly(module)):
         raise UserValueError(
-            f"Expected the Linear at '{output.name}' to compute x W^T + b, but got `{type(module).__name__}`."
+            f"Expected the Linear at '{output.title}' to compute x W^T + b, but got `{type(module).__name__}`."
         )
     if not module.weight.is_floating_point():
         raise UserValueError(
-            f"Expected the Linear at '{output.name}' to hold real numbers, but got {module.weight.dtype}."
+            f"Expected the Linear at '{output.title}' to hold real numbers, but got {module.weight.dtype}."
         )
     # With weight_norm the weight is none of the parameters.
     names = [name for name, own in head.named_parameters(remove_duplicate=False) if own is module.weight]
     if len(names) > 1:
         raise UserValueError(
-            f"Expected the weight of the last Linear, at '{output.name}', to be its own, but got it as {names} too."
+            f"Expected the weight of the last Linear, at '{output.title}', to be its own, but got it as {names} too."
         )
 
 
@@ -418,7 +418,7 @@ def _check_norms(calls: Sequence[RecordedCall]) -> None:
         if isinstance(norm, _BatchNorm) and (norm.running_mean is None or norm.momentum is None):
             setting = "track_running_stats=False" if norm.running_mean is None else "momentum=None"
             raise UserValueError(
-                f"Expected the BatchNorm at '{call.name}' to keep running statistics with a momentum, so that it can "
+                f"Expected the BatchNorm at '{call.title}' to keep running statistics with a momentum, so that it can "
                 f"be frozen, but got {setting}."
             )
 

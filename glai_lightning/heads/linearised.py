@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from glai_lightning.checks import UserValueError
-from glai_lightning.heads.layout import HeadLayout, in_mode, made_up_inputs
+from glai_lightning.heads.layout import HeadLayout, in_mode
+from glai_lightning.heads.made_up import made_up_inputs
 from glai_lightning.heads.record import record_of
 from glai_lightning.heads.recording import call_with, unchanged
 

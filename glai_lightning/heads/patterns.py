@@ -131,7 +131,7 @@ def holds_weight(output: nn.Module) -> bool:
 
 
 #: Functions after which the outputs of the last Linear are still what a loss is computed of, in another form.
-_FORMS = {"log_softmax", "squeeze", "unsqueeze", "flatten", "view", "reshape", "float", "double", "to", "contiguous"}
+FORMS = {"log_softmax", "squeeze", "unsqueeze", "flatten", "view", "reshape", "float", "double", "to", "contiguous"}
 
 
 def changing_steps(layout: HeadLayout) -> list[nn.Module]:
@@ -142,7 +142,7 @@ def changing_steps(layout: HeadLayout) -> list[nn.Module]:
 def _keeps_outputs(module: nn.Module) -> bool:
     if isinstance(module, FunctionStep):
         returned = module.function.startswith("returned ") and module.function != "returned other tensor"
-        return returned or module.function in _FORMS
+        return returned or module.function in FORMS
     return isinstance(module, _DropoutNd | nn.Identity | nn.LogSoftmax | nn.Flatten)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glai_lightning.checks import UserTypeError, expect_flag, expect_sizes
+from glai_lightning.checks import UserTypeError, UserValueError, expect_flag, expect_sizes
 
 
 def random_feature_head(
@@ -26,7 +26,7 @@ def random_feature_head(
         A head from (..., D) to (..., C), whose first layer does not require gradients.
 
     Raises:
-        TypeError: if a size is not an integer, or ``activation`` no class of a module.
+        TypeError: if a size is not an integer, or ``activation`` no class of a module that is made without arguments.
         ValueError: if a size is below 1.
 
     Example:
@@ -38,10 +38,16 @@ def random_feature_head(
     kind = getattr(nn, activation, None) if isinstance(activation, str) else activation
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise UserTypeError(f"Expected `activation` to be a class of `torch.nn`, but got {activation!r}.")
+    try:
+        module = kind()
+    except TypeError as error:
+        raise UserTypeError(
+            f"Expected `activation` to be a class that is made without arguments, but got {activation!r} ({error})."
+        ) from error
     projection = nn.Linear(in_features, hidden_features, bias=False)
     nn.init.normal_(projection.weight, std=in_features**-0.5)
     projection.weight.requires_grad_(False)
-    return nn.Sequential(projection, kind(), nn.Linear(hidden_features, out_features))
+    return nn.Sequential(projection, module, nn.Linear(hidden_features, out_features))
 
 
 class Product(nn.Module):
@@ -96,7 +102,7 @@ def eugen_head(
     Args:
         in_features: width D of the inputs, at least 1.
         out_features: number C of outputs, at least 1.
-        order: largest number k of projections that are multiplied, at least 1.
+        order: largest number k of projections that are multiplied, from 1 to 8: of more the spread drowns the mean.
         features: features m of each order, at least 1.
         trained: whether the projections are trained; else they stay as they were drawn.
 
@@ -105,12 +111,14 @@ def eugen_head(
 
     Raises:
         TypeError: if a size is not an integer, or ``trained`` not a bool.
-        ValueError: if a size is below 1.
+        ValueError: if a size is below 1, or ``order`` above 8.
 
     Example:
         >>> eugen_head(4, 3, features=16)(torch.randn(5, 4)).shape
         torch.Size([5, 3])
     """
     expect_sizes(in_features=in_features, features=features, out_features=out_features, order=order)
+    if order > 8:
+        raise UserValueError(f"Expected `order` to be an integer from 1 to 8, but got {order}.")
     expect_flag("trained", trained)
     return EUGenHead(in_features, out_features, order, features, trained)

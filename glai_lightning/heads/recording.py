@@ -47,6 +47,7 @@ class RecordedCall:
         arguments: positional and named arguments of a function.
         follows: whether it takes the result of the step before and nothing else that was computed.
         feeds_on: positions of the layers' calls that its inputs depend on.
+        shown: what messages call it, where that is not its name.
     """
 
     name: str
@@ -55,6 +56,12 @@ class RecordedCall:
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     follows: bool
     feeds_on: frozenset[int]
+    shown: str = ""
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return self.shown or self.name
 
     @property
     def is_layer(self) -> bool:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from glai_lightning.heads.frozen import GLAIHead, check_freezable, freeze_in_place
 from glai_lightning.heads.joined import JoinedHead, head_at, known_joined
+from glai_lightning.heads.layout import is_readable
 from glai_lightning.heads.record import find_record
 from glai_lightning.heads.state_dicts import FREEZE_METADATA, FreezeMetadata, check_head_fits, read_freeze
 
@@ -71,7 +72,7 @@ class HeadRestorer:
         freeze = read_freeze(state_dict, f"{prefix}{self.head_name}")
         if freeze is None or isinstance(head, GLAIHead):
             return
-        if self.deferred:
+        if self.deferred or self._waits(head, freeze):
             self._freeze = freeze
             if not isinstance(head, JoinedHead):
                 self._set_aside(head, state_dict, f"{prefix}{self.head_name}.")
@@ -82,6 +83,10 @@ class HeadRestorer:
         if all(part in dict(module.named_modules()) for part in self.head_name.split("+")):
             return head_at(module, self.head_name)
         return None
+
+    def _waits(self, head: nn.Module, freeze: FreezeMetadata) -> bool:
+        """Tell whether a head is to be frozen when it is read from a real call."""
+        return (self.deferred or freeze.paths == "output") and not is_readable(head)
 
     def forget(self) -> None:
         """Forget a frozen head that waits: the state dict that held it could not be loaded, or is outdated."""
@@ -120,9 +125,10 @@ class HeadRestorer:
     def _check(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
         """Check that a state dict can be loaded into the head."""
         head = self._find_head(module)
-        if head is None:
+        if head is None or isinstance(head, JoinedHead):
             return
-        if isinstance(head, JoinedHead):
+        freeze = read_freeze(state_dict, f"{prefix}{self.head_name}")
+        if freeze is not None and not isinstance(head, GLAIHead) and self._waits(head, freeze):
             return
         freeze = check_head_fits(head, f"{prefix}{self.head_name}", state_dict)
         if freeze is not None and not isinstance(head, GLAIHead):

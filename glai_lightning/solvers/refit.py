@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glai_lightning.checks import UserTypeError, UserValueError, expect_integer
+from glai_lightning.checks import UserTypeError, UserValueError
+from glai_lightning.heads.frozen import check_freezable
 from glai_lightning.heads.layout import HeadLayout, in_mode
-from glai_lightning.heads.patterns import check_inputs, layout_of
+from glai_lightning.heads.patterns import check_inputs
 from glai_lightning.heads.random_features import EUGenHead, eugen_head
+from glai_lightning.heads.recording import is_layer
 from glai_lightning.solvers.ridge import RidgeSolver
 
 
@@ -46,8 +48,9 @@ def rectify(head: nn.Module, inputs: Tensor, *, l2: float | None = None) -> Rect
         A copy of the head that is rectified, and its error before and after the refit.
 
     Raises:
-        TypeError: if ``head`` is not a module, or ``inputs`` not a floating-point tensor.
-        ValueError: if ``head`` cannot be read, an activation is a function, or a layer after it no Linear.
+        TypeError: if ``head`` is not a module or frozen, or ``inputs`` not a floating-point tensor.
+        ValueError: if ``head`` cannot be read or called with ``inputs``, these are not finite or less than two, an
+            activation is a function, all are ReLU already, or a layer after one is no Linear.
 
     Example:
         >>> head = nn.Sequential(nn.Linear(4, 32), nn.GELU(), nn.Linear(32, 3))
@@ -55,10 +58,15 @@ def rectify(head: nn.Module, inputs: Tensor, *, l2: float | None = None) -> Rect
         >>> type(rectified.head[1]).__name__, rectified.error < rectified.error_before
         ('ReLU', True)
     """
-    layout = layout_of(head)
+    layout = check_freezable(head)
     check_inputs("inputs", inputs, layout)
+    solver = RidgeSolver(l2=l2)
+    _outputs_of("head", head, inputs)
+    smooth = [(kind, name) for kind, name in layout.names.activations if kind.lower() != "relu"]
+    if not smooth:
+        raise UserValueError("Expected a head with an activation to replace by ReLU, but got one with ReLU alone.")
     new = copy.deepcopy(head)
-    for kind, name in layout.names.activations:
+    for kind, name in smooth:
         if name is None:
             raise UserValueError(
                 f"Expected the activations of the head to be modules, to replace them, but got the function `{kind}`."
@@ -67,7 +75,7 @@ def rectify(head: nn.Module, inputs: Tensor, *, l2: float | None = None) -> Rect
     before = _relative_error(new, head, inputs)
     for name in _layers_after_activation(layout, inputs):
         given, wanted = _seen(new, name, inputs)[0], _seen(head, name, inputs)[1]
-        _fit(new.get_submodule(name), given, wanted, l2)
+        _fit(new.get_submodule(name), given, wanted, solver)
     return Rectified(new, before, _relative_error(new, head, inputs))
 
 
@@ -88,7 +96,7 @@ def distil_eugen(
 
     Raises:
         TypeError: if ``layer`` is not a module, or ``inputs`` not a floating-point tensor.
-        ValueError: if shapes are not (N, D) and (N, C).
+        ValueError: if shapes are not (N, D) and (N, C), or ``inputs`` are not finite or less than two.
 
     Example:
         >>> layer = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
@@ -99,23 +107,42 @@ def distil_eugen(
         raise UserTypeError(f"Expected `layer` to be a module, but got {layer!r}.")
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
         raise UserTypeError(f"Expected `inputs` to be a floating-point tensor, but got `{type(inputs).__name__}`.")
-    expect_integer("features", features, least=1)
-    with torch.no_grad(), in_mode([layer], training=False):
-        outputs = layer(inputs)
+    solver = RidgeSolver(l2=l2)
+    outputs = _outputs_of("layer", layer, inputs)
     if inputs.ndim != 2 or outputs.ndim != 2:
         shapes = f"{tuple(inputs.shape)} and {tuple(outputs.shape)}"
         raise UserValueError(f"Expected inputs (N, D) and outputs (N, C), but got {shapes}.")
     head = eugen_head(inputs.shape[1], outputs.shape[1], order=order, features=features).to(inputs)
-    _fit(head.output, _seen(head, "output", inputs)[0], outputs, l2)
+    _fit(head.output, _seen(head, "output", inputs)[0], outputs, solver)
     return head
 
 
-def _fit(layer: Any, given: Tensor, wanted: Tensor, l2: float | None) -> None:
+@torch.no_grad()
+def _outputs_of(name: str, module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return what a module makes of inputs, both of which are checked."""
+    count = len(inputs) if inputs.ndim else 0
+    if count < 2 or not bool(inputs.isfinite().all()):
+        got = str(count) if count < 2 else "some that are not"
+        raise UserValueError(f"Expected `inputs` to be two or more that are finite, but got {got}.")
+    try:
+        with in_mode([module], training=False):
+            outputs = module(inputs)
+    except Exception as error:
+        # What a forward expects is not known, so it may object in any way.
+        raise UserValueError(
+            f"Expected `inputs` to be what `{name}` takes, but got {inputs.dtype} {tuple(inputs.shape)} ({error})."
+        ) from error
+    if not isinstance(outputs, Tensor):
+        raise UserTypeError(f"Expected `{name}` to return a tensor, but got `{type(outputs).__name__}`.")
+    return outputs
+
+
+def _fit(layer: Any, given: Tensor, wanted: Tensor, solver: RidgeSolver) -> None:
     if not isinstance(layer, nn.Linear):
         raise UserValueError(f"Expected a Linear after an activation, to refit it, but got `{type(layer).__name__}`.")
     features, targets = given.flatten(0, -2), wanted.flatten(0, -2)
     bias = None if layer.bias is None else layer.bias.detach()
-    solution = RidgeSolver(l2=l2).solve_features(features, targets, weight=layer.weight.detach(), bias=bias)
+    solution = solver.solve_features(features, targets, weight=layer.weight.detach(), bias=bias)
     with torch.no_grad():
         layer.weight.copy_(solution.weight)
         if solution.bias is not None:
@@ -149,7 +176,7 @@ def _layers_after_activation(layout: HeadLayout, inputs: Tensor) -> list[str]:
     handles = [
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
         for name, module in layout.head.named_modules()
-        if name in activations or isinstance(module, nn.Linear)
+        if name in activations or is_layer(module)
     ]
     try:
         with torch.no_grad(), in_mode([layout.head], training=False):

@@ -11,6 +11,7 @@ from glai_lightning import (
     eugen_head,
     freeze_structure,
     glu_head,
+    mlp_head,
     polyglu_head,
     random_feature_head,
     rectify,
@@ -102,6 +103,9 @@ def test_a_rectified_head_has_exact_paths_and_is_near_what_it_was():
     freeze_structure(rectified.head, paths="independent")
 
 
+SMOOTH = nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, C))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -109,7 +113,18 @@ def test_a_rectified_head_has_exact_paths_and_is_near_what_it_was():
         (lambda: polyglu_head(D, H, C, decay=0.0), "Expected `decay`"),
         (lambda: eugen_head(D, C, order=0), "Expected `order` to be an integer of at least 1, but got 0."),
         (lambda: random_feature_head(D, H, C, activation="Nothing"), "Expected `activation` to be a class"),
+        (lambda: eugen_head(D, C, order=10**12), "Expected `order` to be an integer from 1 to 8"),
+        (lambda: polyglu_head(D, H, C, lowest_temperature=1.5), "Expected `lowest_temperature` .* in \\(0, 1\\]"),
+        (lambda: random_feature_head(D, H, C, activation="Linear"), "a class that is made without arguments"),
         (lambda: rectify(nn.Linear(D, C), torch.randn(9, D)), "with 1 Linear"),
+        (lambda: rectify(SMOOTH, torch.randn(9, D + 1)), "Expected `inputs` to be what `head` takes"),
+        (lambda: rectify(SMOOTH, torch.randn(9, D).double()), "Expected `inputs` to be what `head` takes"),
+        (lambda: rectify(SMOOTH, torch.full((9, D), torch.nan)), "two or more that are finite"),
+        (lambda: rectify(SMOOTH, torch.randn(1, D)), "two or more that are finite, but got 1"),
+        (lambda: rectify(mlp_head(D, H, C), torch.randn(9, D)), "but got one with ReLU alone"),
+        (lambda: rectify(freeze_structure(SMOOTH), torch.randn(9, D)), "whose structure is frozen already"),
+        (lambda: distil_eugen(SMOOTH, torch.randn(9, D + 1)), "Expected `inputs` to be what `layer` takes"),
+        (lambda: distil_eugen(SMOOTH, torch.full((9, D), torch.inf)), "two or more that are finite"),
         (lambda: distil_eugen(nn.Linear(D, C), torch.randn(9, 2, D)), r"Expected inputs \(N, D\)"),
     ],
 )
