@@ -72,7 +72,7 @@ def _like(layout: HeadLayout, widths: Sequence[int], activation: nn.Module | Non
 def _hidden_modules(layer: HiddenLayer, before: int, width: int, activation: nn.Module) -> list[nn.Module]:
     norm: Any = layer.norm
     norms = [] if norm is None else [type(norm)(width, eps=norm.eps, momentum=norm.momentum, affine=norm.affine)]
-    return [_linear(layer.linear, before, width), *norms, copy.deepcopy(activation)]
+    return [_linear(layer.linear, before, width), *norms, *map(copy.deepcopy, (activation, *layer.dropout))]
 
 
 def _linear(like: Any, before: int, width: int) -> nn.Linear:
@@ -135,7 +135,7 @@ def matched_head(head: nn.Module) -> nn.Module:
         head: an MLP head that can be read; it is not changed.
 
     Returns:
-        A head of the same layers: kinds, biases, BatchNorm, activations, and what stands before and after them.
+        A head of the same layers: kinds, biases, BatchNorm, activations, Dropout, what stands before and after them.
 
     Raises:
         ValueError: if the head cannot be read.

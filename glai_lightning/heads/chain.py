@@ -70,11 +70,12 @@ def function_step(call: RecordedCall) -> nn.Module:
 
 @dataclass(frozen=True)
 class HiddenLayer:
-    """One hidden layer: the modules between a layer's input and its activations."""
+    """One hidden layer: the modules from a layer's input to its activations, and Dropout among and after them."""
 
     linear: nn.Module
     norm: nn.Module | None
     activation: nn.Module
+    dropout: tuple[nn.Module, ...]
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class HiddenNames:
     linear: str
     norm: str | None
     activation: Step
+    dropout: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,11 @@ def _read_hidden_layer(links: Sequence[_Link]) -> HiddenNames:
     _check_linear(linear)
     norm: str | None = None
     activation: Step | None = None
+    dropout: list[str] = []
     for link in links[1:]:
         module = link.module
         if _is_dropout(link):
+            dropout += [link.step] if isinstance(link.step, str) else []
             continue
         if activation is None and norm is None and _is_plain(module, _BatchNorm):
             _check_width(link, module.num_features, linear)
@@ -169,7 +173,7 @@ def _read_hidden_layer(links: Sequence[_Link]) -> HiddenNames:
             "Expected an activation with two linear pieces (ReLU, LeakyReLU, PReLU with a fixed slope) after the "
             f"Linear at '{linear.name}', but got none before the next Linear. {SUPPORTED}"
         )
-    return HiddenNames(linear.name, norm, activation)
+    return HiddenNames(linear.name, norm, activation, tuple(dropout))
 
 
 def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:

@@ -99,6 +99,7 @@ class HeadLayout:
                 self._at(layer.linear),
                 None if layer.norm is None else self._at(layer.norm),
                 self._at(layer.activation),
+                tuple(map(self._at, layer.dropout)),
             )
             for layer in self.chain.hidden
         )

@@ -100,13 +100,15 @@ def test_a_matched_deep_head_has_as_many_path_weights_as_the_mlp_has_weights():
 
 def test_a_matched_head_is_a_fresh_head_of_the_same_layers():
     linear = nn.Linear(FEATURES, 64, bias=False)
-    mlp = nn.Sequential(nn.Flatten(), linear, nn.BatchNorm1d(64, momentum=0.3), nn.LeakyReLU(0.2), nn.Linear(64, 3))
+    layers = [linear, nn.BatchNorm1d(64, momentum=0.3), nn.LeakyReLU(0.2), nn.Dropout(0.4), nn.Linear(64, 3)]
+    mlp = nn.Sequential(nn.Flatten(), *layers)
     narrow = matched_head(nn.Sequential(mlp, nn.BatchNorm1d(3)))
-    kinds = [nn.Flatten, nn.Linear, nn.BatchNorm1d, nn.LeakyReLU, nn.Linear, nn.BatchNorm1d]
+    kinds = [nn.Flatten, *map(type, layers), nn.BatchNorm1d]
     assert [type(module) for module in narrow] == kinds
     assert narrow[1].bias is None
     assert narrow[2].momentum == 0.3
     assert narrow[3].negative_slope == 0.2
+    assert narrow[4].p == head_in_place(mlp, "gelu")[4].p == 0.4
     assert mlp[1] is linear
     assert not {id(p) for p in narrow.parameters()} & {id(p) for p in mlp.parameters()}
 
