@@ -3,33 +3,47 @@
 import statistics
 from collections.abc import Iterator
 
-from table_cells import SETS, Rows, Table, mean, nudged, points, read, times, where, with_interval
+from table_cells import (
+    SETS,
+    Gain,
+    Rows,
+    Table,
+    gain,
+    mean,
+    mean_gain,
+    nudged,
+    read,
+    times,
+    where,
+    with_interval,
+)
 
 HEADS = ("mlp", "gelu", "silu", "tanh", "glu", "polyglu", "eugen", "random", "linear")
 
+#: The runs of the side that is never frozen, and those of the one that is measured against it.
+Sides = tuple[Rows, Rows]
 
-Pairs = list[tuple[dict[str, str], dict[str, str]]]
 
-
-def _both_sides(head: str) -> Iterator[Pairs]:
-    """Yield, set by set, the runs of a head never frozen and solved, seed by seed."""
+def _both_sides(head: str) -> Iterator[Sides]:
+    """Yield, set by set, the runs of a head never frozen and solved."""
     rows = read("compare_heads")
     solved = "output+solve" if head == "mlp" else f"{head}+solve"
     for name in SETS:
         own = where(rows, configuration=f"{name}_constant")
-        yield [(run, where(own, variant=solved, seed=run["seed"])[0]) for run in where(own, variant=head)]
+        yield where(own, variant=head), where(own, variant=solved)
 
 
 def heads() -> Table:
     """Heads at equal parameters, frozen and solved: how many times as fast as never frozen, and the difference."""
     rows = [["head", *SETS.values(), "mean"]]
     for head in HEADS:
-        compared = [_compared(pairs) for pairs in _both_sides(head)]
-        cells = [f"{times(ratio)}, {with_interval(gained)}" for ratio, gained in compared]
-        ratio = statistics.geometric_mean(ratio for ratio, _ in compared)
-        gained = statistics.fmean(statistics.fmean(gained) for _, gained in compared)
-        rows.append([head, *cells, f"{times(ratio)}, {points(gained)}"])
+        rows.append([head, *_by_set([gain(solved, never) for never, solved in _both_sides(head)])])
     return rows
+
+
+def _by_set(gains: list[Gain]) -> list[str]:
+    """Write a gain for each set, and their mean."""
+    return [*(f"{times(ratio)}, {with_interval(by_seed)}" for ratio, by_seed in gains), ", ".join(mean_gain(gains))]
 
 
 def head_scores() -> Table:
@@ -37,19 +51,15 @@ def head_scores() -> Table:
     rows = [["parameters; test accuracy never frozen, solved", *SETS.values()]]
     for head in HEADS:
         cells = []
-        for pairs in _both_sides(head):
-            never, solved = (100 * mean([pair[side] for pair in pairs], "test_score") for side in (0, 1))
-            cells.append(f"{int(pairs[0][0]['head_parameters']):,}; {nudged(never):.2f} %, {nudged(solved):.2f} %")
+        for sides in _both_sides(head):
+            cells.append(f"{int(sides[0][0]['head_parameters']):,}; {_scores(sides)}")
         rows.append([head, *cells])
     return rows
 
 
-def _compared(pairs: Pairs) -> tuple[float, list[float]]:
-    """Return how many times as fast the second side is, and its points against the first, seed by seed."""
-    ratios = [float(a["finished_cpu_seconds"]) / float(b["finished_cpu_seconds"]) for a, b in pairs]
-    return statistics.geometric_mean(ratios), [
-        100 * (float(b["test_score"]) - float(a["test_score"])) for a, b in pairs
-    ]
+def _scores(sides: Sides) -> str:
+    never, frozen = (100 * mean(side, "test_score") for side in sides)
+    return f"{nudged(never):.2f} %, {nudged(frozen):.2f} %"
 
 
 def _settings(*kinds: str) -> Iterator[tuple[list[str], Rows]]:
@@ -59,13 +69,8 @@ def _settings(*kinds: str) -> Iterator[tuple[list[str], Rows]]:
         yield list(setting), [row for row in rows if (row["kind"], row["data"], row["schedule"]) == setting]
 
 
-def _against_mlp(runs: Rows, variant: str) -> Pairs:
-    return [(run, where(runs, variant=variant, seed=run["seed"])[0]) for run in where(runs, variant="mlp")]
-
-
-def _by_default(runs: Rows) -> Pairs:
-    solved = where(runs, variant="output+solve")
-    return _against_mlp(runs, "output+solve" if solved else "output")
+def _by_default(runs: Rows) -> Sides:
+    return where(runs, variant="mlp"), where(runs, variant="output+solve") or where(runs, variant="output")
 
 
 _KINDS = ("supervised", "projection", "few-shot")
@@ -76,14 +81,10 @@ def six_settings() -> Table:
     columns = ["CPU seconds", "times as fast", "epochs", "frozen", "test score", "points"]
     rows, ratios = [["setting", "schedule", *columns]], []
     for (kind, name, schedule), runs in _settings(*_KINDS):
-        pairs = _by_default(runs)
-        ratio, gained = _compared(pairs)
+        mlp, frozen = sides = _by_default(runs)
+        ratio, gained = gain(frozen, mlp)
         ratios.append(ratio)
-        sides = [[pair[side] for pair in pairs] for side in (0, 1)]
-        seconds, epochs, scores = (
-            [mean(side, column) for side in sides] for column in ("finished_cpu_seconds", "epochs", "test_score")
-        )
-        frozen = sum(row["freeze_epoch"] != "" for row in sides[1])
+        seconds, epochs = ([mean(side, column) for side in sides] for column in ("finished_cpu_seconds", "epochs"))
         rows.append(
             [
                 f"{kind}, {name}",
@@ -91,8 +92,8 @@ def six_settings() -> Table:
                 f"{nudged(seconds[0]):.2f}, {nudged(seconds[1]):.2f}",
                 times(ratio),
                 f"{nudged(epochs[0]):.1f}, {nudged(epochs[1]):.1f}",
-                f"{frozen} of {len(pairs)}",
-                f"{nudged(100 * scores[0]):.2f} %, {nudged(100 * scores[1]):.2f} %",
+                f"{sum(row['freeze_epoch'] != '' for row in frozen)} of {len(frozen)}",
+                _scores(sides),
                 with_interval(gained),
             ]
         )
@@ -104,7 +105,7 @@ def frozen_at_epoch_3() -> Table:
     """What cannot be solved, frozen at epoch 3 whatever the rule says."""
     rows = [["", "constant rate: times as fast, points", "one-cycle: times as fast, points"]]
     for (kind, name, schedule), runs in _settings("projection", "few-shot"):
-        ratio, gained = _compared(_against_mlp(runs, "output@3"))
+        ratio, gained = gain(where(runs, variant="output@3"), where(runs, variant="mlp"))
         cell = f"{times(ratio)}, {with_interval(gained)}"
         if schedule == "constant":
             rows.append([f"{kind}, {name}", cell])
@@ -117,26 +118,15 @@ def end_to_end_pairs() -> Table:
     """A frozen CNN in the loop for 12 epochs, against one pass."""
     rows = [["", "CPU seconds: MLP, one pass", "times as fast", "test accuracy: MLP, one pass", "points"]]
     for (_, name, _), runs in _settings("end to end"):
-        pairs = _by_default(runs)
-        ratio, gained = _compared(pairs)
-        seconds, scores = (
-            [mean([pair[side] for pair in pairs], column) for side in (0, 1)]
-            for column in ("finished_cpu_seconds", "test_score")
-        )
-        cells = [
-            f"{nudged(seconds[0]):.1f}, {nudged(seconds[1]):.1f}",
-            times(ratio),
-            f"{nudged(100 * scores[0]):.2f} %, {nudged(100 * scores[1]):.2f} %",
-        ]
-        rows.append([name, *cells, with_interval(gained)])
+        mlp, frozen = sides = _by_default(runs)
+        ratio, gained = gain(frozen, mlp)
+        seconds = ", ".join(f"{nudged(mean(side, 'finished_cpu_seconds')):.1f}" for side in sides)
+        rows.append([name, seconds, times(ratio), _scores(sides), with_interval(gained)])
     return rows
 
 
-def _at_high_rate(rows: Rows, side: str) -> tuple[float, list[float]]:
-    """Return how many times as fast a side is as early stopping at the usual rate, and its points, seed by seed."""
-    pairs = [(run, where(rows, side=side, seed=run["seed"])[0]) for run in where(rows, side="early stopping")]
-    ratios = [float(a["cpu_seconds"]) / float(b["cpu_seconds"]) for a, b in pairs]
-    return statistics.geometric_mean(ratios), [100 * (float(b["test"]) - float(a["test"])) for a, b in pairs]
+def _at_high_rate(rows: Rows, side: str) -> Gain:
+    return gain(where(rows, side=side), where(rows, side="early stopping"), "cpu_seconds", "test")
 
 
 def heads_at_high_rate() -> Table:
@@ -145,11 +135,8 @@ def heads_at_high_rate() -> Table:
     results = read("heads_at_high_rate")
     for head in dict.fromkeys(row["head"] for row in results):
         for side, name in (("after two epochs", head), ("after two epochs, in one pass", f"{head}, in one pass")):
-            compared = [_at_high_rate(where(results, head=head, set=data), side) for data in SETS]
-            ratio = statistics.geometric_mean(ratio for ratio, _ in compared)
-            gained = statistics.fmean(statistics.fmean(gained) for _, gained in compared)
-            cells = [f"{times(ratio)}, {with_interval(gained)}" for ratio, gained in compared]
-            rows.append([name, *cells, f"{times(ratio)}, {points(gained)}"])
+            gains = [_at_high_rate(where(results, head=head, set=data), side) for data in SETS]
+            rows.append([name, *_by_set(gains)])
     return rows
 
 
@@ -162,19 +149,12 @@ def sets_at_high_rate() -> Table:
         "after two epochs, in one pass": "after two epochs, in one pass",
     }
     rows, results = [["", *sides.values()]], read("sets_at_high_rate")
-    everything: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    gains: dict[str, list[Gain]] = {side: [] for side in sides}
     for name in dict.fromkeys(row["set"] for row in results):
-        of_set = where(results, set=name)
-        for side, so_far in everything.items():
-            ratio, gained = _at_high_rate(of_set, side)
-            so_far.append((ratio, statistics.fmean(gained)))
-        rows.append([name, *(f"{times(pairs[-1][0])}, {points(pairs[-1][1])}" for pairs in everything.values())])
-    means = [
-        f"{times(statistics.geometric_mean(ratio for ratio, _ in pairs))}, "
-        f"{points(statistics.fmean(gained for _, gained in pairs))}"
-        for pairs in everything.values()
-    ]
-    return [*rows, ["mean", *means]]
+        for side, so_far in gains.items():
+            so_far.append(_at_high_rate(where(results, set=name), side))
+        rows.append([name, *(", ".join(mean_gain(of_side[-1:])) for of_side in gains.values())])
+    return [*rows, ["mean", *(", ".join(mean_gain(of_side)) for of_side in gains.values())]]
 
 
 def transformer_ffn() -> Table:

@@ -9,6 +9,8 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 Rows = list[dict[str, str]]
 Table = list[list[str]]
+#: How many times as fast, and the points of difference, seed by seed.
+Gain = tuple[float, list[float]]
 
 #: The three supervised sets, by their files.
 SETS = {"clinc150_minilm": "clinc150", "cifar10_resnet_features": "cifar10 features", "fashion_mnist": "fashion_mnist"}
@@ -62,6 +64,18 @@ def half_width(values: list[float]) -> float:
 def paired(side: Rows, other: Rows, column: str) -> list[tuple[float, float]]:
     """Return the values of both sides in one column, seed by seed."""
     return [(float(row[column]), float(where(other, seed=row["seed"])[0][column])) for row in side]
+
+
+def gain(side: Rows, other: Rows, seconds: str = "finished_cpu_seconds", score: str = "test_score") -> Gain:
+    """Return how many times as fast a side is as the other, and its points against it, from these columns."""
+    ratio = statistics.geometric_mean(of_other / own for own, of_other in paired(side, other, seconds))
+    return ratio, [100 * (own - of_other) for own, of_other in paired(side, other, score)]
+
+
+def mean_gain(gains: list[Gain]) -> tuple[str, str]:
+    """Write the mean over several sets: times as fast, and points."""
+    ratio = statistics.geometric_mean(ratio for ratio, _ in gains)
+    return times(ratio), points(statistics.fmean(statistics.fmean(by_seed) for _, by_seed in gains))
 
 
 def as_markdown(table: Table) -> str:

@@ -25,11 +25,14 @@ from setting_tables import (
 from table_cells import (
     RESULTS,
     SETS,
+    Gain,
     Rows,
     Table,
     as_markdown,
+    gain,
     half_width,
     mean,
+    mean_gain,
     nudged,
     paired,
     points,
@@ -84,12 +87,10 @@ def _mean_of_sets(sides: list[Side]) -> tuple[str, str]:
 _BARE, _ONE_PASS = "freeze and solve", "in one pass"
 
 
-def _bare_line(name: str, side: str) -> tuple[float, list[float]]:
+def _bare_line(name: str, side: str) -> Gain:
     """Return how many times as fast a side of the bare line is on a set, and its points against the MLP by seed."""
     rows = where(read("one_line"), set=name)
-    mlp, frozen = where(rows, side="early stopping"), where(rows, side=side)
-    ratio = statistics.geometric_mean(other / own for own, other in paired(frozen, mlp, "cpu_seconds"))
-    return ratio, [100 * (own - other) for own, other in paired(frozen, mlp, "test")]
+    return gain(where(rows, side=side), where(rows, side="early stopping"), "cpu_seconds", "test")
 
 
 def _sets_of_the_bare_line() -> list[str]:
@@ -97,9 +98,7 @@ def _sets_of_the_bare_line() -> list[str]:
 
 
 def _mean_of_the_bare_line(side: str) -> tuple[str, str]:
-    gains = [_bare_line(name, side) for name in _sets_of_the_bare_line()]
-    ratio = statistics.geometric_mean(ratio for ratio, _ in gains)
-    return times(ratio), points(statistics.fmean(statistics.fmean(by_seed) for _, by_seed in gains))
+    return mean_gain([_bare_line(name, side) for name in _sets_of_the_bare_line()])
 
 
 def bare_line() -> Table:
