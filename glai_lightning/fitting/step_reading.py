@@ -33,11 +33,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from glai_lightning.checks import listed
+from glai_lightning.fitting.loaders import isolated_rng
 from glai_lightning.fitting.loss_reading import (
     HeadBatch,
     LossKind,
@@ -76,7 +76,7 @@ def isolated_step(pl_module: Any) -> Iterator[None]:
         vars(pl_module).update(log=_log_nothing, log_dict=_log_nothing)
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with isolate_rng(), torch.compiler.set_stance("force_eager"):
+        with isolated_rng(), torch.compiler.set_stance("force_eager"):
             _draw_otherwise()
             yield
     finally:

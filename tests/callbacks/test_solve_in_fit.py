@@ -311,11 +311,19 @@ def test_validation_without_a_loss_is_left_out_and_said(caplog):
         def validation_step(self, batch, batch_idx):
             self.log("accuracy", (self(batch[0]).argmax(-1) == batch[1]).float().mean())
 
-    callback = solving(stop_after_solve=True)
-    with caplog.at_level("INFO"):
+    def random_state_after(solver):
+        torch.manual_seed(0)
+        callback = solving(solver=solver, stop_after_solve=False)
         make_trainer(callback).fit(Scored(body=False), make_loader(), make_loader())
+        return torch.get_rng_state(), callback.solve_report
+
+    unsolved, _ = random_state_after(None)
+    assert "validation data" not in caplog.text
+    with caplog.at_level("INFO"):
+        solved, report = random_state_after(LogisticSolver())
     assert "does not look at the validation data" in caplog.text
-    assert callback.solve_report.held_out > 0
+    assert torch.equal(solved, unsolved)
+    assert report.held_out > 0
 
 
 def test_with_validation_the_solved_head_is_never_worse_on_it():
